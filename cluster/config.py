@@ -1,0 +1,76 @@
+"""EngineConfig: one typed description of a deployment; YAML keys and command-line flags alike.
+
+Names are vLLM's where it has one. A field here is a flag of `tensorray serve`, `generate` and
+`bench` (`max_model_len` is `--max-model-len`) and a key of a config file.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class EngineConfig(BaseModel):
+    """Everything an engine is started with. Unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    # --- model ---
+    model: str = Field(description="A Hub id, a local directory in Hub layout, or a GGUF file")
+    served_model_name: list[str] = Field(
+        default_factory=list, description="Names the API answers to (default: the model's)"
+    )
+    model_class: str | None = Field(
+        None, description="Your own definition, as pkg.module:Class or path/to/file.py:Class"
+    )
+    tokenizer: str | None = Field(None, description="Tokenizer's path or Hub id, if not the model's")
+    revision: str | None = Field(None, description="Branch, tag or commit on the Hub")
+    hf_token: str | None = Field(None, description="Hub token (default: the environment's)", repr=False)
+    download_dir: str | None = Field(None, description="Hub cache directory")
+    offline: bool = Field(False, description="Use the Hub cache only")
+    load_format: Literal["auto", "safetensors", "gguf", "dummy"] = Field(
+        "auto", description="dummy: random weights of the config's shapes"
+    )
+    hf_overrides: dict[str, Any] = Field(
+        default_factory=dict, description="Keys to set in the model's config (JSON)"
+    )
+    generation_config: str = Field(
+        "auto", description="auto: the model's defaults; vllm: none; or a directory"
+    )
+    chat_template: str | None = Field(None, description="A jinja file, or a template inline")
+    # --- device and precision ---
+    device: Literal["auto", "cpu", "null"] = Field(
+        "auto", description="null: a device that answers at once, to measure everything else"
+    )
+    dtype: Literal["auto", "float32"] = Field("auto", description="Weights and activations")
+    kv_cache_dtype: Literal["auto", "float32"] = Field("auto", description="KV cache")
+    num_threads: int | None = Field(None, ge=1, description="CPU threads (default: all cores)")
+    null_step_ms: float = Field(0.0, ge=0, description="Step time of the null device")
+    # --- memory and batching ---
+    max_model_len: int | None = Field(None, ge=1, description="Context length (default: the model's)")
+    block_size: int = Field(16, ge=1, le=1024, description="Tokens per KV block")
+    kv_cache_memory_bytes: int | None = Field(
+        None, ge=1, description="Size of the KV cache (default: from the free memory)"
+    )
+    num_kv_blocks: int | None = Field(None, ge=2, description="Size of the KV cache, in blocks")
+    max_num_seqs: int = Field(256, ge=1, description="Sequences running at once")
+    max_num_batched_tokens: int = Field(2048, ge=1, description="Tokens a step may run")
+    max_waiting: int = Field(4096, ge=0, description="Requests that may wait before new ones get 429")
+    enable_prefix_caching: bool = Field(True, description="Reuse KV blocks of equal prefixes")
+    scheduling_policy: Literal["fcfs", "priority"] = "fcfs"
+    # --- limits of the API ---
+    max_logprobs: int = Field(20, ge=-1, description="Most top-logprobs a request may ask; -1: any")
+    max_n: int = Field(128, ge=1, description="Most sequences a request may ask")
+    seed: int | None = Field(None, description="Base seed for requests without one")
+
+    @classmethod
+    def from_yaml(cls, path: str | Path, **overrides: Any) -> EngineConfig:
+        """Read a config file; keyword arguments win over its keys."""
+        import yaml
+
+        data = yaml.safe_load(Path(path).read_text()) or {}
+        if not isinstance(data, dict):
+            raise ValueError(f"{path}: a config file is a mapping of settings")
+        return cls(**{**data, **overrides})

@@ -1,0 +1,49 @@
+"""What enters the engine and what comes out of it, in tokens; text lives in front of it.
+
+These cross the process border between ingress and router, so they are msgspec structs.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from tensorray.actors.protocol import Logprobs, Sampling
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+class GenerationRequest(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One prompt, `n` sequences. Sequence i draws with `sampling.seed + i`."""
+
+    request_id: str
+    prompt: list[int]
+    sampling: Sampling
+    max_tokens: int  # resolved: never more than the context leaves
+    n: int = 1
+    priority: int = 0  # lower runs first, as in vLLM
+    user: str = ""  # admission is fair between users
+    cache_salt: str = ""  # prompts share cached blocks only under the same salt
+    reuse_prefix: bool = True  # off when prompt logprobs need every row computed
+
+
+class Delta(msgspec.Struct, omit_defaults=True):
+    """What one sequence gained since the last delta; several steps' worth if the reader lagged."""
+
+    index: int  # which of the request's n sequences
+    tokens: list[int]
+    logprobs: list[Logprobs] = []  # one per token, if asked for
+    prompt_logprobs: list[Logprobs] = []  # for prompt tokens 1.., if asked for
+    finish_reason: FinishReason | None = None
+    stop_token: int | None = None  # the stop token id that ended it (also last in `tokens`)
+    error: str = ""  # with finish_reason "error"
+    cached_tokens: int = 0  # prompt tokens served from the prefix cache; on the first delta
+
+
+class RequestRefused(ValueError):
+    """The engine will not take the request; the message says what to change."""
+
+
+class QueueFull(RequestRefused):
+    """Too many requests wait already; the same request may succeed later."""
