@@ -1,12 +1,14 @@
 """The link over which step plans reach a shard and results come back.
 
 One small interface, so that the engine does not care where a shard runs: in its own process
-(`LocalLink`), behind one TCP connection (`tcp_link.py`), or nowhere at all (`NullLink`, which
-answers after a fixed time and measures everything but the model).
+(`LocalLink` here) or behind one TCP connection (tcp_link.py).
 """
 
 from __future__ import annotations
 
+import asyncio
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
 from tensorray.actors.protocol import ShardInfo, StepPlan, StepResult
@@ -16,16 +18,67 @@ class ShardError(RuntimeError):
     """The shard is gone or its state can't be trusted; carries the shard's own reason."""
 
 
+class StepExecutor(Protocol):
+    """What stands at the far end of a link: a shard, or something that behaves like one."""
+
+    info: ShardInfo
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        """Run one step. An exception leaves the executor's state undefined."""
+        ...
+
+    def reset(self) -> None:
+        """Forget every sequence (its router is gone); weights and cache memory stay."""
+
+    def close(self) -> None: ...
+
+
 class ShardLink(Protocol):
     """Plans go down in order, results come up in the same order; more than one may be in flight."""
 
     info: ShardInfo
 
     def send(self, plan: StepPlan) -> None:
-        """Hand over a plan; never blocks on the step itself."""
+        """Hand over a plan; never blocks on the step itself. Raises `ShardError`."""
 
     async def receive(self) -> StepResult:
         """The next result. Raises `ShardError` when the shard died or the step failed."""
         ...
 
     async def close(self) -> None: ...
+
+
+class LocalLink:
+    """A link to an executor in this process.
+
+    With `inline` the step runs on the event loop's own thread, inside `receive`: no thread hop,
+    and nothing else on that loop moves meanwhile (right for `LLM`, which has nothing else).
+    Without it a thread of its own runs the steps.
+    """
+
+    def __init__(self, executor: StepExecutor, *, inline: bool = False) -> None:
+        self.info = executor.info
+        self._executor = executor
+        self._plans: deque[StepPlan] = deque()
+        self._results: deque[asyncio.Future[StepResult]] = deque()
+        self._thread = None if inline else ThreadPoolExecutor(1, thread_name_prefix="shard")
+
+    def send(self, plan: StepPlan) -> None:
+        if self._thread is None:
+            self._plans.append(plan)
+            return
+        loop = asyncio.get_running_loop()
+        self._results.append(loop.run_in_executor(self._thread, self._executor.execute, plan))
+
+    async def receive(self) -> StepResult:
+        try:
+            if self._thread is None:
+                return self._executor.execute(self._plans.popleft())
+            return await self._results.popleft()
+        except Exception as error:
+            raise ShardError(f"{type(error).__name__}: {error}") from error
+
+    async def close(self) -> None:
+        if self._thread is not None:
+            self._thread.shutdown(wait=True, cancel_futures=True)
+        self._executor.close()

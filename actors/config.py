@@ -1,0 +1,29 @@
+"""ShardConfig: what a shard needs to know to come up; plain data that crosses processes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class ShardConfig:
+    """One shard's model, device, precision and memory. See EngineConfig for the fields' meaning."""
+
+    model: str
+    model_class: str | None = None
+    revision: str | None = None
+    hf_token: str | None = field(default=None, repr=False)
+    download_dir: str | None = None
+    offline: bool = False
+    load_format: str = "auto"
+    hf_overrides: dict[str, Any] = field(default_factory=dict)
+    device: str = "cpu"  # "cpu" or "null"
+    num_threads: int | None = None
+    null_step_ms: float = 0.0
+    max_model_len: int | None = None
+    block_size: int = 16
+    kv_cache_memory_bytes: int | None = None
+    num_kv_blocks: int | None = None
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = 2048

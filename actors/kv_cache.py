@@ -1,0 +1,136 @@
+"""The paged KV cache: one pool of blocks, shared by groups of layers.
+
+Layers with the same attention window form groups of at most `layers_per_group` layers, and all
+groups draw blocks from one pool: block b of group g holds 16 (say) tokens' keys and values for
+that group's layers. The i-th layer of every group lives in the same pair of page arrays, so a
+block weighs the same whichever group takes it, and a model that mixes local and global attention
+wastes no memory on a fixed split between them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from tensorray.actors.protocol import KVGroups
+from tensorray.builder.array_ops import LayerKV
+from tensorray.builder.model import KVSpec
+
+# More groups mean more block tables a sequence, which costs the scheduler time.
+_MAX_GROUPS = 8
+
+
+class KVCacheError(ValueError):
+    """The cache can't be built as configured; says what to change."""
+
+
+@dataclass(frozen=True)
+class KVPlan:
+    """How the layers fall into groups. `groups[g]` lists indices into the shard's layers."""
+
+    groups: list[list[int]]
+    windows: list[int | None]
+    layers_per_group: int
+    kv_heads: int
+    head_dim: int
+    block_size: int
+
+    def block_bytes(self, itemsize: int) -> int:
+        """Bytes of one block: keys and values of `layers_per_group` layers."""
+        per_layer = 2 * self.kv_heads * self.block_size * self.head_dim * itemsize
+        return self.layers_per_group * per_layer
+
+    def blocks_for(self, tokens: int, step_tokens: int) -> int:
+        """Blocks one sequence of `tokens` tokens takes at most, over all groups.
+
+        A windowed group holds the window before the oldest query of a step of `step_tokens`
+        tokens, and that step's own tokens.
+        """
+        total = 0
+        for window in self.windows:
+            held = tokens if window is None else min(tokens, window + step_tokens)
+            # A window need not start on a block's border.
+            ragged = 0 if window is None or held == tokens else 1
+            total += -(-held // self.block_size) + ragged
+        return total
+
+
+def plan_groups(specs: list[KVSpec], block_size: int) -> KVPlan:
+    """Cut layers into equal groups by window: the least padding, then the fewest groups."""
+    shapes = {(spec.kv_heads, spec.head_dim) for spec in specs}
+    if len(shapes) != 1:
+        raise KVCacheError(
+            f"layers keep KV of different shapes {sorted(shapes)}; one pool of blocks needs one"
+        )
+    kv_heads, head_dim = shapes.pop()
+    kinds: dict[int | None, list[int]] = {}
+    for index, spec in enumerate(specs):
+        kinds.setdefault(spec.window, []).append(index)
+
+    def cost(size: int) -> tuple[bool, int, int]:
+        groups = sum(-(-len(layers) // size) for layers in kinds.values())
+        return groups > max(_MAX_GROUPS, len(kinds)), groups * size - len(specs), groups
+
+    size = min(range(1, len(specs) + 1), key=cost)
+    groups, windows = [], []
+    for window, layers in kinds.items():
+        for first in range(0, len(layers), size):
+            groups.append(layers[first : first + size])
+            windows.append(window)
+    return KVPlan(groups, windows, size, kv_heads, head_dim, block_size)
+
+
+class KVCache:
+    """The page arrays, `[num_blocks, kv_heads, block_size, head_dim]` each, one pair a layer slot.
+
+    `layers[i]` is the view that the shard's i-th layer reads and appends to.
+    """
+
+    def __init__(self, plan: KVPlan, num_blocks: int, xp: Any, dtype: Any) -> None:
+        shape = (num_blocks, plan.kv_heads, plan.block_size, plan.head_dim)
+        pages = [
+            (xp.zeros(shape, dtype), xp.zeros(shape, dtype)) for _ in range(plan.layers_per_group)
+        ]
+        views: dict[int, LayerKV] = {}
+        for group, layers in enumerate(plan.groups):
+            for place, layer in enumerate(layers):
+                keys, values = pages[place]
+                views[layer] = LayerKV(keys, values, group, plan.windows[group])
+        self.layers = [views[index] for index in range(len(views))]
+        self.nbytes = num_blocks * plan.block_bytes(pages[0][0].itemsize)
+        self.groups = KVGroups(
+            windows=plan.windows, num_blocks=num_blocks, block_size=plan.block_size
+        )
+
+
+def choose_num_blocks(
+    plan: KVPlan,
+    itemsize: int,
+    *,
+    max_model_len: int,
+    max_num_seqs: int,
+    step_tokens: int,
+    available: int,
+    cache_bytes: int | None = None,
+    num_blocks: int | None = None,
+) -> int:
+    """The pool's size in blocks (placeholder block 0 included).
+
+    `num_blocks` or `cache_bytes` decide if given; else half of the `available` bytes, but no
+    more than `max_num_seqs` sequences of full length could fill. Raises KVCacheError when not
+    even one sequence of `max_model_len` tokens fits.
+    """
+    block_bytes = plan.block_bytes(itemsize)
+    one_sequence = plan.blocks_for(max_model_len, step_tokens)
+    if num_blocks is None:
+        if cache_bytes is None:
+            cache_bytes = min(available // 2, (1 + max_num_seqs * one_sequence) * block_bytes)
+        num_blocks = cache_bytes // block_bytes
+    if num_blocks < 1 + one_sequence:
+        raise KVCacheError(
+            f"the KV cache has room for {num_blocks} blocks, and one sequence of "
+            f"max_model_len={max_model_len} tokens needs {1 + one_sequence} "
+            f"({(1 + one_sequence) * block_bytes / 2**20:.0f} MiB): lower --max-model-len or "
+            "give more by --kv-cache-memory-bytes or --num-kv-blocks"
+        )
+    return num_blocks

@@ -1,0 +1,82 @@
+"""A device that computes nothing: it keeps a shard's books and answers after a fixed time.
+
+With it everything but the model can be measured and tested: scheduler, links, router, service.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+from tensorray.actors.protocol import Logprobs, SequenceStart, ShardInfo, StepPlan, StepResult
+
+
+@dataclass
+class _State:
+    start: SequenceStart
+    known: int  # tokens whose ids are known: prompt and samples
+    computed: int  # tokens run so far
+
+
+class NullShard:
+    """Samples a pseudo-random token, fixed by seed and position, never one that would stop.
+
+    Raises ValueError on a plan that contradicts its books, so it checks the router as well.
+    """
+
+    def __init__(self, info: ShardInfo, step_ms: float = 0.0) -> None:
+        self.info = info
+        self._seconds = step_ms / 1e3
+        self._states: dict[int, _State] = {}
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        began = time.perf_counter()
+        for seq in plan.ends:
+            del self._states[seq]
+        for start in plan.starts:
+            if start.seq in self._states:
+                raise ValueError(f"sequence {start.seq} started twice")
+            self._states[start.seq] = _State(start, len(start.tokens), start.computed)
+        seqs: list[int] = []
+        tokens: list[int] = []
+        logprobs: dict[int, Logprobs] = {}
+        prompt_logprobs: dict[int, list[Logprobs]] = {}
+        vocab = self.info.vocab_size
+        for seq, count in zip(plan.seqs, plan.counts, strict=True):
+            state = self._states[seq]
+            sampling = state.start.sampling
+            if count < 1 or state.computed + count > state.known:
+                raise ValueError(
+                    f"sequence {seq}: {count} tokens asked, {state.known - state.computed} known"
+                )
+            if sampling.prompt_logprobs is not None:
+                last = min(state.computed + count, state.start.prompt_len - 1)
+                scored = state.start.tokens[state.computed + 1 : last + 1]
+                prompt_logprobs[seq] = [Logprobs(token, 0.0, 1, [], []) for token in scored]
+            state.computed += count
+            if state.computed == state.known:
+                token = (sampling.seed * 31 + state.known * 7919) % vocab
+                while token in sampling.stop_token_ids:
+                    token = (token + 1) % vocab
+                state.known += 1
+                seqs.append(seq)
+                tokens.append(token)
+                if sampling.logprobs is not None:
+                    logprobs[seq] = Logprobs(token, 0.0, 1, [token], [0.0])
+        left = self._seconds - (time.perf_counter() - began)
+        if left > 0:
+            time.sleep(left)
+        return StepResult(
+            step=plan.step,
+            seqs=seqs,
+            tokens=tokens,
+            logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
+            seconds=time.perf_counter() - began,
+        )
+
+    def reset(self) -> None:
+        self._states.clear()
+
+    def close(self) -> None:
+        pass

@@ -1,0 +1,197 @@
+"""One TCP connection between the router and a shard: length-prefixed msgpack both ways.
+
+A plain connection costs 0.1 ms a step for two shards where an actor call costs 1.2 ms, and its
+end-of-file tells of a killed peer within milliseconds. The router proves itself with a secret it
+got from the shard through Ray; nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import logging
+import secrets
+import socket
+import struct
+import threading
+from dataclasses import dataclass
+
+import msgspec
+
+from tensorray.actors.link import ShardError, StepExecutor
+from tensorray.actors.protocol import ShardInfo, StepPlan, StepResult
+
+logger = logging.getLogger(__name__)
+
+_LENGTH = struct.Struct("<I")
+_MAX_FRAME = 1 << 30
+_SECRET_BYTES = 32
+_HANDSHAKE_SECONDS = 10.0
+
+
+class StepFailed(msgspec.Struct, frozen=True, tag=True):
+    """The step raised; the shard's state is not to be trusted any more."""
+
+    error: str
+
+
+class StepDone(msgspec.Struct, frozen=True, tag=True):
+    result: StepResult
+
+
+_Answer = StepFailed | StepDone
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """Where a shard listens, and the secret that opens it."""
+
+    host: str
+    port: int
+    secret: bytes
+
+
+class ShardServer:
+    """Serves one executor to one router at a time, on a thread of its own.
+
+    When the router's connection ends the executor is reset and the next router is awaited.
+    """
+
+    def __init__(self, executor: StepExecutor, host: str = "127.0.0.1") -> None:
+        self._executor = executor
+        self._listener = socket.create_server((host, 0))
+        self.endpoint = Endpoint(
+            host, self._listener.getsockname()[1], secrets.token_bytes(_SECRET_BYTES)
+        )
+        self._connection: socket.socket | None = None
+        self._thread = threading.Thread(target=self._serve, name="shard-link", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        # shutdown(), unlike close(), wakes a thread blocked in accept() or recv().
+        for sock in (self._listener, self._connection):
+            if sock is not None:
+                try:
+                    sock.shutdown(socket.SHUT_RDWR)
+                except OSError:
+                    pass
+                sock.close()
+        self._thread.join(timeout=10)
+        self._executor.close()
+
+    def _serve(self) -> None:
+        while True:
+            try:
+                connection, peer = self._listener.accept()
+            except OSError:
+                return  # closed
+            self._connection = connection
+            try:
+                with connection:
+                    self._serve_router(connection, peer)
+            except (ConnectionError, TimeoutError, OSError) as error:
+                logger.info("router %s is gone: %s", peer, error)
+            finally:
+                self._connection = None
+                self._executor.reset()
+
+    def _serve_router(self, connection: socket.socket, peer: object) -> None:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        connection.settimeout(_HANDSHAKE_SECONDS)
+        if not hmac.compare_digest(_read(connection, _SECRET_BYTES), self.endpoint.secret):
+            logger.warning("refused a connection from %s: wrong secret", peer)
+            return
+        connection.settimeout(None)
+        decoder = msgspec.msgpack.Decoder(StepPlan)
+        encoder = msgspec.msgpack.Encoder()
+        connection.sendall(_frame(encoder.encode(self._executor.info)))
+        while True:
+            (length,) = _LENGTH.unpack(_read(connection, _LENGTH.size))
+            plan = decoder.decode(_read(connection, length))
+            answer: _Answer
+            try:
+                answer = StepDone(self._executor.execute(plan))
+            except Exception as error:
+                logger.exception("step %d failed", plan.step)
+                answer = StepFailed(f"{type(error).__name__}: {error}")
+            connection.sendall(_frame(encoder.encode(answer)))
+            if isinstance(answer, StepFailed):
+                return
+
+
+class TcpLink:
+    """The router's end."""
+
+    def __init__(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, info: ShardInfo
+    ) -> None:
+        self.info = info
+        self._reader = reader
+        self._writer = writer
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder = msgspec.msgpack.Decoder(_Answer)
+
+    @classmethod
+    async def connect(cls, endpoint: Endpoint) -> TcpLink:
+        """Connect and wait for the shard's info. Raises ShardError when it does not answer."""
+        try:
+            reader, writer, info = await asyncio.wait_for(_open(endpoint), _HANDSHAKE_SECONDS)
+        except (OSError, asyncio.IncompleteReadError, asyncio.TimeoutError) as error:
+            raise ShardError(
+                f"no shard answers at {endpoint.host}:{endpoint.port}: {error!r}"
+            ) from error
+        return cls(reader, writer, info)
+
+    def send(self, plan: StepPlan) -> None:
+        if self._writer.is_closing():
+            raise ShardError("the shard's connection is closed")
+        self._writer.write(_frame(self._encoder.encode(plan)))
+
+    async def receive(self) -> StepResult:
+        try:
+            answer = self._decoder.decode(await _read_frame(self._reader))
+        except (OSError, asyncio.IncompleteReadError) as error:
+            raise ShardError(f"the shard's connection ended: {error!r}") from error
+        if isinstance(answer, StepFailed):
+            raise ShardError(answer.error)
+        return answer.result
+
+    async def close(self) -> None:
+        self._writer.close()
+        try:
+            await self._writer.wait_closed()
+        except OSError:
+            pass
+
+
+async def _open(
+    endpoint: Endpoint,
+) -> tuple[asyncio.StreamReader, asyncio.StreamWriter, ShardInfo]:
+    reader, writer = await asyncio.open_connection(endpoint.host, endpoint.port)
+    writer.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    writer.write(endpoint.secret)
+    return reader, writer, msgspec.msgpack.decode(await _read_frame(reader), type=ShardInfo)
+
+
+def _frame(body: bytes) -> bytes:
+    return _LENGTH.pack(len(body)) + body
+
+
+async def _read_frame(reader: asyncio.StreamReader) -> bytes:
+    (length,) = _LENGTH.unpack(await reader.readexactly(_LENGTH.size))
+    if length > _MAX_FRAME:
+        raise ConnectionError(f"a frame of {length} bytes")
+    return await reader.readexactly(length)
+
+
+def _read(connection: socket.socket, size: int) -> bytes:
+    if size > _MAX_FRAME:
+        raise ConnectionError(f"a frame of {size} bytes")
+    buffer = bytearray(size)
+    view = memoryview(buffer)
+    while view:
+        got = connection.recv_into(view)
+        if got == 0:
+            raise ConnectionError("end of file")
+        view = view[got:]
+    return bytes(buffer)
