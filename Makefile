@@ -1,0 +1,55 @@
+# `make demo` and `make test` do all set-up themselves. PYTHON picks the interpreter that makes the
+# virtual environment (3.10 to 3.13); `make clean` forgets it.
+PYTHON ?= python3
+PORT ?= 8000
+
+VENV := .venv
+BIN := $(VENV)/bin
+ROOMS := builder kernels actors cluster deploy
+# What an install depends on besides Python modules, which an editable install reads in place.
+BUILD_INPUTS := pyproject.toml $(wildcard setup.py kernels/*.c kernels/*.h kernels/*/*.c kernels/*/*.h)
+
+.PHONY: demo test lint typecheck pytest bench clean
+
+demo: $(VENV)/.installed-demo
+	@$(BIN)/tensorray demo --port $(PORT) $(if $(filter-out 0,$(ONCE)),--once)
+
+test: lint typecheck pytest
+
+lint: $(VENV)/.installed-dev
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+# Type checkers cannot follow the mapping of top-level folders to tensorray.* in an editable
+# install, so they get a tree of links that spells it out.
+typecheck: $(VENV)/.installed-dev
+	@mkdir -p .typecheck/tensorray
+	@for room in $(ROOMS); do ln -sfn ../../$$room .typecheck/tensorray/$$room; done
+	@MYPYPATH=.typecheck $(BIN)/mypy $(addprefix -p tensorray.,$(ROOMS))
+
+pytest: $(VENV)/.installed-dev
+	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+bench: $(VENV)/.installed-demo
+	@$(BIN)/tensorray bench latency --demo
+	@$(BIN)/tensorray bench throughput --demo
+
+clean:
+	rm -rf $(VENV) .typecheck build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find kernels -name '*.so' -delete
+
+$(VENV)/.installed-demo: $(VENV)/bin/python $(BUILD_INPUTS)
+	@echo "Installing tensorray and the demo model into $(VENV) (a few minutes the first time) ..."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[demo]'
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/bin/python $(BUILD_INPUTS)
+	@echo "Installing tensorray, the demo model and the test tools into $(VENV)" \
+		"(a few minutes the first time) ..."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[demo,dev]'
+	@touch $@ $(VENV)/.installed-demo
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "tensorray needs Python 3.10 or newer: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)" >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV)
