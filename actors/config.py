@@ -26,4 +26,4 @@ class ShardConfig:
     kv_cache_memory_bytes: int | None = None
     num_kv_blocks: int | None = None
     max_num_seqs: int = 256
-    max_num_batched_tokens: int = 2048
+    max_num_batched_tokens: int = 512

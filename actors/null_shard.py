@@ -8,7 +8,19 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
-from tensorray.actors.protocol import Logprobs, SequenceStart, ShardInfo, StepPlan, StepResult
+from tensorray.actors.config import ShardConfig
+from tensorray.actors.kv_cache import plan_groups
+from tensorray.actors.protocol import (
+    KVGroups,
+    Logprobs,
+    PromptLogprobs,
+    SequenceStart,
+    ShardInfo,
+    StepPlan,
+    StepResult,
+)
+from tensorray.builder.checkpoint import open_config
+from tensorray.builder.registry import resolve
 
 
 @dataclass
@@ -29,6 +41,34 @@ class NullShard:
         self._seconds = step_ms / 1e3
         self._states: dict[int, _State] = {}
 
+    @classmethod
+    def from_config(cls, config: ShardConfig) -> NullShard:
+        """Takes vocabulary and context length from the model's config; reads no weights."""
+        found = open_config(
+            config.model,
+            revision=config.revision,
+            token=config.hf_token,
+            cache_dir=config.download_dir,
+            offline=config.offline,
+            hf_overrides=config.hf_overrides,
+        )
+        model = resolve(found, config.model_class)(found)
+        max_model_len = config.max_model_len or model.max_positions
+        specs = [model.kv_spec(layer) for layer in range(model.num_layers)]
+        groups = plan_groups(specs, config.block_size)
+        one_sequence = groups.blocks_for(max_model_len, config.max_num_batched_tokens)
+        num_blocks = config.num_kv_blocks or 1 + config.max_num_seqs * one_sequence
+        info = ShardInfo(
+            kv=KVGroups(groups.windows, num_blocks, config.block_size),
+            vocab_size=model.vocab_size,
+            max_model_len=max_model_len,
+            device="null",
+            weight_bytes=0,
+            kv_cache_bytes=0,
+            load_seconds=0.0,
+        )
+        return cls(info, config.null_step_ms)
+
     def execute(self, plan: StepPlan) -> StepResult:
         began = time.perf_counter()
         for seq in plan.ends:
@@ -40,7 +80,7 @@ class NullShard:
         seqs: list[int] = []
         tokens: list[int] = []
         logprobs: dict[int, Logprobs] = {}
-        prompt_logprobs: dict[int, list[Logprobs]] = {}
+        prompt_logprobs: dict[int, PromptLogprobs] = {}
         vocab = self.info.vocab_size
         for seq, count in zip(plan.seqs, plan.counts, strict=True):
             state = self._states[seq]
@@ -52,7 +92,8 @@ class NullShard:
             if sampling.prompt_logprobs is not None:
                 last = min(state.computed + count, state.start.prompt_len - 1)
                 scored = state.start.tokens[state.computed + 1 : last + 1]
-                prompt_logprobs[seq] = [Logprobs(token, 0.0, 1, [], []) for token in scored]
+                entries = [Logprobs(token, 0.0, 1, [], []) for token in scored]
+                prompt_logprobs[seq] = PromptLogprobs(state.computed + 1, entries)
             state.computed += count
             if state.computed == state.known:
                 token = (sampling.seed * 31 + state.known * 7919) % vocab

@@ -6,10 +6,15 @@ Names are vLLM's where it has one. A field here is a flag of `tensorray serve`, 
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+
+from tensorray.actors.config import ShardConfig
+from tensorray.actors.protocol import ShardInfo
+from tensorray.cluster.scheduler import Scheduler
 
 
 class EngineConfig(BaseModel):
@@ -56,7 +61,9 @@ class EngineConfig(BaseModel):
     )
     num_kv_blocks: int | None = Field(None, ge=2, description="Size of the KV cache, in blocks")
     max_num_seqs: int = Field(256, ge=1, description="Sequences running at once")
-    max_num_batched_tokens: int = Field(2048, ge=1, description="Tokens a step may run")
+    max_num_batched_tokens: int = Field(
+        512, ge=1, description="Tokens a step may run; more prefill faster and stall decodes longer"
+    )
     max_waiting: int = Field(4096, ge=0, description="Requests that may wait before new ones get 429")
     enable_prefix_caching: bool = Field(True, description="Reuse KV blocks of equal prefixes")
     scheduling_policy: Literal["fcfs", "priority"] = "fcfs"
@@ -64,6 +71,26 @@ class EngineConfig(BaseModel):
     max_logprobs: int = Field(20, ge=-1, description="Most top-logprobs a request may ask; -1: any")
     max_n: int = Field(128, ge=1, description="Most sequences a request may ask")
     seed: int | None = Field(None, description="Base seed for requests without one")
+
+    def shard(self) -> ShardConfig:
+        """What the shards of this deployment are started with."""
+        shared = {item.name for item in fields(ShardConfig)}
+        values = {name: value for name, value in self if name in shared}
+        # A CPU is the one device there is so far.
+        values["device"] = "cpu" if self.device == "auto" else self.device
+        return ShardConfig(**values)
+
+    def scheduler(self, info: ShardInfo) -> Scheduler:
+        """The scheduler for a shard that has come up with this config."""
+        return Scheduler(
+            info.kv,
+            max_model_len=info.max_model_len,
+            max_num_seqs=self.max_num_seqs,
+            max_num_batched_tokens=self.max_num_batched_tokens,
+            enable_prefix_caching=self.enable_prefix_caching,
+            policy=self.scheduling_policy,
+            max_waiting=self.max_waiting,
+        )
 
     @classmethod
     def from_yaml(cls, path: str | Path, **overrides: Any) -> EngineConfig:

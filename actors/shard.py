@@ -1,0 +1,309 @@
+"""One shard: one device's share of a model, and the steps it runs.
+
+A shard owns its weights, its paged KV cache, the state of the sequences that run, and the
+sampler. `execute` runs one step plan: any mix of prefill chunks and decodes, their tokens packed
+end to end, through the definition's embed, layers and head, then one draw a sequence.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from tensorray.actors.config import ShardConfig
+from tensorray.actors.kv_cache import KVCache, choose_num_blocks, plan_groups
+from tensorray.actors.memory import available_bytes
+from tensorray.actors.protocol import (
+    Logprobs,
+    PromptLogprobs,
+    SequenceStart,
+    ShardInfo,
+    StepPlan,
+    StepResult,
+)
+from tensorray.actors.sampler import Sampler
+from tensorray.builder.array_ops import ArrayOps
+from tensorray.builder.checkpoint import open_checkpoint
+from tensorray.builder.load import load_weights
+from tensorray.builder.model import Model, ShardWeights
+from tensorray.builder.registry import resolve
+from tensorray.kernels import set_num_threads
+from tensorray.kernels.batch import Batch
+
+logger = logging.getLogger(__name__)
+
+# Logits of prompt rows are made this many rows at a time: a whole chunk of a large vocabulary
+# would take gigabytes.
+_PROMPT_LOGIT_ROWS = 16
+
+
+@dataclass(slots=True)
+class _Prefill:
+    """A sequence whose known tokens are not all computed yet."""
+
+    tokens: Any  # int32 [known]
+    start: SequenceStart
+
+
+class SequenceTable:
+    """The running sequences' state in rows, so that a batch of decodes is gathered, not looped.
+
+    Rows are reused; `rows` maps a sequence's id to its row.
+    """
+
+    def __init__(self, max_num_seqs: int, max_model_len: int, block_size: int, groups: int) -> None:
+        self.rows: dict[int, int] = {}
+        self.computed = np.zeros(max_num_seqs, np.int32)  # tokens whose KV is in the cache
+        self.last_token = np.zeros(max_num_seqs, np.int32)
+        self.blocks = np.zeros((groups, max_num_seqs), np.int32)  # entries used of each table
+        # A pipelined step may run one token past the last one that counts.
+        width = -(-(max_model_len + 1) // block_size)
+        self.tables = [np.zeros((max_num_seqs, width), np.int32) for _ in range(groups)]
+        self.prefill: dict[int, _Prefill] = {}
+        self._free = list(range(max_num_seqs - 1, -1, -1))
+
+    def start(self, start: SequenceStart) -> None:
+        row = self.rows[start.seq] = self._free.pop()
+        self.computed[row] = start.computed
+        self.blocks[:, row] = 0
+        self.prefill[start.seq] = _Prefill(np.array(start.tokens, np.int32), start)
+        self.append_blocks(start.seq, start.blocks)
+
+    def append_blocks(self, seq: int, blocks: list[list[int]]) -> None:
+        row = self.rows[seq]
+        for group, ids in enumerate(blocks):
+            if ids:
+                used = self.blocks[group, row]
+                self.tables[group][row, used : used + len(ids)] = ids
+                self.blocks[group, row] = used + len(ids)
+
+    def end(self, seq: int) -> None:
+        self._free.append(self.rows.pop(seq))
+        self.prefill.pop(seq, None)
+
+
+class Shard:
+    """A model on one CPU, executed by the array interpreter."""
+
+    def __init__(
+        self,
+        model: Model,
+        weights: ShardWeights,
+        cache: KVCache,
+        *,
+        max_model_len: int,
+        max_num_seqs: int,
+        weight_bytes: int,
+        load_seconds: float,
+        device: str = "cpu",
+    ) -> None:
+        self.info = ShardInfo(
+            kv=cache.groups,
+            vocab_size=model.vocab_size,
+            max_model_len=max_model_len,
+            device=device,
+            weight_bytes=weight_bytes,
+            kv_cache_bytes=cache.nbytes,
+            load_seconds=load_seconds,
+        )
+        self._model = model
+        self._weights = weights
+        self._cache = cache
+        self._ops = ArrayOps(xp=np, kv=cache.layers)
+        self._max_num_seqs = max_num_seqs
+        self.reset()
+
+    @classmethod
+    def load(cls, config: ShardConfig) -> Shard:
+        """Open the checkpoint, check it against its definition, load it, size the KV cache.
+
+        Raises CheckpointError, ModelConfigError or KVCacheError, each saying what to change.
+        """
+        began = time.perf_counter()
+        set_num_threads(config.num_threads)
+        checkpoint = open_checkpoint(
+            config.model,
+            load_format=config.load_format,
+            revision=config.revision,
+            token=config.hf_token,
+            cache_dir=config.download_dir,
+            offline=config.offline,
+            hf_overrides=config.hf_overrides,
+        )
+        try:
+            model = resolve(checkpoint.config, config.model_class)(checkpoint.config)
+            max_model_len = config.max_model_len or model.max_positions
+            if max_model_len > model.max_positions:
+                raise ValueError(
+                    f"--max-model-len {max_model_len} is more than the {model.max_positions} "
+                    "positions the model was made for"
+                )
+            groups = plan_groups(
+                [model.kv_spec(layer) for layer in range(model.num_layers)], config.block_size
+            )
+            weights = load_weights(model, checkpoint, dtype=np.float32)
+        finally:
+            checkpoint.close()
+        itemsize = np.dtype(np.float32).itemsize
+        num_blocks = choose_num_blocks(
+            groups,
+            itemsize,
+            max_model_len=max_model_len,
+            max_num_seqs=config.max_num_seqs,
+            step_tokens=config.max_num_batched_tokens,
+            available=available_bytes(),
+            cache_bytes=config.kv_cache_memory_bytes,
+            num_blocks=config.num_kv_blocks,
+        )
+        return cls(
+            model,
+            weights,
+            KVCache(groups, num_blocks, np, np.float32),
+            max_model_len=max_model_len,
+            max_num_seqs=config.max_num_seqs,
+            weight_bytes=weights.nbytes,
+            load_seconds=time.perf_counter() - began,
+        )
+
+    def reset(self) -> None:
+        self._table = SequenceTable(
+            self._max_num_seqs,
+            self.info.max_model_len,
+            self.info.kv.block_size,
+            len(self.info.kv.windows),
+        )
+        self._sampler = Sampler(self._model.vocab_size)
+
+    def close(self) -> None:
+        pass
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        """Run one step. Raises KeyError or IndexError on a plan that contradicts the books."""
+        began = time.perf_counter()
+        table, sampler = self._table, self._sampler
+        for seq in plan.ends:
+            table.end(seq)
+            sampler.end(seq)
+        for start in plan.starts:
+            table.start(start)
+            sampler.start(start)
+        for seq, blocks in plan.new_blocks.items():
+            table.append_blocks(seq, blocks)
+        if not plan.seqs:
+            return StepResult(step=plan.step, seqs=[], tokens=[])
+
+        rows = np.array([table.rows[seq] for seq in plan.seqs], np.int32)
+        counts = np.array(plan.counts, np.int32)
+        batch, sampling, scored = self._pack(plan.seqs, rows, counts)
+        hidden = self._forward(batch)
+        prompt_logprobs = self._score_prompts(batch, hidden, scored)
+        batch.logit_rows = batch.query_starts[1:][sampling] - 1
+        table.computed[rows] += counts
+
+        seqs = [plan.seqs[index] for index in sampling]
+        tokens: list[int] = []
+        logprobs: dict[int, Logprobs] = {}
+        failed: dict[int, str] = {}
+        if seqs:
+            logits = self._logits(batch, hidden)
+            tokens, logprobs, failed = sampler.sample(seqs, logits)
+            table.last_token[rows[sampling]] = tokens
+            for seq in seqs:
+                table.prefill.pop(seq, None)
+        if failed:
+            kept = [index for index, seq in enumerate(seqs) if seq not in failed]
+            seqs, tokens = [seqs[i] for i in kept], [tokens[i] for i in kept]
+        return StepResult(
+            step=plan.step,
+            seqs=seqs,
+            tokens=tokens,
+            logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
+            failed=failed,
+            seconds=time.perf_counter() - began,
+        )
+
+    def _pack(
+        self, seqs: list[int], rows: np.ndarray, counts: np.ndarray
+    ) -> tuple[Batch, np.ndarray, list[tuple[int, _Prefill, int, int]]]:
+        """The step's batch; which of its sequences sample; the prefill chunks whose rows are
+        scored for prompt logprobs, as (first packed row, sequence, first position, count)."""
+        table = self._table
+        first = table.computed[rows]
+        query_starts = np.zeros(len(seqs) + 1, np.int32)
+        np.cumsum(counts, out=query_starts[1:])
+        total = int(query_starts[-1])
+        owner = np.repeat(np.arange(len(seqs), dtype=np.int32), counts)
+        positions = np.arange(total, dtype=np.int32) - query_starts[owner] + first[owner]
+
+        tokens = table.last_token[rows][owner]
+        samples = np.ones(len(seqs), bool)
+        scored = []
+        if table.prefill:
+            for index, seq in enumerate(seqs):
+                prefill = table.prefill.get(seq)
+                if prefill is None:
+                    continue
+                begin, count = int(first[index]), int(counts[index])
+                packed = int(query_starts[index])
+                tokens[packed : packed + count] = prefill.tokens[begin : begin + count]
+                samples[index] = begin + count == len(prefill.tokens)
+                if prefill.start.sampling.prompt_logprobs is not None:
+                    scored.append((packed, prefill, begin, count))
+
+        seq_lens = first + counts
+        block_size = self.info.kv.block_size
+        used = -(-int(seq_lens.max()) // block_size)
+        block_of, offset = np.divmod(positions, block_size)
+        tables, slots = [], []
+        for group_table in table.tables:
+            step_table = group_table[rows, :used]
+            tables.append(step_table)
+            slots.append(step_table[owner, block_of].astype(np.int64) * block_size + offset)
+        batch = Batch(
+            tokens=tokens,
+            positions=positions,
+            query_starts=query_starts,
+            seq_lens=seq_lens,
+            block_tables=tables,
+            slots=slots,
+            logit_rows=np.zeros(0, np.int32),
+        )
+        return batch, np.flatnonzero(samples), scored
+
+    def _forward(self, batch: Batch) -> Any:
+        """The residual stream after the last layer, `[T, hidden]`."""
+        ops, model, weights = self._ops, self._model, self._weights
+        ops.batch = batch
+        hidden = model.embed(ops, weights.embed, batch.tokens)
+        for layer, layer_weights in weights.layers.items():
+            hidden = model.layer(ops, layer_weights, hidden, layer)
+        return hidden
+
+    def _logits(self, batch: Batch, hidden: Any) -> Any:
+        """float32 `[R, vocab]` for the batch's logit rows."""
+        return self._model.head(self._ops, self._weights.head, self._ops.select_rows(hidden))
+
+    def _score_prompts(
+        self, batch: Batch, hidden: Any, scored: list[tuple[int, _Prefill, int, int]]
+    ) -> dict[int, PromptLogprobs]:
+        """Log-probabilities of prompt tokens 1.. whose predecessors ran in this step."""
+        found: dict[int, PromptLogprobs] = {}
+        for packed, prefill, begin, count in scored:
+            start = prefill.start
+            count = min(count, start.prompt_len - 1 - begin)
+            entries: list[Logprobs] = []
+            for done in range(0, count, _PROMPT_LOGIT_ROWS):
+                rows = np.arange(done, min(done + _PROMPT_LOGIT_ROWS, count), dtype=np.int32)
+                batch.logit_rows = packed + rows
+                targets = start.tokens[begin + done + 1 : begin + done + 1 + len(rows)]
+                top = start.sampling.prompt_logprobs
+                assert top is not None
+                logits = self._logits(batch, hidden)
+                entries += self._sampler.prompt_logprobs(targets, logits, top)
+            found[start.seq] = PromptLogprobs(begin + 1, entries)
+        return found

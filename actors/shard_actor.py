@@ -1,0 +1,87 @@
+"""The Ray actor that hosts a shard, and the router's way to start one."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+import ray
+from ray.actor import ActorHandle
+
+from tensorray.actors.config import ShardConfig
+from tensorray.actors.link import ShardError, StepExecutor
+from tensorray.actors.null_shard import NullShard
+from tensorray.actors.tcp_link import Endpoint, ShardServer, TcpLink
+
+logger = logging.getLogger(__name__)
+
+
+class ShardActor:
+    """One shard in a process of its own. Ray starts, places and watches it; steps come over TCP."""
+
+    def __init__(self, config: ShardConfig) -> None:
+        self._server = ShardServer(load_executor(config), host=ray.util.get_node_ip_address())
+
+    def endpoint(self) -> Endpoint:
+        """Where the router connects, once the shard is loaded."""
+        return self._server.endpoint
+
+    def describe(self) -> dict[str, int]:
+        """Process id and peak resident memory in bytes (0 where the platform does not tell)."""
+        return {"pid": os.getpid(), "peak_rss_bytes": _peak_rss_bytes()}
+
+
+def load_executor(config: ShardConfig) -> StepExecutor:
+    """The shard a config asks for, loaded in this process."""
+    if config.device == "null":
+        return NullShard.from_config(config)
+    # Imported here so that a null device needs neither the model code nor its libraries.
+    from tensorray.actors.shard import Shard
+
+    return Shard.load(config)
+
+
+class RunningShard:
+    """A started shard: its actor, and the link that steps go over."""
+
+    def __init__(self, actor: ActorHandle, link: TcpLink) -> None:
+        self.actor = actor
+        self.link = link
+
+    async def close(self) -> None:
+        await self.link.close()
+        ray.kill(self.actor)
+
+
+async def start_shard(config: ShardConfig, *, num_cpus: float | None = None) -> RunningShard:
+    """Start a shard actor and connect to it. Returns once it has loaded and can serve.
+
+    Raises ShardError with the shard's own reason when it can't come up.
+    """
+    threads = config.num_threads or os.cpu_count() or 1
+    actor = (
+        ray.remote(ShardActor)
+        .options(
+            num_cpus=0 if config.device == "null" else (num_cpus or 1),
+            max_restarts=0,
+            # Ray sets OMP_NUM_THREADS=1 for actors with few CPUs; the shard's threads are its own.
+            runtime_env={"env_vars": {"OMP_NUM_THREADS": str(threads)}},
+        )
+        .remote(config)
+    )
+    try:
+        endpoint = await actor.endpoint.remote()
+    except ray.exceptions.RayActorError as error:
+        raise ShardError(f"the shard did not start: {error}") from error
+    return RunningShard(actor, await TcpLink.connect(endpoint))
+
+
+def _peak_rss_bytes() -> int:
+    try:
+        with open("/proc/self/status") as status:
+            for line in status:
+                if line.startswith("VmHWM:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass  # not Linux
+    return 0

@@ -1,0 +1,254 @@
+"""The engine: the loop that turns waiting requests into steps and steps into token streams.
+
+It owns the scheduler and the link to the shards, and runs on one asyncio event loop: in the
+router's replica when serving, in `LLM`'s own thread in process. Nothing here knows text, HTTP
+or Ray.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import msgspec
+
+from tensorray.actors.link import ShardError, ShardLink
+from tensorray.actors.protocol import ShardInfo
+from tensorray.cluster.request import Delta, FinishReason, GenerationRequest
+from tensorray.cluster.scheduler import Progress, Scheduler
+from tensorray.cluster.sequence import Sequence
+
+logger = logging.getLogger(__name__)
+
+
+class EngineFailed(RuntimeError):
+    """The engine can't serve any more; carries the shard's own reason."""
+
+
+class EngineObserver(Protocol):
+    """What metrics want to hear. Times in seconds."""
+
+    def step(self, sequences: int, tokens: int, seconds: float) -> None: ...
+
+    def first_token(self, since_arrival: float) -> None: ...
+
+    def next_token(self, since_last: float) -> None: ...
+
+    def finished(
+        self, reason: FinishReason, prompt_tokens: int, generated: int, since_arrival: float
+    ) -> None: ...
+
+
+class SilentObserver:
+    """Hears everything, says nothing."""
+
+    def step(self, sequences: int, tokens: int, seconds: float) -> None:
+        pass
+
+    def first_token(self, since_arrival: float) -> None:
+        pass
+
+    def next_token(self, since_last: float) -> None:
+        pass
+
+    def finished(
+        self, reason: FinishReason, prompt_tokens: int, generated: int, since_arrival: float
+    ) -> None:
+        pass
+
+
+@dataclass(slots=True)
+class _Tracked:
+    """One running sequence: where its tokens go, and the times metrics want."""
+
+    stream: TokenStream
+    index: int
+    arrival: float
+    last_token: float = 0.0
+    generated: int = 0
+
+
+class TokenStream(AsyncIterator[list[Delta]]):
+    """What one request's sequences produce. Each item is all that came since the last one.
+
+    Ends when every sequence has finished. `aclose` (or dropping out of `async for` and closing)
+    cancels what still runs.
+    """
+
+    def __init__(self, engine: Engine, request: GenerationRequest) -> None:
+        self.request = request
+        self.sequences: list[int] = []  # engine ids, by index
+        self._engine = engine
+        self._pending: dict[int, Delta] = {}
+        self._unfinished = set(range(request.n))
+        self._ready = asyncio.Event()
+
+    def push(self, delta: Delta) -> None:
+        waiting = self._pending.get(delta.index)
+        if waiting is None:
+            self._pending[delta.index] = delta
+        else:
+            waiting.tokens += delta.tokens
+            if delta.logprobs:
+                waiting.logprobs = waiting.logprobs + delta.logprobs
+            if delta.prompt_logprobs:
+                waiting.prompt_logprobs = waiting.prompt_logprobs + delta.prompt_logprobs
+            waiting.finish_reason = delta.finish_reason
+            waiting.stop_token = delta.stop_token
+            waiting.error = delta.error
+        if delta.finish_reason is not None:
+            self._unfinished.discard(delta.index)
+        self._ready.set()
+
+    async def __anext__(self) -> list[Delta]:
+        if not self._pending:
+            if not self._unfinished:
+                raise StopAsyncIteration
+            self._ready.clear()
+            await self._ready.wait()
+        deltas = list(self._pending.values())
+        self._pending.clear()
+        return deltas
+
+    async def aclose(self) -> None:
+        await self._engine.cancel(self.request.request_id)
+
+
+class Engine:
+    """In-flight batching over one replica's shards. All methods belong to one event loop."""
+
+    def __init__(
+        self,
+        link: ShardLink,
+        scheduler: Scheduler,
+        *,
+        observer: EngineObserver | None = None,
+        depth: int = 1,
+    ) -> None:
+        """`depth` is how many steps may be on their way to the shard at once: 2 schedules step
+        n+1 while step n runs."""
+        self.info: ShardInfo = link.info
+        self.scheduler = scheduler
+        self.failure: str | None = None
+        self._link = link
+        self._observer: EngineObserver = observer or SilentObserver()
+        self._depth = depth
+        self._tracked: dict[int, _Tracked] = {}
+        self._streams: dict[str, TokenStream] = {}
+        self._next_sequence = 0
+        self._wake = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        self._task = asyncio.create_task(self._run(), name="engine")
+
+    async def close(self) -> None:
+        """Stop stepping; requests that still run end with finish reason "abort"."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+            self._task = None
+        self._end_all("abort", "the engine was closed")
+        await self._link.close()
+
+    def generate(self, request: GenerationRequest) -> TokenStream:
+        """Admit a request; its tokens arrive on the stream.
+
+        Raises RequestRefused (it can never fit), QueueFull, or EngineFailed.
+        """
+        if self.failure is not None:
+            raise EngineFailed(self.failure)
+        if request.request_id in self._streams:
+            raise ValueError(f"request id {request.request_id!r} is already running")
+        stream = TokenStream(self, request)
+        now = time.perf_counter()
+        try:
+            for index in range(request.n):
+                seq = self._next_sequence
+                self._next_sequence += 1
+                sampling = request.sampling
+                if index:
+                    sampling = msgspec.structs.replace(sampling, seed=sampling.seed + index)
+                self.scheduler.add(Sequence(seq, request, sampling))
+                stream.sequences.append(seq)
+                self._tracked[seq] = _Tracked(stream, index, now)
+        except ValueError:
+            # All or nothing: siblings that were taken leave again.
+            for seq in stream.sequences:
+                self.scheduler.cancel(seq)
+                del self._tracked[seq]
+            raise
+        self._streams[request.request_id] = stream
+        self._wake.set()
+        return stream
+
+    async def cancel(self, request_id: str, index: int | None = None) -> None:
+        """End a request, or one of its sequences, now. Unknown or finished ones are ignored."""
+        stream = self._streams.get(request_id)
+        if stream is None:
+            return
+        for seq in stream.sequences if index is None else [stream.sequences[index]]:
+            tracked = self._tracked.get(seq)
+            if tracked is not None:
+                self.scheduler.cancel(seq)
+                self._finish(seq, tracked, Delta(tracked.index, [], finish_reason="abort"))
+        self._wake.set()  # the shard hears of it in the next plan
+
+    async def _run(self) -> None:
+        in_flight = 0
+        try:
+            while True:
+                while in_flight < self._depth:
+                    plan = self.scheduler.schedule()
+                    if plan is None:
+                        break
+                    self._link.send(plan)
+                    in_flight += 1
+                if in_flight == 0:
+                    self._wake.clear()
+                    await self._wake.wait()
+                    continue
+                result = await self._link.receive()
+                in_flight -= 1
+                now = time.perf_counter()
+                progress = self.scheduler.update(result)
+                self._observer.step(len(result.seqs), len(result.tokens), result.seconds)
+                for item in progress:
+                    self._advance(item, now)
+        except ShardError as error:
+            self._fail(f"the shard failed: {error}")
+        except asyncio.CancelledError:
+            raise
+        except Exception as error:
+            logger.exception("the engine's loop failed")
+            self._fail(f"the engine's loop failed: {type(error).__name__}: {error}")
+
+    def _advance(self, item: Progress, now: float) -> None:
+        raise NotImplementedError
+
+    def _finish(self, seq: int, tracked: _Tracked, delta: Delta) -> None:
+        del self._tracked[seq]
+        stream = tracked.stream
+        stream.push(delta)
+        if not any(other in self._tracked for other in stream.sequences):
+            self._streams.pop(stream.request.request_id, None)
+        assert delta.finish_reason is not None
+        self._observer.finished(
+            delta.finish_reason,
+            len(stream.request.prompt),
+            tracked.generated,
+            time.perf_counter() - tracked.arrival,
+        )
+
+    def _fail(self, reason: str) -> None:
+        self.failure = reason
+        logger.error("%s", reason)
+        self._end_all("error", reason)
+
+    def _end_all(self, finish: FinishReason, reason: str) -> None:
+        for seq, tracked in list(self._tracked.items()):
+            self._finish(seq, tracked, Delta(tracked.index, [], finish_reason=finish, error=reason))

@@ -1,0 +1,174 @@
+"""LLM: a model in this process, without Ray Serve. The engine is the same one that serves.
+
+    from tensorray.cluster.llm import LLM, SamplingParams
+
+    llm = LLM("path/or/hub-id")
+    for output in llm.generate(["Once upon a time"], SamplingParams(max_tokens=32)):
+        print(output.outputs[0].text)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import queue
+import threading
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from typing import Any, TypeVar
+
+from tensorray.actors.link import LocalLink
+from tensorray.actors.shard_actor import load_executor
+from tensorray.cluster.config import EngineConfig
+from tensorray.cluster.engine import Engine
+from tensorray.cluster.frontend import Frontend, PreparedRequest
+from tensorray.cluster.outputs import RequestOutput, RequestOutputDelta
+from tensorray.cluster.sampling_params import SamplingParams
+
+__all__ = ["LLM", "SamplingParams"]
+
+T = TypeVar("T")
+Prompt = str | list[int]
+
+
+class LLM:
+    """One engine on one thread of its own; `generate`, `chat` and `stream` may be called from any.
+
+    Keyword arguments are EngineConfig's fields. Raises pydantic's ValidationError for a bad
+    setting and the loader's own errors (CheckpointError, ModelConfigError, KVCacheError) for a
+    model that can't be served. Use as a context manager, or call `close`.
+    """
+
+    def __init__(self, model: str, **settings: Any) -> None:
+        self.config = EngineConfig(model=model, **settings)
+        self.frontend = Frontend.load(self.config)
+        executor = load_executor(self.config.shard())
+        self.info = executor.info
+        self.engine = Engine(
+            LocalLink(executor, inline=True), self.config.scheduler(executor.info)
+        )
+        self._ids = itertools.count()
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="llm", daemon=True)
+        self._thread.start()
+        self._run(self.engine.start())
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        on_finished: Callable[[RequestOutput], None] | None = None,
+    ) -> list[RequestOutput]:
+        """Complete prompts (text, or token ids) in one batch; outputs in the prompts' order.
+
+        `sampling_params` is one for all or one a prompt; without it the model's own defaults.
+        `on_finished` is called, on the engine's thread, as each prompt finishes. Raises
+        BadRequest for a prompt or parameter the model can't take, before anything runs.
+        """
+        listed: list[Prompt] = (
+            [prompts] if isinstance(prompts, str) or _is_tokens(prompts) else list(prompts)  # type: ignore[list-item]
+        )
+        if sampling_params is None or isinstance(sampling_params, SamplingParams):
+            each = [sampling_params or self.frontend.params()] * len(listed)
+        else:
+            each = list(sampling_params)
+            if len(each) != len(listed):
+                raise ValueError(f"{len(listed)} prompts but {len(each)} sampling_params")
+        prepared = [
+            self.frontend.request(prompt, params, request_id=self._next_id())
+            for prompt, params in zip(listed, each, strict=True)
+        ]
+        return self._run(self._collect(prepared, on_finished))
+
+    def chat(
+        self,
+        messages: list[dict[str, Any]] | Sequence[list[dict[str, Any]]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        on_finished: Callable[[RequestOutput], None] | None = None,
+        **template_arguments: Any,
+    ) -> list[RequestOutput]:
+        """Answer one conversation, or several in one batch, through the model's chat template."""
+        conversations: list[list[dict[str, Any]]] = (
+            [messages] if messages and isinstance(messages[0], dict) else list(messages)  # type: ignore[list-item,arg-type]
+        )
+        prompts = [self.frontend.chat(each, **template_arguments) for each in conversations]
+        return self.generate(prompts, sampling_params, on_finished=on_finished)
+
+    def stream(
+        self, prompt: Prompt, sampling_params: SamplingParams | None = None
+    ) -> Iterator[RequestOutputDelta]:
+        """Complete one prompt, as it comes. Leaving the iterator early cancels the request."""
+        prepared = self.frontend.request(
+            prompt, sampling_params or self.frontend.params(), request_id=self._next_id()
+        )
+        items: queue.SimpleQueue[RequestOutputDelta | BaseException | None] = queue.SimpleQueue()
+
+        async def pump() -> None:
+            try:
+                async for delta in self.frontend.stream(self.engine, prepared):
+                    items.put(delta)
+                items.put(None)
+            except BaseException as error:
+                items.put(error)
+                raise
+
+        future = asyncio.run_coroutine_threadsafe(pump(), self._loop)
+        try:
+            while (item := items.get()) is not None:
+                if isinstance(item, BaseException):
+                    raise item
+                yield item
+        finally:
+            future.cancel()
+
+    def close(self) -> None:
+        """Stop the engine and its thread. Idempotent."""
+        if self._loop.is_closed():
+            return
+        self._run(self.engine.close())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    async def _collect(
+        self,
+        prepared: list[PreparedRequest],
+        on_finished: Callable[[RequestOutput], None] | None,
+    ) -> list[RequestOutput]:
+        async def one(each: PreparedRequest) -> RequestOutput:
+            output = await self.frontend.collect(self.engine, each)
+            if on_finished is not None:
+                on_finished(output)
+            return output
+
+        tasks = [asyncio.ensure_future(one(each)) for each in prepared]
+        try:
+            return list(await asyncio.gather(*tasks))
+        except BaseException:
+            # One failed or the caller left: the others must not run on unseen.
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            raise
+
+    def _next_id(self) -> str:
+        return f"llm-{next(self._ids)}"
+
+    def _run(self, work: Coroutine[Any, Any, T]) -> T:
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()  # Ctrl-C in the caller's thread stops the work too
+            raise
+
+
+def _is_tokens(prompts: Prompt | Sequence[Prompt]) -> bool:
+    return bool(prompts) and isinstance(prompts[0], int)
