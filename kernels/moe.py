@@ -1,0 +1,43 @@
+"""Mixture of experts: choose experts by row, run each expert once over the rows that chose it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from tensorray.kernels.activation import silu
+from tensorray.kernels.linear import linear
+
+
+def route(logits: Any, top_k: int, renormalize: bool) -> tuple[Any, Any]:
+    """Top-k expert choice (Shazeer et al., arXiv 1701.06538).
+
+    logits `[T, experts]` -> weights float32 `[T, top_k]`, ids int32 `[T, top_k]`, the likeliest
+    first and ties to the lower id. Weights are softmax probabilities over all experts; with
+    `renormalize` the chosen ones are scaled to sum to one.
+    """
+    logits = logits.astype(np.float32, copy=False)
+    ids = np.argsort(-logits, axis=-1, kind="stable")[:, :top_k]
+    weights = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    total = weights.sum(axis=-1, keepdims=True)
+    weights = np.take_along_axis(weights, ids, axis=-1)
+    weights /= weights.sum(axis=-1, keepdims=True) if renormalize else total
+    return weights, ids.astype(np.int32)
+
+
+def experts(x: Any, weights: Any, ids: Any, gate_up: Any, down: Any) -> Any:
+    """Gated-SiLU experts: the weighted sum of each token's chosen experts (arXiv 2401.04088).
+
+    x `[T, hidden]`; weights and ids `[T, k]` as `route` gives them; gate_up
+    `[experts, 2 * inner, hidden]`, gate rows first; down `[experts, hidden, inner]` -> new
+    `[T, hidden]`. A token's experts are summed in the order of their ids.
+    """
+    inner = down.shape[2]
+    out = np.zeros_like(x)
+    for expert in np.unique(ids):
+        rows, choice = np.nonzero(ids == expert)
+        hidden = linear(x[rows], gate_up[expert])
+        hidden = silu(hidden[:, :inner]) * hidden[:, inner:]
+        out[rows] += weights[rows, choice, None] * linear(hidden, down[expert])
+    return out
