@@ -1,0 +1,261 @@
+"""Per-sequence sampling state on a shard: logits in, tokens out, one call a step."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tensorray.actors.protocol import Logprobs, SequenceStart
+from tensorray.kernels import sampling as kernels
+from tensorray.kernels.philox import uniform
+
+_SEED_MASK = 2**64 - 1
+_DRAWS_AHEAD = 64  # draws computed at once: a Philox call costs the same for 1 and for 64
+
+
+class SamplingError(ValueError):
+    """A row of logits from which no token can be chosen; the message says why."""
+
+
+class Sampler:
+    """Chooses the next token of every sequence it was told about.
+
+    A sequence's choice depends on its own logits, its own tokens and its own seed: never on its
+    batch mates, on their order, or on a preemption in between.
+    """
+
+    def __init__(self, vocab_size: int) -> None:
+        self.vocab_size = vocab_size
+        self._sequences: dict[int, _Sequence] = {}
+
+    def start(self, start: SequenceStart) -> None:
+        """A sequence enters, or re-enters: `start.tokens` after the prompt count as its output."""
+        self._sequences[start.seq] = _Sequence(start)
+
+    def end(self, seq: int) -> None:
+        """Forgets a sequence; one that is not known is fine."""
+        self._sequences.pop(seq, None)
+
+    def sample(
+        self, seqs: Sequence[int], logits: NDArray[np.float32]
+    ) -> tuple[list[int], dict[int, Logprobs], dict[int, str]]:
+        """One token for each of R distinct sequences, from float32 logits [R, vocab].
+
+        Returns the tokens in the order of `seqs`; log-probabilities of those that asked; and, with
+        the reason, those for which no token could be chosen: their token is -1 and their state
+        as it was. `logits` are left as they are. Raises KeyError for an unknown sequence.
+        """
+        self._check(logits, len(seqs))
+        states = [self._sequences[seq] for seq in seqs]
+        if not states:
+            return [], {}, {}
+        tokens: list[int]
+        logprobs: dict[int, Logprobs] = {}
+        failed: dict[int, str] = {}
+        if all(state.plain for state in states):
+            chosen, best = kernels.greedy(logits)
+            if np.isfinite(best).all():
+                tokens = chosen.tolist()
+                for state in states:
+                    state.outputs += 1
+                return tokens, logprobs, failed
+        tokens = []
+        for seq, state, row in zip(seqs, states, logits, strict=True):
+            try:
+                token = state.choose(row)
+                if state.sampling.logprobs is not None:
+                    logprobs[seq] = _logprobs(row, token, state.sampling.logprobs)
+            except SamplingError as error:
+                token = -1
+                failed[seq] = str(error)
+            else:
+                state.append(token)
+            tokens.append(token)
+        return tokens, logprobs, failed
+
+    def prompt_logprobs(
+        self, tokens: Sequence[int], logits: NDArray[np.float32], top: int
+    ) -> list[Logprobs]:
+        """How likely the prompt was: row i of float32 logits [R, vocab] scores `tokens[i]`.
+
+        So `tokens[i]` is the prompt token that follows the one row i was computed at. `top` best
+        tokens are reported a row, -1 for the whole vocabulary. Raises SamplingError for logits
+        that hold NaN or infinity.
+        """
+        self._check(logits, len(tokens))
+        scores = []
+        for token, row in zip(tokens, logits, strict=True):
+            _check_best(row.max())
+            scores.append(_logprobs(row, token, top))
+        return scores
+
+    def _check(self, logits: NDArray[np.float32], rows: int) -> None:
+        if logits.shape != (rows, self.vocab_size) or logits.dtype != np.float32:
+            raise ValueError(
+                f"logits are {logits.dtype} {list(logits.shape)}, "
+                f"not float32 {[rows, self.vocab_size]}"
+            )
+
+
+class _Sequence:
+    """One sequence: what it asked for, as arrays, and what its own tokens contribute."""
+
+    def __init__(self, start: SequenceStart) -> None:
+        sampling = self.sampling = start.sampling
+        self.outputs = len(start.tokens) - start.prompt_len  # generated so far
+        self._draws: list[float] = []  # of the coming positions, the next one last
+        self._bias_tokens = np.array(list(sampling.logit_bias), np.int64)
+        self._bias = np.array(list(sampling.logit_bias.values()), np.float32)
+        allowed = sampling.allowed_token_ids
+        self._allowed = None if allowed is None else np.array(allowed, np.int64)
+        self._banned = np.array(sampling.banned_token_ids, np.int64)
+        self._stops = np.array(sampling.stop_token_ids, np.int64)
+        self._min_tokens = sampling.min_tokens if sampling.stop_token_ids else 0
+        self._seen = _seen_tokens(start)
+        self._always_edits = (
+            len(self._bias) > 0
+            or self._allowed is not None
+            or len(self._banned) > 0
+            or self._seen is not None
+        )
+        self.plain = self._is_plain()
+
+    def choose(self, row: NDArray[np.float32]) -> int:
+        """The next token, from float32 logits [vocab], which stay as they are."""
+        _check_best(row.max())
+        if self._edits():
+            row = self._edited(row)
+        if self.sampling.temperature == 0:
+            return int(row.argmax())
+        return kernels.draw(
+            row,
+            self._uniform(),
+            self.sampling.temperature,
+            self.sampling.top_k,
+            self.sampling.top_p,
+            self.sampling.min_p,
+        )
+
+    def append(self, token: int) -> None:
+        """The chosen token becomes the sequence's last one."""
+        self.outputs += 1
+        if self._draws:
+            self._draws.pop()
+        if self._seen is not None:
+            self._seen.add(token)
+        if self.outputs == self._min_tokens:
+            self.plain = self._is_plain()
+
+    def _is_plain(self) -> bool:
+        """Whether the next token is just the row's best one."""
+        greedy = self.sampling.temperature == 0 and self.sampling.logprobs is None
+        return greedy and not self._edits()
+
+    def _edits(self) -> bool:
+        return self._always_edits or self.outputs < self._min_tokens
+
+    def _edited(self, row: NDArray[np.float32]) -> NDArray[np.float32]:
+        row = row.copy()
+        if len(self._bias):
+            kernels.add_bias(row, self._bias_tokens, self._bias)
+        if self._allowed is not None:
+            kernels.keep_only(row, self._allowed)
+        kernels.ban(row, self._banned)
+        if self.outputs < self._min_tokens:
+            kernels.ban(row, self._stops)
+        if self._seen is not None:
+            kernels.penalize(
+                row,
+                self._seen.tokens,
+                self._seen.generated,
+                self.sampling.repetition_penalty,
+                self.sampling.frequency_penalty,
+                self.sampling.presence_penalty,
+            )
+        best = row.max()
+        if best == -np.inf:
+            raise SamplingError(
+                "no token is left to choose: allowed_token_ids, banned_token_ids and min_tokens "
+                "together exclude every one"
+            )
+        if not np.isfinite(best):
+            raise SamplingError(
+                "penalties drove a logit beyond float32: bring repetition_penalty "
+                f"({self.sampling.repetition_penalty}) closer to 1"
+            )
+        return row
+
+    def _uniform(self) -> float:
+        if not self._draws:
+            positions = range(self.outputs, self.outputs + _DRAWS_AHEAD)
+            seeds = [self.sampling.seed & _SEED_MASK] * _DRAWS_AHEAD
+            self._draws = uniform(seeds, positions)[::-1].tolist()
+        return self._draws[-1]
+
+
+class _SeenTokens:
+    """The distinct tokens of a sequence and how often each was generated.
+
+    Arrays with room to grow: a step costs one update however long the sequence is, and dense counts
+    would take a vocabulary's worth of memory a sequence.
+    """
+
+    def __init__(self, prompt: Sequence[int], outputs: Sequence[int]) -> None:
+        distinct = list(dict.fromkeys([*prompt, *outputs]))
+        self._index = {token: i for i, token in enumerate(distinct)}
+        self._tokens = np.array(distinct, np.int64)
+        counts = Counter(outputs)
+        self._generated = np.array([counts[token] for token in distinct], np.int64)
+
+    def add(self, token: int) -> None:
+        """`token` was generated once more."""
+        index = self._index.setdefault(token, len(self._index))
+        if index == len(self._tokens):
+            room = np.zeros(max(index, 64), np.int64)
+            self._tokens = np.concatenate([self._tokens, room])
+            self._generated = np.concatenate([self._generated, room])
+        self._tokens[index] = token
+        self._generated[index] += 1
+
+    @property
+    def tokens(self) -> NDArray[np.int64]:
+        return self._tokens[: len(self._index)]
+
+    @property
+    def generated(self) -> NDArray[np.int64]:
+        return self._generated[: len(self._index)]
+
+
+def _seen_tokens(start: SequenceStart) -> _SeenTokens | None:
+    """What the penalties need to know; only the repetition penalty looks at the prompt."""
+    sampling = start.sampling
+    prompt, outputs = start.tokens[: start.prompt_len], start.tokens[start.prompt_len :]
+    if sampling.repetition_penalty != 1.0:
+        return _SeenTokens(prompt, outputs)
+    if sampling.frequency_penalty != 0.0 or sampling.presence_penalty != 0.0:
+        return _SeenTokens([], outputs)
+    return None
+
+
+def _check_best(best: np.float32) -> None:
+    """Refuses a row by its largest logit: NaN if any is, +inf if any is, -inf if all are."""
+    if not np.isfinite(best):
+        raise SamplingError(
+            "the model put every token at probability zero (all logits are -inf)"
+            if best == -np.inf
+            else "the model's logits hold NaN or infinity"
+        )
+
+
+def _logprobs(row: NDArray[np.float32], token: int, top: int) -> Logprobs:
+    scored = kernels.score(row, token, top)
+    return Logprobs(
+        token=token,
+        logprob=scored.logprob,
+        rank=scored.rank,
+        top_tokens=scored.top_tokens,
+        top_logprobs=scored.top_logprobs,
+    )
