@@ -26,33 +26,72 @@ class SamplingParams(BaseModel):
 
     model_config = ConfigDict(extra="forbid", validate_assignment=True)
 
-    n: int = Field(1, ge=1, le=128)
-    best_of: int | None = Field(None, ge=1, le=128)
-    temperature: FiniteFloat = Field(1.0, ge=0.0, le=100.0)
-    top_k: int = Field(0, ge=-1)
-    top_p: FiniteFloat = Field(1.0, gt=0.0, le=1.0)
-    min_p: FiniteFloat = Field(0.0, ge=0.0, le=1.0)
-    repetition_penalty: FiniteFloat = Field(1.0, gt=0.0, le=100.0)
-    presence_penalty: FiniteFloat = Field(0.0, ge=-2.0, le=2.0)
-    frequency_penalty: FiniteFloat = Field(0.0, ge=-2.0, le=2.0)
+    n: int = Field(1, ge=1, le=128, description="Sequences to return for the prompt")
+    best_of: int | None = Field(
+        None,
+        ge=1,
+        le=128,
+        description="Sequences to draw, of which the n most likely are returned [default: n]",
+    )
+    temperature: FiniteFloat = Field(
+        1.0, ge=0.0, le=100.0, description="Sharpness of the draw; 0: the most likely token"
+    )
+    top_k: int = Field(0, ge=-1, description="Draw from the k most likely tokens; 0: from all")
+    top_p: FiniteFloat = Field(
+        1.0,
+        gt=0.0,
+        le=1.0,
+        description="Draw from the likeliest tokens that make up this probability",
+    )
+    min_p: FiniteFloat = Field(
+        0.0,
+        ge=0.0,
+        le=1.0,
+        description="Draw from tokens at least this likely, relative to the likeliest",
+    )
+    repetition_penalty: FiniteFloat = Field(
+        1.0, gt=0.0, le=100.0, description="Above 1: against tokens of prompt and output so far"
+    )
+    presence_penalty: FiniteFloat = Field(
+        0.0, ge=-2.0, le=2.0, description="Against tokens of the output so far, once"
+    )
+    frequency_penalty: FiniteFloat = Field(
+        0.0, ge=-2.0, le=2.0, description="Against tokens of the output so far, per occurrence"
+    )
     logit_bias: dict[int, Annotated[float, Field(ge=-100.0, le=100.0, allow_inf_nan=False)]] = (
-        Field(default_factory=dict, max_length=1024)
+        Field(
+            default_factory=dict,
+            max_length=1024,
+            description="Added to the logits: token id to bias, -100 to 100",
+        )
     )
-    allowed_token_ids: list[int] | None = Field(None, min_length=1)
-    banned_token_ids: list[int] = Field(default_factory=list)
-    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    max_tokens: int | None = Field(None, ge=1)
-    min_tokens: int = Field(0, ge=0)
+    allowed_token_ids: list[int] | None = Field(
+        None, min_length=1, description="Only these tokens may be chosen"
+    )
+    banned_token_ids: list[int] = Field(
+        default_factory=list, description="These tokens are never chosen"
+    )
+    seed: int | None = Field(
+        None, ge=-(2**63), lt=2**63, description="Same seed, same tokens, whatever else runs"
+    )
+    max_tokens: int | None = Field(None, ge=1, description="Tokens to generate at most")
+    min_tokens: int = Field(0, ge=0, description="Tokens to generate before it may stop")
     stop: Annotated[list[Annotated[str, Field(min_length=1)]], BeforeValidator(_as_list)] = Field(
-        default_factory=list, max_length=16
+        default_factory=list, max_length=16, description="Text that ends the output"
     )
-    stop_token_ids: list[int] = Field(default_factory=list)
-    include_stop_str_in_output: bool = False
-    ignore_eos: bool = False
-    logprobs: int | None = Field(None, ge=-1)
-    prompt_logprobs: int | None = Field(None, ge=-1)
-    skip_special_tokens: bool = True
-    detokenize: bool = True
+    stop_token_ids: list[int] = Field(
+        default_factory=list, description="Tokens that end the output"
+    )
+    include_stop_str_in_output: bool = Field(False, description="Keep the stop text in the output")
+    ignore_eos: bool = Field(False, description="Go on past the end-of-sequence token")
+    logprobs: int | None = Field(
+        None,
+        ge=-1,
+        description="Log-probability of each token and of this many alternatives; -1: all",
+    )
+    prompt_logprobs: int | None = Field(None, ge=-1, description="The same for the prompt's tokens")
+    skip_special_tokens: bool = Field(True, description="Leave special tokens out of the text")
+    detokenize: bool = Field(True, description="Turn tokens into text")
 
     @model_validator(mode="after")
     def _consistent(self) -> SamplingParams:
@@ -81,7 +120,9 @@ class SamplingParams(BaseModel):
                         f"{field} names token {token}; this model's tokens are 0 to "
                         f"{vocab_size - 1}"
                     )
-        stop = list(dict.fromkeys([*self.stop_token_ids, *([] if self.ignore_eos else eos_token_ids)]))
+        stop = list(
+            dict.fromkeys([*self.stop_token_ids, *([] if self.ignore_eos else eos_token_ids)])
+        )
         best_of = self.best_of or self.n
         return Sampling(
             temperature=self.temperature,

@@ -1,0 +1,288 @@
+"""The `tensorray` command. Each command's work is in a module of its own, imported when it runs,
+so that `--help` and mistakes on the command line answer at once."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator
+from typing import Annotated, Any
+
+import typer
+from pydantic import BaseModel, ValidationError
+
+from tensorray.cluster.config import EngineConfig
+from tensorray.cluster.flags import Given, UsageError, explain, with_flags
+from tensorray.cluster.sampling_params import SamplingParams
+
+app = typer.Typer(
+    name="tensorray",
+    help="Serve large language models on a Ray cluster.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # its panels cut long flags off
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+bench = typer.Typer(help="Measure a model in this process, or a server.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
+
+ConfigFile = Annotated[
+    str | None,
+    typer.Option("--config", metavar="FILE", help="YAML file of settings; flags win over it."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Log everything; show tracebacks.")]
+InputLen = Annotated[str, typer.Option(metavar="N|LOW:HIGH", help="Tokens of a random prompt.")]
+OutputLen = Annotated[str, typer.Option(metavar="N|LOW:HIGH", help="Tokens to generate.")]
+Dataset = Annotated[
+    str | None,
+    typer.Option(metavar="FILE", help="Prompts as JSON lines, instead of random ones."),
+]
+
+
+def main() -> None:
+    """Run the command line; exit status 0, 1 for a failure, 2 for a mistake of the user's."""
+    try:
+        app()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of stdout left, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # nor may the flush at exit fail
+        sys.exit(1)
+
+
+def command(
+    group: typer.Typer, name: str | None = None, **models: type[BaseModel]
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Add a command: `models` become flags (see `with_flags`), errors become one message."""
+
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        flagged = with_flags(**models)(function)
+
+        @functools.wraps(flagged)
+        def call(*, debug: bool, **values: Any) -> None:
+            logging.basicConfig(
+                level=logging.DEBUG if debug else logging.WARNING,
+                format="%(levelname)s %(name)s: %(message)s",
+                stream=sys.stderr,
+            )
+            with reported(debug):
+                flagged(**values)
+
+        signature = inspect.signature(flagged)
+        option = inspect.Parameter(
+            "debug", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Debug
+        )
+        call.__signature__ = signature.replace(  # type: ignore[attr-defined]
+            parameters=[*signature.parameters.values(), option]
+        )
+        call.__annotations__["debug"] = Debug
+        group.command(name or function.__name__)(call)
+        return call
+
+    return decorate
+
+
+@contextlib.contextmanager
+def reported(debug: bool) -> Iterator[None]:
+    """Print an error as one message and exit: 2 for what the user can correct, else 1."""
+    try:
+        yield
+    except (KeyboardInterrupt, BrokenPipeError):
+        raise
+    except Exception as error:
+        if debug:
+            raise
+        if isinstance(error, ValidationError):
+            message = explain(error)
+        else:
+            message = str(error) or type(error).__name__
+        typer.echo(f"Error: {message}", err=True)
+        # Checkpoints, configs and requests that can't be served are ValueErrors.
+        mistake = isinstance(error, ValueError | FileNotFoundError | IsADirectoryError)
+        sys.exit(2 if mistake else 1)
+
+
+def engine_config(given: Given, config_file: str | None) -> EngineConfig:
+    if config_file is not None:
+        return EngineConfig.from_yaml(config_file, **given)
+    if "model" not in given:
+        raise UsageError("which model? Give --model: a GGUF file, a directory, or a Hub id")
+    return EngineConfig(**given)
+
+
+@command(app, config=EngineConfig)
+def serve(
+    config: Given,
+    path: Annotated[str | None, typer.Argument(metavar="[MODEL]", help="Same as --model.")] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on.")] = 8000,
+    config_file: ConfigFile = None,
+) -> None:
+    """Serve a model with the OpenAI API on Ray Serve, until Ctrl-C."""
+    if path is not None:
+        if "model" in config:
+            raise UsageError("the model is given twice: as an argument and as --model")
+        config["model"] = path
+    engine = engine_config(config, config_file)
+
+    from tensorray.cluster import app as serving
+
+    serving.run(engine, host, port, blocking=True)
+
+
+@command(app, sampling=SamplingParams, config=EngineConfig)
+def generate(
+    sampling: Given,
+    config: Given,
+    prompt: Annotated[str | None, typer.Option(help="Text to complete.")] = None,
+    prompts_file: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help='JSON lines, each {"prompt": ...} or {"prompt_token_ids": [...]}, as one batch.',
+        ),
+    ] = None,
+    as_json: AsJson = False,
+    config_file: ConfigFile = None,
+) -> None:
+    """Complete a prompt, or a file of prompts in one batch, in this process."""
+    if (prompt is None) == (prompts_file is None):
+        raise UsageError("give either --prompt or --prompts-file")
+    params = SamplingParams(**sampling)
+    engine = engine_config(config, config_file)
+
+    from tensorray.cluster import generate as batch
+
+    batch.run(engine, params, prompt, prompts_file, as_json=as_json)
+
+
+@command(bench, config=EngineConfig)
+def latency(
+    config: Given,
+    input_len: InputLen = "128",
+    output_len: OutputLen = "128",
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts at once.")] = 1,
+    iterations: Annotated[int, typer.Option(min=1, help="Measured runs, after one more.")] = 5,
+    as_json: AsJson = False,
+    config_file: ConfigFile = None,
+) -> None:
+    """How long one batch takes, start to end, in this process."""
+    engine = engine_config(config, config_file)
+
+    from tensorray.cluster import bench as offline
+
+    offline.latency(
+        engine,
+        offline.length_range(input_len),
+        offline.length_range(output_len),
+        batch_size=batch_size,
+        iterations=iterations,
+        as_json=as_json,
+    )
+
+
+@command(bench, config=EngineConfig)
+def throughput(
+    config: Given,
+    input_len: InputLen = "100:1024",
+    output_len: OutputLen = "100:1024",
+    num_prompts: Annotated[int, typer.Option(min=1, help="Random prompts.")] = 64,
+    dataset: Dataset = None,
+    as_json: AsJson = False,
+    config_file: ConfigFile = None,
+) -> None:
+    """How many tokens a second come out with everything sent at once, in this process."""
+    engine = engine_config(config, config_file)
+
+    from tensorray.cluster import bench as offline
+
+    offline.throughput(
+        engine,
+        offline.workload(dataset, num_prompts, input_len, output_len, engine.seed or 0),
+        as_json=as_json,
+    )
+
+
+@command(bench, name="serve")
+def bench_serve(
+    url: Annotated[str, typer.Option(help="The server, without /v1.")] = "http://127.0.0.1:8000",
+    model: Annotated[str | None, typer.Option(help="Default: the first it serves.")] = None,
+    request_rate: Annotated[
+        float | None,
+        typer.Option(help="Requests a second, Poisson arrivals. Default: all at once."),
+    ] = None,
+    concurrency: Annotated[
+        int | None, typer.Option(min=1, help="Most requests in flight. Default: no limit.")
+    ] = None,
+    num_prompts: Annotated[int, typer.Option(min=1, help="Random prompts.")] = 64,
+    input_len: InputLen = "128",
+    output_len: OutputLen = "128",
+    dataset: Dataset = None,
+    seed: Annotated[int, typer.Option(help="Of prompts and arrivals.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Load a server and report time to first token, per token, and between tokens."""
+    if request_rate is not None and not request_rate > 0:
+        raise UsageError(f"--request-rate must be above 0 (got {request_rate})")
+
+    from tensorray.cluster import bench as online
+
+    online.server(
+        url.rstrip("/").removesuffix("/v1"),
+        model,
+        online.workload(dataset, num_prompts, input_len, output_len, seed),
+        rate=request_rate,
+        concurrency=concurrency,
+        seed=seed,
+        as_json=as_json,
+    )
+
+
+@command(app)
+def models(
+    path: Annotated[
+        str | None, typer.Argument(metavar="[MODEL]", help="A GGUF file, directory or Hub id.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the architectures there are definitions for, or say what one model resolves to."""
+    from tensorray.cluster import models as listing
+
+    listing.run(path, as_json=as_json)
+
+
+@command(app)
+def doctor(as_json: AsJson = False) -> None:
+    """Say what this machine can run, and what of that has been tested."""
+    from tensorray.cluster import doctor as checks
+
+    checks.run(as_json=as_json)
+
+
+@command(app)
+def demo(
+    port: Annotated[int, typer.Option(help="Port on 127.0.0.1.")] = 8000,
+    once: Annotated[bool, typer.Option("--once", help="Stop after the answer.")] = False,
+    prompt: Annotated[str, typer.Option(help="What to complete.")] = "Once upon a time",
+    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate.")] = 128,
+    model_path: Annotated[
+        bool, typer.Option("--model-path", help="Print where the demo model is, and stop.")
+    ] = False,
+) -> None:
+    """Serve Gemma 3 270M on this machine and stream one completion to the terminal."""
+    from tensorray.cluster import demo as show
+
+    if model_path:
+        typer.echo(show.model_path())
+    else:
+        show.run(port, once=once, prompt=prompt, max_tokens=max_tokens)
+
+
+if __name__ == "__main__":
+    main()
