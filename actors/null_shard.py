@@ -13,7 +13,6 @@ from tensorray.actors.kv_cache import plan_groups
 from tensorray.actors.protocol import (
     KVGroups,
     Logprobs,
-    PromptLogprobs,
     SequenceStart,
     ShardInfo,
     StepPlan,
@@ -80,7 +79,7 @@ class NullShard:
         seqs: list[int] = []
         tokens: list[int] = []
         logprobs: dict[int, Logprobs] = {}
-        prompt_logprobs: dict[int, PromptLogprobs] = {}
+        prompt_logprobs: dict[int, list[Logprobs]] = {}
         vocab = self.info.vocab_size
         for seq, count in zip(plan.seqs, plan.counts, strict=True):
             state = self._states[seq]
@@ -92,8 +91,7 @@ class NullShard:
             if sampling.prompt_logprobs is not None:
                 last = min(state.computed + count, state.start.prompt_len - 1)
                 scored = state.start.tokens[state.computed + 1 : last + 1]
-                entries = [Logprobs(token, 0.0, 1, [], []) for token in scored]
-                prompt_logprobs[seq] = PromptLogprobs(state.computed + 1, entries)
+                prompt_logprobs[seq] = [Logprobs(token, 0.0, 1, [], []) for token in scored]
             state.computed += count
             if state.computed == state.known:
                 token = (sampling.seed * 31 + state.known * 7919) % vocab

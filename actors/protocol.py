@@ -76,16 +76,6 @@ class Logprobs(msgspec.Struct, frozen=True):
     top_logprobs: list[float]
 
 
-class PromptLogprobs(msgspec.Struct, frozen=True):
-    """Log-probabilities of consecutive prompt tokens, the first at position `first` (>= 1).
-
-    A sequence that was preempted in mid-prompt reports positions again when it re-enters.
-    """
-
-    first: int
-    entries: list[Logprobs]
-
-
 class StepResult(msgspec.Struct, frozen=True, omit_defaults=True):
     """What a step sampled. `seqs[i]` chose `tokens[i]`; sequences in mid-prefill are absent.
 
@@ -97,7 +87,9 @@ class StepResult(msgspec.Struct, frozen=True, omit_defaults=True):
     seqs: list[int]
     tokens: list[int]
     logprobs: dict[int, Logprobs] = {}
-    prompt_logprobs: dict[int, PromptLogprobs] = {}
+    # Of the prompt tokens whose predecessors ran, in order; a sequence that was preempted in
+    # mid-prompt reports them again from the first when it re-enters.
+    prompt_logprobs: dict[int, list[Logprobs]] = {}
     failed: dict[int, str] = {}
     seconds: float = 0.0  # time the step took on the shard
 

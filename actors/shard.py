@@ -19,7 +19,6 @@ from tensorray.actors.kv_cache import KVCache, choose_num_blocks, plan_groups
 from tensorray.actors.memory import available_bytes
 from tensorray.actors.protocol import (
     Logprobs,
-    PromptLogprobs,
     SequenceStart,
     ShardInfo,
     StepPlan,
@@ -290,9 +289,9 @@ class Shard:
 
     def _score_prompts(
         self, batch: Batch, hidden: Any, scored: list[tuple[int, _Prefill, int, int]]
-    ) -> dict[int, PromptLogprobs]:
+    ) -> dict[int, list[Logprobs]]:
         """Log-probabilities of prompt tokens 1.. whose predecessors ran in this step."""
-        found: dict[int, PromptLogprobs] = {}
+        found: dict[int, list[Logprobs]] = {}
         for packed, prefill, begin, count in scored:
             start = prefill.start
             count = min(count, start.prompt_len - 1 - begin)
@@ -305,5 +304,5 @@ class Shard:
                 assert top is not None
                 logits = self._logits(batch, hidden)
                 entries += self._sampler.prompt_logprobs(targets, logits, top)
-            found[start.seq] = PromptLogprobs(begin + 1, entries)
+            found[start.seq] = entries
         return found

@@ -8,6 +8,7 @@ got from the shard through Ray; nothing is unpickled.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hmac
 import logging
 import secrets
@@ -71,10 +72,8 @@ class ShardServer:
         # shutdown(), unlike close(), wakes a thread blocked in accept() or recv().
         for sock in (self._listener, self._connection):
             if sock is not None:
-                try:
+                with contextlib.suppress(OSError):
                     sock.shutdown(socket.SHUT_RDWR)
-                except OSError:
-                    pass
                 sock.close()
         self._thread.join(timeout=10)
         self._executor.close()
@@ -89,7 +88,7 @@ class ShardServer:
             try:
                 with connection:
                     self._serve_router(connection, peer)
-            except (ConnectionError, TimeoutError, OSError) as error:
+            except OSError as error:
                 logger.info("router %s is gone: %s", peer, error)
             finally:
                 self._connection = None
@@ -158,10 +157,8 @@ class TcpLink:
 
     async def close(self) -> None:
         self._writer.close()
-        try:
+        with contextlib.suppress(OSError):
             await self._writer.wait_closed()
-        except OSError:
-            pass
 
 
 async def _open(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import deque
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Protocol
@@ -17,7 +18,7 @@ from typing import Protocol
 import msgspec
 
 from tensorray.actors.link import ShardError, ShardLink
-from tensorray.actors.protocol import ShardInfo
+from tensorray.actors.protocol import ShardInfo, StepPlan
 from tensorray.cluster.request import Delta, FinishReason, GenerationRequest
 from tensorray.cluster.scheduler import Progress, Scheduler
 from tensorray.cluster.sequence import Sequence
@@ -79,9 +80,9 @@ class TokenStream(AsyncIterator[list[Delta]]):
     cancels what still runs.
     """
 
-    def __init__(self, engine: Engine, request: GenerationRequest) -> None:
+    def __init__(self, engine: Engine, request: GenerationRequest, sequences: list[int]) -> None:
         self.request = request
-        self.sequences: list[int] = []  # engine ids, by index
+        self.sequences = sequences  # the engine's ids, by index
         self._engine = engine
         self._pending: dict[int, Delta] = {}
         self._unfinished = set(range(request.n))
@@ -164,24 +165,18 @@ class Engine:
             raise EngineFailed(self.failure)
         if request.request_id in self._streams:
             raise ValueError(f"request id {request.request_id!r} is already running")
-        stream = TokenStream(self, request)
+        sequences = []
+        for index in range(request.n):
+            sampling = request.sampling
+            if index:
+                sampling = msgspec.structs.replace(sampling, seed=sampling.seed + index)
+            sequences.append(Sequence(self._next_sequence + index, request, sampling))
+        self.scheduler.add(*sequences)
+        self._next_sequence += request.n
+        stream = TokenStream(self, request, [sequence.seq for sequence in sequences])
         now = time.perf_counter()
-        try:
-            for index in range(request.n):
-                seq = self._next_sequence
-                self._next_sequence += 1
-                sampling = request.sampling
-                if index:
-                    sampling = msgspec.structs.replace(sampling, seed=sampling.seed + index)
-                self.scheduler.add(Sequence(seq, request, sampling))
-                stream.sequences.append(seq)
-                self._tracked[seq] = _Tracked(stream, index, now)
-        except ValueError:
-            # All or nothing: siblings that were taken leave again.
-            for seq in stream.sequences:
-                self.scheduler.cancel(seq)
-                del self._tracked[seq]
-            raise
+        for index, seq in enumerate(stream.sequences):
+            self._tracked[seq] = _Tracked(stream, index, now)
         self._streams[request.request_id] = stream
         self._wake.set()
         return stream
@@ -199,26 +194,22 @@ class Engine:
         self._wake.set()  # the shard hears of it in the next plan
 
     async def _run(self) -> None:
-        in_flight = 0
+        in_flight: deque[StepPlan] = deque()
         try:
             while True:
-                while in_flight < self._depth:
-                    plan = self.scheduler.schedule()
-                    if plan is None:
-                        break
+                while len(in_flight) < self._depth and (plan := self.scheduler.schedule()):
                     self._link.send(plan)
-                    in_flight += 1
-                if in_flight == 0:
+                    in_flight.append(plan)
+                if not in_flight:
                     self._wake.clear()
                     await self._wake.wait()
                     continue
                 result = await self._link.receive()
-                in_flight -= 1
                 now = time.perf_counter()
-                progress = self.scheduler.update(result)
-                self._observer.step(len(result.seqs), len(result.tokens), result.seconds)
-                for item in progress:
+                plan = in_flight.popleft()
+                for item in self.scheduler.update(result):
                     self._advance(item, now)
+                self._observer.step(len(plan.seqs), sum(plan.counts), result.seconds)
         except ShardError as error:
             self._fail(f"the shard failed: {error}")
         except asyncio.CancelledError:
@@ -228,7 +219,32 @@ class Engine:
             self._fail(f"the engine's loop failed: {type(error).__name__}: {error}")
 
     def _advance(self, item: Progress, now: float) -> None:
-        raise NotImplementedError
+        """Pass on what a step brought one sequence."""
+        seq = item.sequence.seq
+        tracked = self._tracked[seq]
+        delta = Delta(
+            tracked.index,
+            [] if item.token is None else [item.token],
+            finish_reason=item.finish_reason,
+            stop_token=item.stop_token,
+            error=item.error,
+        )
+        if item.logprobs is not None:
+            delta.logprobs = [item.logprobs]
+        if item.prompt_logprobs:
+            delta.prompt_logprobs = list(item.prompt_logprobs)
+        if item.token is not None:
+            if tracked.generated == 0:
+                delta.cached_tokens = item.sequence.cached_tokens
+                self._observer.first_token(now - tracked.arrival)
+            else:
+                self._observer.next_token(now - tracked.last_token)
+            tracked.last_token = now
+            tracked.generated += 1
+        if item.finish_reason is None:
+            tracked.stream.push(delta)
+        else:
+            self._finish(seq, tracked, delta)
 
     def _finish(self, seq: int, tracked: _Tracked, delta: Delta) -> None:
         del self._tracked[seq]

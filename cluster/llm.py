@@ -1,10 +1,10 @@
 """LLM: a model in this process, without Ray Serve. The engine is the same one that serves.
 
-    from tensorray.cluster.llm import LLM, SamplingParams
+from tensorray.cluster.llm import LLM, SamplingParams
 
-    llm = LLM("path/or/hub-id")
-    for output in llm.generate(["Once upon a time"], SamplingParams(max_tokens=32)):
-        print(output.outputs[0].text)
+llm = LLM("path/or/hub-id")
+for output in llm.generate(["Once upon a time"], SamplingParams(max_tokens=32)):
+    print(output.outputs[0].text)
 """
 
 from __future__ import annotations
@@ -43,9 +43,7 @@ class LLM:
         self.frontend = Frontend.load(self.config)
         executor = load_executor(self.config.shard())
         self.info = executor.info
-        self.engine = Engine(
-            LocalLink(executor, inline=True), self.config.scheduler(executor.info)
-        )
+        self.engine = Engine(LocalLink(executor, inline=True), self.config.scheduler(executor.info))
         self._ids = itertools.count()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="llm", daemon=True)

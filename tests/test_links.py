@@ -1,0 +1,107 @@
+"""Links between router and shard: order, failures, and who may connect."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import secrets
+import socket
+
+import pytest
+from tensorray.actors.link import LocalLink, ShardError, ShardLink
+from tensorray.actors.null_shard import NullShard
+from tensorray.actors.protocol import KVGroups, Sampling, SequenceStart, ShardInfo, StepPlan
+from tensorray.actors.tcp_link import ShardServer, TcpLink
+
+INFO = ShardInfo(
+    kv=KVGroups(windows=[None], num_blocks=64, block_size=4),
+    vocab_size=100,
+    max_model_len=64,
+    device="null",
+    weight_bytes=0,
+    kv_cache_bytes=0,
+    load_seconds=0.0,
+)
+
+
+def prefill(step: int, seq: int, tokens: list[int]) -> StepPlan:
+    start = SequenceStart(seq, tokens, len(tokens), 0, [[1]], Sampling(seed=seq))
+    return StepPlan(step=step, seqs=[seq], counts=[len(tokens)], starts=[start])
+
+
+def decode(step: int, seq: int) -> StepPlan:
+    return StepPlan(step=step, seqs=[seq], counts=[1])
+
+
+@pytest.fixture
+def server():
+    server = ShardServer(NullShard(INFO))
+    yield server
+    server.close()
+
+
+@pytest.fixture(params=["inline", "thread", "tcp"])
+async def link(request, server):
+    link: ShardLink
+    if request.param == "tcp":
+        link = await TcpLink.connect(server.endpoint)
+    else:
+        link = LocalLink(NullShard(INFO), inline=request.param == "inline")
+    yield link
+    await link.close()
+
+
+async def test_two_plans_in_flight_come_back_in_order_with_the_same_tokens(link):
+    assert link.info == INFO
+    link.send(prefill(1, 7, [5, 6, 7]))
+    link.send(decode(2, 7))
+    results = [await link.receive(), await link.receive()]
+    assert [result.step for result in results] == [1, 2]
+    alone = NullShard(INFO)
+    expected = [alone.execute(prefill(1, 7, [5, 6, 7])).tokens, alone.execute(decode(2, 7)).tokens]
+    assert [result.tokens for result in results] == expected
+
+
+async def test_a_failing_step_gives_its_own_reason(link):
+    link.send(prefill(1, 7, [5, 6]))
+    await link.receive()
+    link.send(StepPlan(step=2, seqs=[7], counts=[9]))
+    with pytest.raises(ShardError, match="sequence 7: 9 tokens asked, 1 known"):
+        await link.receive()
+
+
+async def test_a_killed_shard_is_noticed(server):
+    link = await TcpLink.connect(server.endpoint)
+    waiting = asyncio.create_task(link.receive())
+    await asyncio.sleep(0)
+    server.close()
+    with pytest.raises(ShardError, match="connection ended"):
+        await asyncio.wait_for(waiting, 5)
+    await link.close()
+
+
+async def test_a_new_router_finds_an_empty_shard(server):
+    first = await TcpLink.connect(server.endpoint)
+    first.send(prefill(1, 7, [5, 6]))
+    await first.receive()
+    await first.close()
+    second = await TcpLink.connect(server.endpoint)
+    second.send(prefill(1, 7, [5, 6]))  # the same id: known still, the shard would refuse it
+    assert (await second.receive()).seqs == [7]
+    await second.close()
+
+
+async def test_a_wrong_secret_is_turned_away_and_the_right_one_still_served(server):
+    forged = dataclasses.replace(server.endpoint, secret=secrets.token_bytes(32))
+    with pytest.raises(ShardError, match="no shard answers"):
+        await TcpLink.connect(forged)
+    link = await TcpLink.connect(server.endpoint)
+    assert link.info == INFO
+    await link.close()
+
+
+async def test_nobody_at_the_address_is_a_shard_error(server):
+    with socket.create_server(("127.0.0.1", 0)) as unused:
+        port = unused.getsockname()[1]
+    with pytest.raises(ShardError, match=str(port)):
+        await TcpLink.connect(dataclasses.replace(server.endpoint, port=port))
