@@ -1,0 +1,166 @@
+"""The array interpreter: runs a definition at once, op by op, on NumPy arrays.
+
+It is the CPU engine, and the oracle for every interpreter that compiles. The math itself lives in
+kernels/; here ops meet the state they need: the step's batch, the paged KV cache, RoPE tables.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from tensorray.builder.ops import Ops, Tensor, kernel, segment
+from tensorray.builder.rope import RopeSpec, table
+from tensorray.kernels import activation, attention, linear, moe, norm, rope
+from tensorray.kernels.batch import Batch
+
+
+@dataclass(frozen=True)
+class LayerKV:
+    """One layer's view of the paged KV cache."""
+
+    k_pages: Any  # [num_blocks, kv_heads, block_size, head_dim]
+    v_pages: Any  # likewise
+    group: int  # which of the batch's block tables and slots are the layer's
+    window: int | None = None  # most recent positions a query sees, itself included; None: all
+
+
+class ArrayOps(Ops):
+    """The op set on arrays of the module `xp`, for one rank: collectives are the identity.
+
+    `kv[layer]` is a layer's cache, by its index in the whole model (a mapping where a shard holds
+    some layers only). Set `batch` to a step's metadata before running a definition; one
+    instance serves step after step and keeps its RoPE tables. `max_positions` bounds those (64 MB
+    a table at 131,072 positions) where sequences never grow to the model's own context length.
+    """
+
+    batch: Batch
+
+    def __init__(
+        self,
+        xp: Any,
+        kv: Sequence[LayerKV] | Mapping[int, LayerKV],
+        max_positions: int | None = None,
+    ) -> None:
+        self.xp = xp
+        self.kv = kv
+        self.max_positions = max_positions
+        self._rope_tables: dict[RopeSpec, Tensor] = {}
+
+    # --- segment ops ---------------------------------------------------------------------
+
+    @segment
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return linear.linear(x, weight, bias)
+
+    @segment
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return norm.rms_norm(x, weight, eps)
+
+    @segment
+    def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+        return norm.layer_norm(x, weight, bias, eps)
+
+    @segment
+    def silu(self, x: Tensor) -> Tensor:
+        return activation.silu(x)
+
+    @segment
+    def gelu_tanh(self, x: Tensor) -> Tensor:
+        return activation.gelu_tanh(x)
+
+    @segment
+    def softcap(self, x: Tensor, cap: float) -> Tensor:
+        return activation.softcap(x, cap)
+
+    @segment
+    def split(self, x: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+        pieces, start = [], 0
+        for size in sizes:
+            pieces.append(x[..., start : start + size])
+            start += size
+        return pieces
+
+    @segment
+    def heads(self, x: Tensor, head_dim: int) -> Tensor:
+        return x.reshape(len(x), -1, head_dim)
+
+    @segment
+    def merge_heads(self, x: Tensor) -> Tensor:
+        return x.reshape(len(x), -1)
+
+    @segment
+    def add_residual(self, x: Tensor, delta: Tensor) -> Tensor:
+        return x + delta
+
+    # --- kernel ops ----------------------------------------------------------------------
+
+    @kernel
+    def embedding(self, tokens: Tensor, table: Tensor, first_row: int = 0) -> Tensor:
+        own = tokens - first_row
+        inside = (own >= 0) & (own < len(table))
+        rows = table[self.xp.where(inside, own, 0)]
+        rows[~inside] = 0
+        return rows
+
+    @kernel
+    def position_embedding(self, table: Tensor) -> Tensor:
+        return table[self.batch.positions]
+
+    @kernel
+    def rope(self, q: Tensor, k: Tensor, spec: RopeSpec) -> tuple[Tensor, Tensor]:
+        cached = self._rope_tables.get(spec)
+        if cached is None:
+            bound = min(spec.max_positions, self.max_positions or spec.max_positions)
+            cached = self.xp.asarray(table(replace(spec, max_positions=bound)))
+            self._rope_tables[spec] = cached
+        rotated: tuple[Tensor, Tensor] = rope.rope(q, k, cached, self.batch.positions)
+        return rotated
+
+    @kernel
+    def attention(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        layer: int,
+        *,
+        scale: float,
+        softcap: float | None = None,
+    ) -> Tensor:
+        kv, batch = self.kv[layer], self.batch
+        attention.append_kv(k, v, kv.k_pages, kv.v_pages, batch.slots[kv.group])
+        return attention.paged_attention(
+            q,
+            kv.k_pages,
+            kv.v_pages,
+            batch.query_starts,
+            batch.seq_lens,
+            batch.block_tables[kv.group],
+            scale=scale,
+            window=kv.window,
+            softcap=softcap,
+        )
+
+    @kernel
+    def select_rows(self, x: Tensor) -> Tensor:
+        return x[self.batch.logit_rows]
+
+    @kernel
+    def route(self, logits: Tensor, top_k: int, *, renormalize: bool) -> tuple[Tensor, Tensor]:
+        return moe.route(logits, top_k, renormalize)
+
+    @kernel
+    def experts(
+        self, x: Tensor, weights: Tensor, ids: Tensor, gate_up: Tensor, down: Tensor
+    ) -> Tensor:
+        return moe.experts(x, weights, ids, gate_up, down)
+
+    @kernel
+    def all_reduce(self, x: Tensor) -> Tensor:
+        return x
+
+    @kernel
+    def all_gather(self, x: Tensor) -> Tensor:
+        return x
