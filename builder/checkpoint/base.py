@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
+from numpy.typing import NDArray
 
 
 class CheckpointError(ValueError):
@@ -19,7 +19,7 @@ class Checkpoint(Protocol):
     Names and shapes are Hugging Face's whatever the format (a GGUF reader translates).
     """
 
-    path: Path
+    path: Path  # the directory, or the GGUF file
     config: dict[str, Any]  # as in config.json, text model's keys at the top level
     generation_config: dict[str, Any]  # as in generation_config.json; {} if there is none
 
@@ -27,12 +27,19 @@ class Checkpoint(Protocol):
 
     def shape(self, name: str) -> tuple[int, ...]: ...
 
-    def read(self, name: str, out: np.ndarray, rows: slice, columns: slice, transpose: bool) -> None:
+    def file(self, name: str) -> Path:
+        """The file that holds the tensor, for messages."""
+        ...
+
+    def read(
+        self, name: str, out: NDArray[Any], rows: slice, columns: slice, transpose: bool
+    ) -> None:
         """Fill `out` with a slice of the tensor, converted to out's dtype.
 
         `rows` and `columns` index axes 0 and 1 (columns is ignored for 1-D tensors; further axes
         are whole), after swapping the axes if `transpose`. Reads a bounded piece at a time, so no
-        second copy of the tensor ever exists. Raises CheckpointError naming file and tensor.
+        second copy of the tensor ever exists. Safe to call from several threads. Raises
+        CheckpointError naming file and tensor.
         """
         ...
 

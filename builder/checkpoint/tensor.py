@@ -1,0 +1,180 @@
+"""Tensors that stay in their file: slices are read, decoded and copied a bounded piece at a time.
+
+Plain positioned reads, not a memory map: a map's pages count as the process's memory, and a file
+that shrinks under a map kills the process instead of raising.
+"""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from math import prod
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tensorray.builder.checkpoint.base import CheckpointError
+
+#: Values decoded at a time: a megabyte of float32, which stays in a core's cache.
+PIECE_VALUES = 1 << 18
+
+Array = NDArray[Any]
+T = TypeVar("T", bound="StoredTensor")
+
+
+class DataFile:
+    """A file open for positioned reads."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._fd = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+        self.size = os.fstat(self._fd).st_size
+
+    def read(self, offset: int, count: int) -> NDArray[np.uint8]:
+        """`count` bytes from `offset` on; raises CheckpointError where the file ends before."""
+        buffer = np.empty(count, np.uint8)
+        view = buffer.data
+        done = 0
+        while done < count:
+            try:
+                got = os.preadv(self._fd, [view[done:]], offset + done)
+            except OSError as error:
+                raise CheckpointError(f"{self.path}: cannot be read: {error.strerror}") from error
+            if got == 0:
+                raise CheckpointError(f"{self.path}: truncated at byte {offset + done}")
+            done += got
+        return buffer
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def __del__(self) -> None:
+        self.close()
+
+
+@dataclass(frozen=True)
+class StoredTensor(ABC):
+    """A row-major tensor whose rows (along its last axis) can be fetched in any range.
+
+    `order`, if given, says where each row of the tensor is stored: row i is stored as row
+    `order[i]`. Only tensors of one or two axes have one.
+    """
+
+    shape: tuple[int, ...]
+    order: NDArray[np.intp] | None = field(default=None, kw_only=True)
+
+    @abstractmethod
+    def fetch(self, start: int, stop: int) -> Array:
+        """Stored rows start to stop, decoded: `[stop - start, width]`."""
+
+    @abstractmethod
+    def slab(self: T, index: int) -> T:
+        """The tensor at an index of axis 0."""
+
+    @property
+    def width(self) -> int:
+        """Values in a stored row; a 1-D tensor is stored as rows of one value."""
+        return self.shape[-1] if len(self.shape) > 1 else 1
+
+    def read(self, out: Array, rows: slice, columns: slice, transpose: bool) -> None:
+        """Fill `out` with a slice; the arguments are `Checkpoint.read`'s."""
+        if out.size == 0:
+            return
+        if transpose:
+            out, rows, columns = out.T, columns, rows
+        if len(self.shape) > 2:
+            for i, index in enumerate(range(*rows.indices(self.shape[0]))):
+                self.slab(index).read(out[i], columns, slice(None), False)
+            return
+        if len(self.shape) == 1:
+            out, columns = out[:, None], slice(None)
+        first, last, _ = rows.indices(self.shape[0])
+        low, high = first, last
+        place: NDArray[np.intp] | None = None
+        if self.order is not None:
+            low = int(self.order[first:last].min())
+            high = int(self.order[first:last].max()) + 1
+            place = np.full(high - low, -1, np.intp)
+            wanted = self.order[first:last] - low
+            place[wanted] = np.arange(last - first)
+        # Multiples of 16 rows: the gguf library works on 16 groups at a time.
+        step = max(1, PIECE_VALUES // self.width // 16 * 16)
+        for start in range(low, high, step):
+            stop = min(start + step, high)
+            piece = self.fetch(start, stop)[:, columns]
+            if place is None:
+                out[start - low : stop - low] = piece
+            else:
+                target = place[start - low : stop - low]
+                out[target[target >= 0]] = piece[target >= 0]
+
+
+@dataclass(frozen=True)
+class FileTensor(StoredTensor):
+    """A tensor at an offset of a file. `decode` turns `[rows, row_bytes]` bytes into values."""
+
+    file: DataFile
+    offset: int
+    row_bytes: int
+    decode: Callable[[NDArray[np.uint8]], Array]
+
+    def fetch(self, start: int, stop: int) -> Array:
+        data = self.file.read(self.offset + start * self.row_bytes, (stop - start) * self.row_bytes)
+        return self.decode(data.reshape(stop - start, self.row_bytes))
+
+    def slab(self, index: int) -> FileTensor:
+        rest = self.shape[1:]
+        step = prod(rest[:-1]) * self.row_bytes
+        return replace(self, shape=rest, offset=self.offset + index * step)
+
+
+class TensorCheckpoint:
+    """A checkpoint (base.Checkpoint) over a table of stored tensors, by Hugging Face name."""
+
+    def __init__(
+        self,
+        path: Path,
+        config: dict[str, Any],
+        generation_config: dict[str, Any],
+        tensors: dict[str, FileTensor],
+    ) -> None:
+        self.path = path
+        self.config = config
+        self.generation_config = generation_config
+        self._tensors = tensors
+
+    def names(self) -> Iterable[str]:
+        return self._tensors.keys()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._tensor(name).shape
+
+    def file(self, name: str) -> Path:
+        return self._tensor(name).file.path
+
+    def read(
+        self, name: str, out: Array, rows: slice, columns: slice, transpose: bool = False
+    ) -> None:
+        try:
+            self._tensor(name).read(out, rows, columns, transpose)
+        except CheckpointError as error:
+            raise CheckpointError(f"{error} (tensor {name!r})") from error
+
+    def close(self) -> None:
+        for file in {id(tensor.file): tensor.file for tensor in self._tensors.values()}.values():
+            file.close()
+
+    def _tensor(self, name: str) -> FileTensor:
+        try:
+            return self._tensors[name]
+        except KeyError:
+            raise CheckpointError(f"{self.path}: there is no tensor {name!r}") from None

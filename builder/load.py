@@ -1,0 +1,255 @@
+"""Loading: from a checkpoint's tensors to the arrays one shard computes with.
+
+Each declared weight is allocated once, in its final shape, and the slices its parts name are read
+straight into it; what is in memory is never more than the weights and a few bounded pieces.
+Everything is checked against the checkpoint before the first byte is read.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from tensorray.builder.checkpoint.base import Checkpoint, CheckpointError
+from tensorray.builder.checkpoint.dummy import DummyCheckpoint
+from tensorray.builder.model import Layout, Model, Part, ShardWeights, Weight, Weights
+
+logger = logging.getLogger(__name__)
+
+#: Bytes of weights a reading thread fills per task: what progress moves by.
+_TASK_BYTES = 16 << 20
+_MAX_THREADS = 4
+
+#: Tensors of checkpoints that no definition uses, for good reason: constants that old versions
+#: of transformers saved, vision towers, and the rotary factors that config keys give too.
+_IGNORED = re.compile(
+    r"rotary_emb\.inv_freq$|\.attn\.(bias|masked_bias)$|^lm_head\.weight$|^rope_freqs\."
+    r"|^(model\.)?(vision_tower|vision_model|visual|multi_modal_projector)\."
+)
+
+
+def load_weights(
+    model: Model,
+    checkpoint: Checkpoint,
+    *,
+    layers: range | None = None,
+    dtype: DTypeLike = np.float32,
+    progress: Callable[[int, int], None] | None = None,
+) -> ShardWeights:
+    """Read a shard's weights: those of `layers` (None: all), sliced as `model.layout` says.
+
+    The embedding comes with the first layer of the model, the head with the last. Equal
+    declarations (tied weights) share one array. `progress(done, total)` is called in bytes, from
+    one thread at a time. Raises CheckpointError naming every missing tensor and every wrong
+    shape, before anything is read.
+    """
+    groups = _groups(model, layers)
+    if isinstance(checkpoint, DummyCheckpoint):
+        for part in _parts(_groups(model, None)):
+            checkpoint.declare(part.name, part.shape)
+    _check(groups, checkpoint)
+    _report_unused(model, checkpoint)
+    arrays = {
+        weight: np.empty(weight_shape(weight, model.layout), dtype) for weight in _unique(groups)
+    }
+    total = sum(array.nbytes for array in arrays.values())
+    done = 0
+    with ThreadPoolExecutor(min(_MAX_THREADS, os.cpu_count() or 1)) as pool:
+        tasks = [
+            pool.submit(_read, checkpoint, task)
+            for weight, array in arrays.items()
+            for task in _tasks(weight, array, model.layout)
+        ]
+        try:
+            for task in tasks:
+                done += task.result()
+                if progress:
+                    progress(done, total)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    filled = {
+        key: Weights({name: arrays[weight] for name, weight in group.items()})
+        for key, group in groups.items()
+    }
+    return ShardWeights(
+        embed=filled.pop("embed", Weights()),
+        head=filled.pop("head", Weights()),
+        layers={key: weights for key, weights in filled.items() if isinstance(key, int)},
+    )
+
+
+def plan_bytes(model: Model, *, layers: range | None = None, dtype: DTypeLike = np.float32) -> int:
+    """Bytes the shard's weights will take, before any of them is loaded."""
+    itemsize = np.dtype(dtype).itemsize
+    weights = _unique(_groups(model, layers))
+    return sum(prod(weight_shape(weight, model.layout)) * itemsize for weight in weights)
+
+
+def weight_shape(weight: Weight, layout: Layout) -> tuple[int, ...]:
+    """The shape of a weight as a shard holds it."""
+    shapes = [_slice(part, layout).shape for part in weight.parts]
+    per_run, rest = divmod(len(shapes), weight.stack or 1)
+    if not per_run or rest:
+        raise ValueError(f"parts don't come in {weight.stack or 1} equal runs: {weight}")
+    if len({shape[1:] for shape in shapes}) > 1:
+        raise ValueError(f"parts of different widths can't be concatenated: {weight}")
+    runs = [shapes[i : i + per_run] for i in range(0, len(shapes), per_run)]
+    rows = {sum(shape[0] for shape in run) for run in runs}
+    if len(rows) > 1:
+        raise ValueError(f"stacked runs of different heights {sorted(rows)}: {weight}")
+    shape = (rows.pop(), *shapes[0][1:])
+    return shape if weight.stack is None else (weight.stack, *shape)
+
+
+@dataclass(frozen=True)
+class _Slice:
+    """The share of a part that a shard holds: a slice of the tensor, after any transposition."""
+
+    rows: slice
+    columns: slice
+    shape: tuple[int, ...]
+
+
+def _slice(part: Part, layout: Layout) -> _Slice:
+    if part.transpose and len(part.shape) != 2:
+        raise ValueError(f"{part.name}: only a tensor of two axes can be transposed")
+    shape = part.shape[::-1] if part.transpose else part.shape
+    rows = _share(part, part.rows or (0, shape[0]), "rows", layout)
+    if len(shape) == 1:
+        if part.shard == "columns":
+            raise ValueError(f"{part.name}: a tensor of one axis has no columns to split")
+        return _Slice(rows, slice(None), (rows.stop - rows.start,))
+    columns = _share(part, (0, shape[1]), "columns", layout)
+    return _Slice(rows, columns, (rows.stop - rows.start, columns.stop - columns.start, *shape[2:]))
+
+
+def _share(part: Part, span: tuple[int, int], axis: str, layout: Layout) -> slice:
+    """This rank's share of a span if the part is split on that axis, else the span."""
+    start, stop = span
+    if part.shard != axis:
+        return slice(start, stop)
+    size, rest = divmod(stop - start, layout.tp_size)
+    if rest:
+        raise ValueError(
+            f"{part.name}: {stop - start} {axis} can't be split evenly over "
+            f"{layout.tp_size} tensor-parallel ranks"
+        )
+    return slice(start + layout.tp_rank * size, start + (layout.tp_rank + 1) * size)
+
+
+def _groups(model: Model, layers: range | None) -> dict[str | int, dict[str, Weight]]:
+    """Declarations by group: "embed", layer indices, "head"."""
+    layers = range(model.num_layers) if layers is None else layers
+    groups: dict[str | int, dict[str, Weight]] = {}
+    if 0 in layers:
+        groups["embed"] = model.embed_weights()
+    for layer in layers:
+        groups[layer] = model.layer_weights(layer)
+    if model.num_layers - 1 in layers:
+        groups["head"] = model.head_weights()
+    return groups
+
+
+def _unique(groups: dict[str | int, dict[str, Weight]]) -> list[Weight]:
+    return list(dict.fromkeys(weight for group in groups.values() for weight in group.values()))
+
+
+def _parts(groups: dict[str | int, dict[str, Weight]]) -> Iterator[Part]:
+    for weight in _unique(groups):
+        yield from weight.parts
+
+
+def _check(groups: dict[str | int, dict[str, Weight]], checkpoint: Checkpoint) -> None:
+    there = set(checkpoint.names())
+    declared = {part.name: part.shape for part in _parts(groups)}
+    missing = [name for name in declared if name not in there]
+    if missing:
+        raise CheckpointError(
+            f"{checkpoint.path}: {len(missing)} tensors of the model are missing: "
+            f"{_some(missing)}; the checkpoint is not complete, or not of this architecture"
+        )
+    wrong = [
+        f"{checkpoint.file(name)}: tensor {name!r} has shape {list(checkpoint.shape(name))}, "
+        f"but by its config the model needs {list(shape)}"
+        for name, shape in declared.items()
+        if checkpoint.shape(name) != shape
+    ]
+    if wrong:
+        raise CheckpointError(_some(wrong, limit=3, separator="; "))
+
+
+def _report_unused(model: Model, checkpoint: Checkpoint) -> None:
+    used = {part.name for part in _parts(_groups(model, None))}
+    unused = [name for name in checkpoint.names() if name not in used and not _IGNORED.search(name)]
+    if unused:
+        logger.warning(
+            "%s: %d tensors are not used by the model: %s",
+            checkpoint.path,
+            len(unused),
+            _some(unused),
+        )
+
+
+def _some(items: list[str], limit: int = 10, separator: str = ", ") -> str:
+    more = len(items) - limit
+    return separator.join(items[:limit]) + (f"{separator}and {more} more" if more > 0 else "")
+
+
+@dataclass(frozen=True)
+class _Task:
+    """A slice of a tensor to be read into its place in a weight."""
+
+    name: str
+    out: NDArray[Any]
+    rows: slice
+    columns: slice
+    transpose: bool
+    add: float
+
+
+def _tasks(weight: Weight, array: NDArray[Any], layout: Layout) -> Iterator[_Task]:
+    """The reads that fill a weight, each of bounded size."""
+    per_run = len(weight.parts) // (weight.stack or 1)
+    for i, part in enumerate(weight.parts):
+        run, index = divmod(i, per_run)
+        target = array if weight.stack is None else array[run]
+        if index == 0:
+            row = 0
+        piece = _slice(part, layout)
+        out = target[row : row + piece.shape[0]]
+        row += piece.shape[0]
+        # Cut along the axis that is rows in the file, so that no row is read twice.
+        axis = 1 if part.transpose else 0
+        step = max(1, _TASK_BYTES * out.shape[axis] // max(1, out.nbytes))
+        for start in range(0, out.shape[axis], step):
+            cut = slice(start, min(start + step, out.shape[axis]))
+            rows = piece.rows if axis else _within(piece.rows, cut)
+            columns = _within(piece.columns, cut) if axis else piece.columns
+            target_cut = out[:, cut] if axis else out[cut]
+            yield _Task(part.name, target_cut, rows, columns, part.transpose, weight.add)
+
+
+def _within(outer: slice, inner: slice) -> slice:
+    return slice(outer.start + inner.start, outer.start + inner.stop)
+
+
+def _read(checkpoint: Checkpoint, task: _Task) -> int:
+    """Do one task; returns the bytes it filled."""
+    if task.add:
+        # In float32, so that a narrow dtype rounds once.
+        exact = np.empty(task.out.shape, np.float32)
+        checkpoint.read(task.name, exact, task.rows, task.columns, task.transpose)
+        task.out[...] = exact + np.float32(task.add)
+    else:
+        checkpoint.read(task.name, task.out, task.rows, task.columns, task.transpose)
+    return task.out.nbytes
