@@ -1,0 +1,519 @@
+"""The scheduler: decides, step by step, which sequences run and how many tokens each.
+
+In-flight batching (Orca, Yu et al., OSDI 2022) with chunked prefill (Sarathi-Serve, arXiv
+2403.02310) over a paged cache (arXiv 2309.06180). Each plan is made in this order:
+
+1. Every running decode gets its next token.
+2. Waiting sequences are admitted while there are slots and their known tokens fit the cache.
+3. The rest of the token budget goes to prefills: half of it to the oldest, which so always gets
+   on, the other half to those with the least left, so that a short prompt passes long ones.
+
+When blocks run out, the running sequence that ranks last (lowest priority, then admitted last)
+loses its blocks and waits, ahead of new ones, to be computed again; one that ranks last itself
+stands still instead. So the first in rank always advances and everything ends.
+
+Plans may be made ahead: `schedule` may be called again before `update` has seen the earlier
+results. A decode is then planned with its input token unknown (the shard feeds its own sample);
+where a result shows that the sequence had ended, later results for it are dropped. A result
+belongs to a sequence's present life only if its step is not before `first_step`; a sequence the
+shard does not hold has `first_step` NEVER, so whatever still arrives for it is dropped too.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from itertools import chain
+from typing import Literal
+
+import msgspec
+
+from tensorray.actors.protocol import KVGroups, Logprobs, SequenceStart, StepPlan, StepResult
+from tensorray.cluster.blocks import BlockManager
+from tensorray.cluster.fairness import AdmissionQueue
+from tensorray.cluster.request import FinishReason, QueueFull, RequestRefused
+from tensorray.cluster.sequence import NEVER, Sequence, Status
+
+
+class Progress(msgspec.Struct, gc=False):
+    """What one step brought one sequence."""
+
+    sequence: Sequence
+    token: int | None = None  # None: it only got prompt logprobs, or failed
+    logprobs: Logprobs | None = None
+    prompt_logprobs: list[Logprobs] | None = None  # for prompt tokens 1.., each once, in order
+    finish_reason: FinishReason | None = None
+    stop_token: int | None = None  # the stop token id that ended it (equal to `token`)
+    error: str = ""  # with finish_reason "error"
+
+
+@dataclass(frozen=True)
+class SchedulerStats:
+    """A snapshot for metrics. Counters count from the start."""
+
+    running: int
+    waiting: int
+    total_blocks: int
+    free_blocks: int  # can be handed out; includes the cached ones
+    cached_blocks: int  # unreferenced, kept for reuse
+    prefix_queries: int  # counter: prompt tokens looked up in the prefix cache
+    prefix_hits: int  # counter: prompt tokens found there
+    preemptions: int  # counter
+    prefill_tokens: int  # in the last plan
+    decode_tokens: int  # in the last plan
+
+
+class Scheduler:
+    """Decides what every step runs. Knows no device, no clock and no network.
+
+    `max_num_batched_tokens` bounds a plan's tokens, `max_num_seqs` the sequences running at once.
+    `policy` "fcfs" ignores requests' priorities; "priority" lets a lower value run first, and
+    preempt. `max_waiting` bounds the sequences that wait beyond the free slots.
+    """
+
+    def __init__(
+        self,
+        kv: KVGroups,
+        *,
+        max_model_len: int,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        enable_prefix_caching: bool = True,
+        policy: Literal["fcfs", "priority"] = "fcfs",
+        max_waiting: int = 4096,
+    ) -> None:
+        if max_num_batched_tokens < max_num_seqs:
+            raise ValueError(
+                f"max_num_batched_tokens ({max_num_batched_tokens}) must be at least max_num_seqs "
+                f"({max_num_seqs}), so that every running sequence can advance in every step"
+            )
+        self.blocks = BlockManager(kv, enable_prefix_caching=enable_prefix_caching)
+        self._max_model_len = max_model_len
+        self._max_num_seqs = max_num_seqs
+        self._max_num_batched_tokens = max_num_batched_tokens
+        self._priorities = policy == "priority"
+        self._max_waiting = max_waiting
+
+        self._sequences: dict[int, Sequence] = {}  # all unfinished ones
+        self._waiting = AdmissionQueue()
+        self._prefilling: list[Sequence] = []  # admitted, known tokens not all planned yet
+        self._decoding: list[Sequence] = []
+        self._admitted = 0
+        self._step = 0
+        # Plans whose results are not back: (step, [(sequence, tokens cached after its chunk)]).
+        self._in_flight: deque[tuple[int, list[tuple[Sequence, int]]]] = deque()
+
+        # For the plan in the making.
+        self._ends: list[int] = []
+        self._new_blocks: dict[int, list[list[int]]] = {}
+        self._short_of_blocks = False
+
+        self._prefix_queries = 0
+        self._prefix_hits = 0
+        self._preemptions = 0
+        self._prefill_tokens = 0
+        self._decode_tokens = 0
+
+    # --- what the engine calls ---------------------------------------------------------------
+
+    def add(self, *sequences: Sequence) -> None:
+        """Queue sequences: all of them or, when this raises, none.
+
+        RequestRefused: one of them can never run here. QueueFull: too many wait already.
+        """
+        for s in sequences:
+            self._check(s)
+        room = self._max_waiting + self._max_num_seqs - self._running - len(self._waiting)
+        if len(sequences) > room:
+            raise QueueFull(
+                f"{len(self._waiting)} sequences wait already and at most {self._max_waiting} may "
+                "(max_waiting); try again later"
+            )
+        for s in sequences:
+            s.max_len = min(s.max_len, self._max_model_len)
+            s.level = s.request.priority if self._priorities else 0
+            self._sequences[s.seq] = s
+            self._waiting.add(s)
+
+    def cancel(self, seq: int) -> bool:
+        """Forget a sequence; its blocks are free at once. False if it had ended already."""
+        s = self._sequences.get(seq)
+        if s is None:
+            return False
+        if s.status is Status.WAITING:
+            self._waiting.remove(s)
+        elif s.computed < s.target:
+            self._prefilling.remove(s)
+        else:
+            self._decoding.remove(s)
+        self._finish(s)
+        return True
+
+    def schedule(self) -> StepPlan | None:
+        """The next plan, or None when nothing can run before the next `update` or `add`.
+
+        A plan's result must reach `update`, in the order of the plans. Ends of sequences travel
+        with the next plan that runs something.
+        """
+        self._new_blocks = {}
+        self._short_of_blocks = False
+        for s in self._prefilling:
+            self.blocks.trim(s)
+        resting = self._extend_decodes()
+        if len(self._waiting) and not self._short_of_blocks:
+            self._admit()
+        decodes = len(self._decoding) - len(resting)
+        chunks = self._share_out(self._max_num_batched_tokens - decodes) if self._prefilling else []
+
+        # From here on nothing is preempted any more.
+        decoding = self._decoding
+        if resting:
+            decoding = [s for s in decoding if s not in resting]
+        seqs = [s.seq for s in decoding]
+        counts = [1] * len(seqs)
+        for s in decoding:
+            s.computed += 1
+        self._decode_tokens = len(seqs)
+        self._prefill_tokens = 0
+        starts: list[SequenceStart] = []
+        reached: list[tuple[Sequence, int]] = []
+        for s, count in chunks:
+            if s.status is not Status.RUNNING:  # preempted for one of the later chunks
+                continue
+            if s.first_step == NEVER:
+                s.first_step = self._step
+                starts.append(
+                    SequenceStart(
+                        seq=s.seq,
+                        tokens=s.tokens.copy(),
+                        prompt_len=s.prompt_len,
+                        computed=s.computed,
+                        blocks=[table.copy() for table in s.tables],
+                        sampling=s.sampling,
+                    )
+                )
+            seqs.append(s.seq)
+            counts.append(count)
+            s.computed += count
+            s.last_prefill = self._step
+            self._prefill_tokens += count
+            reached.append((s, s.computed))
+            if s.computed == s.target:
+                s.pause_at = s.computed
+                self._prefilling.remove(s)
+                self._decoding.append(s)
+        if not seqs:
+            return None
+
+        plan = StepPlan(
+            step=self._step,
+            seqs=seqs,
+            counts=counts,
+            starts=starts,
+            new_blocks=self._new_blocks,
+            ends=self._ends,
+        )
+        self._in_flight.append((self._step, reached))
+        self._ends = []
+        self._step += 1
+        return plan
+
+    def update(self, result: StepResult) -> list[Progress]:
+        """Take a step's result in: what it brought to each sequence that still wants it.
+
+        Raises ValueError when the result is not the oldest plan's that is out.
+        """
+        step = result.step
+        if not self._in_flight or self._in_flight[0][0] != step:
+            expected = self._in_flight[0][0] if self._in_flight else "none"
+            raise ValueError(f"result of step {step} out of order, expected {expected}")
+        _, reached = self._in_flight.popleft()
+        progress: list[Progress] = []
+        ended: list[Sequence] = []
+        sequences = self._sequences
+
+        for seq, reason in result.failed.items():
+            s = sequences.get(seq)
+            if s is not None and step >= s.first_step:
+                ended.append(s)
+                self._finish(s, forget=True)
+                progress.append(Progress(s, finish_reason="error", error=reason))
+        for s, confirmed in reached:
+            if step >= s.first_step:
+                self.blocks.register(s, confirmed)
+
+        rows = self._prompt_rows(result) if result.prompt_logprobs else {}
+        logprobs = result.logprobs
+        for seq, token in zip(result.seqs, result.tokens, strict=True):
+            s = sequences.get(seq)
+            if s is None or step < s.first_step:
+                continue
+            tokens = s.tokens
+            tokens.append(token)
+            gain = Progress(s, token)
+            progress.append(gain)
+            if logprobs:
+                gain.logprobs = logprobs.get(seq)
+            if rows:
+                gain.prompt_logprobs = rows.pop(seq, None)
+            if token in s.stops and s.output_len > s.sampling.min_tokens:
+                gain.finish_reason = "stop"
+                gain.stop_token = token
+            elif len(tokens) >= s.max_len:
+                gain.finish_reason = "length"
+            else:
+                continue
+            ended.append(s)
+            self._finish(s)
+        progress.extend(
+            Progress(sequences[seq], prompt_logprobs=gained) for seq, gained in rows.items()
+        )
+
+        if ended:
+            self._decoding = [s for s in self._decoding if s.status is Status.RUNNING]
+            self._prefilling = [s for s in self._prefilling if s.status is Status.RUNNING]
+        return progress
+
+    @property
+    def unfinished(self) -> int:
+        """Sequences that are running or waiting."""
+        return len(self._sequences)
+
+    @property
+    def in_flight(self) -> int:
+        """Plans whose results `update` has not seen yet."""
+        return len(self._in_flight)
+
+    def stats(self) -> SchedulerStats:
+        return SchedulerStats(
+            running=self._running,
+            waiting=len(self._waiting),
+            total_blocks=self.blocks.total,
+            free_blocks=self.blocks.available,
+            cached_blocks=self.blocks.cached,
+            prefix_queries=self._prefix_queries,
+            prefix_hits=self._prefix_hits,
+            preemptions=self._preemptions,
+            prefill_tokens=self._prefill_tokens,
+            decode_tokens=self._decode_tokens,
+        )
+
+    # --- decodes ---------------------------------------------------------------------------
+
+    def _extend_decodes(self) -> set[Sequence]:
+        """Give blocks to the decodes that need new ones; the set of those that can't run now."""
+        due = [s for s in self._decoding if s.computed == s.pause_at]
+        resting: set[Sequence] = set()
+        due.sort(key=_rank)
+        for s in due:
+            if s.status is not Status.RUNNING:  # preempted for one before it
+                continue
+            if _ending(s):  # its last token is on the way
+                resting.add(s)
+                continue
+            if len(s.tokens) > s.target:  # the newest token is sampled, not computed
+                self.blocks.register(s, len(s.tokens) - 1)
+            trimmed = self.blocks.trim(s)
+            self._waiting.charge_output(s)
+            if not self._extend(s, s.computed + 1):
+                resting.add(s)
+            elif trimmed:
+                s.pause_at = min(self.blocks.capacity(s), s.max_len - 1)
+            else:
+                s.pause_at = s.computed + 1
+        return resting
+
+    # --- admission ---------------------------------------------------------------------------
+
+    def _admit(self) -> None:
+        """Move waiting sequences to the prefilling ones, as far as slots and blocks go."""
+        put_aside: list[Sequence] = []
+        while (s := self._waiting.head()) is not None:
+            if self._running == self._max_num_seqs and not self._priorities:
+                break
+            if len(put_aside) == self._max_num_seqs:
+                break
+            if self._should_wait_for_prefix(s):
+                self._waiting.remove(s)
+                put_aside.append(s)
+                continue
+            if not self._try_to_admit(s) and not (self._make_way(s) and self._try_to_admit(s)):
+                break
+        for s in reversed(put_aside):
+            self._waiting.put_back(s)
+
+    def _try_to_admit(self, s: Sequence) -> bool:
+        if self._running == self._max_num_seqs or not self.blocks.admit(s, self._reserve()):
+            return False
+        self._waiting.remove(s)
+        if s.order < 0:  # for the first time
+            s.order = self._admitted
+            self._admitted += 1
+            self._waiting.charge_admission(s, s.prompt_len - s.computed)
+            if s.request.reuse_prefix and self.blocks.enable_prefix_caching:
+                self._prefix_queries += s.prompt_len
+                self._prefix_hits += s.computed
+            s.cached_tokens = s.computed
+        s.status = Status.RUNNING
+        s.target = len(s.tokens)
+        s.last_prefill = self._step
+        s.prompt_rows = 0
+        self._prefilling.append(s)
+        return True
+
+    def _reserve(self) -> int:
+        """Blocks to leave to the running sequences, so that newcomers don't cost them theirs."""
+        return self._running * self.blocks.num_groups
+
+    def _should_wait_for_prefix(self, s: Sequence) -> bool:
+        """Whether another's prefill is just computing blocks that this sequence could reuse.
+
+        It pays to wait only while that prefill advances: it ran in a plan that is still out, or
+        in the last one, or was admitted just now.
+        """
+        other = self.blocks.awaited(s)
+        return other is not None and other.last_prefill >= self._step - len(self._in_flight) - 1
+
+    def _make_way(self, s: Sequence) -> bool:
+        """Preempt running sequences of lower priority, if that lets a waiting one in."""
+        if not self._priorities:
+            return False
+        missing = self.blocks.shortfall(s, self._reserve())
+        slots = self._max_num_seqs - self._running
+        victims: list[Sequence] = []
+        for victim in sorted(self._preemptible(), key=_rank, reverse=True):
+            if (slots > 0 and missing <= 0) or victim.level <= s.level:
+                break
+            victims.append(victim)
+            slots += 1
+            missing -= self.blocks.held(victim) + self.blocks.num_groups
+        if slots <= 0 or missing > 0:
+            return False
+        for victim in victims:
+            self._preempt(victim)
+        return bool(victims)
+
+    # --- prefills ----------------------------------------------------------------------------
+
+    def _share_out(self, budget: int) -> list[tuple[Sequence, int]]:
+        """Chunks for the prefilling sequences, by rank; blocks for them are taken."""
+        by_rank = sorted(self._prefilling, key=_rank)
+        chunk = dict.fromkeys(by_rank, 0)
+        for_oldest = (budget + 1) // 2
+        for s in by_rank:
+            chunk[s] = min(for_oldest, s.target - s.computed)
+            for_oldest -= chunk[s]
+            budget -= chunk[s]
+        for s in sorted(by_rank, key=lambda s: (s.level, s.target - s.computed)):
+            extra = min(budget, s.target - s.computed - chunk[s])
+            chunk[s] += extra
+            budget -= extra
+
+        chunks: list[tuple[Sequence, int]] = []
+        for s, count in chunk.items():
+            if count and s.status is Status.RUNNING:
+                # Rather a smaller chunk than preempting for it, but one token at least.
+                reach = self.blocks.reach(s, self._reserve())
+                upto = min(s.computed + count, max(reach, s.computed + 1))
+                if self._extend(s, upto):
+                    chunks.append((s, upto - s.computed))
+        return chunks
+
+    # --- making room -------------------------------------------------------------------------
+
+    def _extend(self, s: Sequence, upto: int) -> bool:
+        """Extend its tables to `upto` tokens, at the cost of sequences that rank after it."""
+        while (added := self.blocks.grow(s, upto)) is None:
+            self._short_of_blocks = True
+            victim = max(self._preemptible(), key=_rank, default=None)
+            if victim is None or _rank(victim) <= _rank(s):
+                return False
+            self._preempt(victim)
+        if s.first_step != NEVER and any(added):  # else its start will carry the whole tables
+            self._new_blocks[s.seq] = added
+        return True
+
+    def _preemptible(self) -> list[Sequence]:
+        """The running sequences that won't end by themselves with the results on the way."""
+        return [s for s in chain(self._decoding, self._prefilling) if not _ending(s)]
+
+    def _preempt(self, s: Sequence) -> None:
+        """Back to the queue; whatever is on the way for it will be computed again."""
+        if s.computed < s.target:
+            self._prefilling.remove(s)
+        else:
+            self._decoding.remove(s)
+        if s.first_step != NEVER:
+            self._preemptions += 1
+        self._leave(s, Status.WAITING)
+        self._waiting.put_back(s)
+
+    def _finish(self, s: Sequence, *, forget: bool = False) -> None:
+        self._waiting.charge_output(s)
+        self._leave(s, Status.FINISHED, forget=forget)
+        del self._sequences[s.seq]
+
+    def _leave(self, s: Sequence, status: Status, *, forget: bool = False) -> None:
+        """Take a sequence off the shard."""
+        if s.first_step != NEVER:
+            self._ends.append(s.seq)
+            s.first_step = NEVER
+        self._new_blocks.pop(s.seq, None)
+        if s.status is Status.RUNNING:
+            if len(s.tokens) > s.target and not forget:
+                self.blocks.register(s, len(s.tokens) - 1)
+            self.blocks.release(s, forget=forget)
+        s.status = status
+
+    # --- small things --------------------------------------------------------------------------
+
+    @property
+    def _running(self) -> int:
+        return len(self._prefilling) + len(self._decoding)
+
+    def _check(self, s: Sequence) -> None:
+        """Refuse what can never run, saying what to change."""
+        limit = self._max_model_len
+        if s.seq in self._sequences:
+            raise ValueError(f"sequence id {s.seq} is in use")
+        if not s.prompt_len:
+            raise RequestRefused("the prompt is empty; it must have at least one token")
+        if s.prompt_len >= limit:
+            raise RequestRefused(
+                f"the prompt has {s.prompt_len} tokens; with max_model_len {limit} it can have "
+                f"{limit - 1} at most, to leave room for one generated token"
+            )
+        # The last token is sampled and never computed, so it needs no room in the cache.
+        cached = min(s.max_len, limit) - 1
+        needed = self.blocks.blocks_needed(cached)
+        if needed > self.blocks.total:
+            raise RequestRefused(
+                f"{s.prompt_len} prompt tokens and up to {min(s.max_len, limit) - s.prompt_len} "
+                f"generated ones need {needed} KV blocks and the cache has {self.blocks.total}, "
+                f"room for {self.blocks.longest() + 1} tokens in all; shorten the prompt, lower "
+                "max_tokens, or serve with a larger KV cache (kv_cache_memory_bytes or "
+                "num_kv_blocks)"
+            )
+
+    def _prompt_rows(self, result: StepResult) -> dict[int, list[Logprobs]]:
+        """The step's prompt logprobs by sequence, without those given before a preemption."""
+        gained: dict[int, list[Logprobs]] = {}
+        for seq, rows in result.prompt_logprobs.items():
+            s = self._sequences.get(seq)
+            if s is None or result.step < s.first_step:
+                continue
+            known = max(0, s.prompt_rows_given - s.prompt_rows)
+            s.prompt_rows += len(rows)
+            s.prompt_rows_given = max(s.prompt_rows_given, s.prompt_rows)
+            if len(rows) > known:
+                gained[seq] = rows[known:]
+        return gained
+
+
+def _rank(s: Sequence) -> tuple[int, int]:
+    return s.level, s.order
+
+
+def _ending(s: Sequence) -> bool:
+    """Whether all the sequence may compute is planned: the last token is sampled, not computed."""
+    return s.computed >= s.max_len - 1

@@ -1,0 +1,101 @@
+"""A sequence: one prompt being continued, with all that the scheduler knows about it."""
+
+from __future__ import annotations
+
+import sys
+from enum import Enum
+
+from tensorray.actors.protocol import Sampling
+from tensorray.cluster.request import GenerationRequest
+
+#: A step that never comes: `first_step` of a sequence the shard does not hold.
+NEVER = sys.maxsize
+
+
+class Status(Enum):
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+class Sequence:
+    """One of a request's `n` sequences. `seq` is unique while the router lives.
+
+    `computed` counts the leading tokens whose keys and values are in the cache once every plan
+    made so far has run; it runs ahead of `tokens` while sampled tokens are still on their way.
+    """
+
+    __slots__ = (
+        "cached_tokens",
+        "charged",
+        "computed",
+        "first_step",
+        "keys",
+        "last_prefill",
+        "level",
+        "max_len",
+        "order",
+        "pause_at",
+        "promised",
+        "prompt_len",
+        "prompt_rows",
+        "prompt_rows_given",
+        "registered",
+        "request",
+        "sampling",
+        "seq",
+        "status",
+        "stops",
+        "tables",
+        "target",
+        "tokens",
+        "trimmed",
+    )
+
+    def __init__(self, seq: int, request: GenerationRequest, sampling: Sampling) -> None:
+        self.seq = seq
+        self.request = request
+        self.sampling = sampling
+        self.tokens = list(request.prompt)  # then what was generated and told
+        self.prompt_len = len(request.prompt)
+        self.max_len = self.prompt_len + request.max_tokens  # the scheduler caps it
+        self.stops = frozenset(sampling.stop_token_ids)
+        self.cached_tokens = 0  # prompt tokens served from the prefix cache
+
+        # The scheduler's own.
+        self.status = Status.WAITING
+        self.level = 0  # priority; lower is served first
+        self.order = -1  # place in the order of first admission; -1: not admitted yet
+        self.first_step = NEVER  # the plan that (re)started it on the shard
+        self.last_prefill = -1  # the last plan that ran a chunk of it
+        self.computed = 0
+        self.target = 0  # tokens known at (re)start: below it prefill, from it on decode
+        self.pause_at = 0  # `computed` at which a decode needs more than its next token
+        self.charged = self.prompt_len  # tokens its user's account has been charged for
+        self.prompt_rows = 0  # prompt logprobs received since it (re)started
+        self.prompt_rows_given = 0  # and passed on, over all restarts
+
+        # The block manager's own.
+        self.tables: list[list[int]] = []  # per KV group; 0 where a block fell out of the window
+        self.trimmed: list[int] = []  # per KV group, leading blocks that fell out of the window
+        self.keys: list[bytes] = []  # content keys of its leading full blocks
+        self.registered = 0  # leading blocks offered for reuse
+        self.promised = 0  # leading blocks that others may wait for
+
+    @property
+    def rank(self) -> tuple[int, int]:
+        """Who yields to whom among the admitted: the smaller goes first."""
+        return self.level, self.order
+
+    @property
+    def output_len(self) -> int:
+        return len(self.tokens) - self.prompt_len
+
+    @property
+    def output_tokens(self) -> list[int]:
+        return self.tokens[self.prompt_len :]
+
+    def __repr__(self) -> str:
+        return (
+            f"Sequence({self.seq}, {self.status.value}, {self.prompt_len}+{self.output_len} tokens)"
+        )
