@@ -1,0 +1,99 @@
+"""SentencePiece vocabularies (Kudo & Richardson, arXiv 1808.06226) as `tokenizers` pipelines.
+
+A SentencePiece model is a list of pieces with scores and types, whether it comes from a
+tokenizer.model or inside a GGUF file. Spaces are spelled U+2581.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from enum import IntEnum
+
+from tokenizers import AddedToken, decoders, models, normalizers
+from tokenizers import Tokenizer as Backend
+
+SPACE = "▁"
+
+
+class PieceType(IntEnum):
+    """SentencePiece's numbers, which GGUF uses too."""
+
+    NORMAL = 1
+    UNKNOWN = 2
+    CONTROL = 3
+    USER_DEFINED = 4
+    UNUSED = 5
+    BYTE = 6
+
+
+def piece_bpe(
+    pieces: Sequence[str],
+    scores: Sequence[float],
+    types: Sequence[int],
+    *,
+    add_space_prefix: bool,
+) -> Backend:
+    """BPE that joins the pair whose piece scores highest, bytes for what no piece spells."""
+    vocab = {piece: id for id, piece in reversed(list(enumerate(pieces)))}
+    unknown = next((p for p, t in zip(pieces, types, strict=True) if t == PieceType.UNKNOWN), None)
+    if unknown is None and "<unk>" in vocab:
+        unknown = "<unk>"
+    backend = Backend(
+        models.BPE(
+            vocab=vocab,
+            merges=_merges(pieces, scores, types),
+            unk_token=unknown,
+            fuse_unk=True,
+            byte_fallback=PieceType.BYTE in types,
+        )
+    )
+    set_space_spelling(backend, add_space_prefix=add_space_prefix)
+    add_marked_tokens(backend, pieces, types)
+    return backend
+
+
+def set_space_spelling(backend: Backend, *, add_space_prefix: bool) -> None:
+    """Spell spaces U+2581, with one in front of a text if wanted; and undo both in decoding."""
+    spell = normalizers.Replace(" ", SPACE)
+    backend.normalizer = (
+        normalizers.Sequence([normalizers.Prepend(SPACE), spell]) if add_space_prefix else spell
+    )
+    steps = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    if add_space_prefix:
+        steps.append(decoders.Strip(" ", 1, 0))
+    backend.decoder = decoders.Sequence(steps)
+
+
+def add_marked_tokens(backend: Backend, tokens: Sequence[str], types: Iterable[int]) -> None:
+    """Register the tokens that text is searched for before anything else cuts it.
+
+    Control and unknown tokens are special; user-defined ones (runs of newlines, HTML tags) are
+    ordinary vocabulary.
+    """
+    marked = {PieceType.UNKNOWN: True, PieceType.CONTROL: True, PieceType.USER_DEFINED: False}
+    found: dict[bool, list[AddedToken]] = {True: [], False: []}
+    for token, type in zip(tokens, types, strict=True):
+        special = marked.get(PieceType(type)) if token else None
+        if special is not None:
+            found[special].append(AddedToken(token, special=special, normalized=False))
+    backend.add_special_tokens(found[True])
+    backend.add_tokens(found[False])
+
+
+def _merges(
+    pieces: Sequence[str], scores: Sequence[float], types: Sequence[int]
+) -> list[tuple[str, str]]:
+    """The merges, best first: every way to make a normal piece out of two.
+
+    Control, user-defined and byte pieces are never made from text. Among the ways to make one
+    piece the longest left part comes first, as in the published conversions of such models.
+    """
+    normal = [id for id, type in enumerate(types) if type == PieceType.NORMAL]
+    parts = {pieces[id] for id in normal}
+    normal.sort(key=scores.__getitem__, reverse=True)
+    return [
+        (piece[:cut], piece[cut:])
+        for piece in map(pieces.__getitem__, normal)
+        for cut in range(len(piece) - 1, 0, -1)
+        if piece[:cut] in parts and piece[cut:] in parts
+    ]
