@@ -1,0 +1,384 @@
+"""The engine at a distance: one TCP connection from each ingress replica to the router.
+
+All of an ingress's requests share its connection, and what a step brought all of them travels as
+one frame, so a token costs microseconds where a streamed Serve call costs hundreds. Serve places
+and watches both ends, and tells an ingress where its router listens and the secret that opens it.
+A connection's end is noticed at once: the router cancels what that ingress had running, the
+ingress fails what it waited for.
+
+When the reader lags, the router stops reading its streams, and the engine merges their tokens.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hmac
+import logging
+import secrets
+import socket
+import struct
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Literal
+
+import msgspec
+
+from tensorray.cluster.engine import Engine, EngineFailed
+from tensorray.cluster.errors import InternalError
+from tensorray.cluster.request import Delta, GenerationRequest, QueueFull, RequestRefused
+
+logger = logging.getLogger(__name__)
+
+_LENGTH = struct.Struct("<I")
+_MAX_FRAME = 1 << 28
+_SECRET_BYTES = 32
+_HANDSHAKE_SECONDS = 10.0
+_HIGH_WATER = 1 << 18  # bytes on their way to an ingress before it counts as lagging
+
+
+class Endpoint(msgspec.Struct, frozen=True):
+    """Where a router listens, and the secret that opens it."""
+
+    host: str
+    port: int
+    secret: bytes
+
+
+class Submit(msgspec.Struct, frozen=True, tag=True):
+    """A request, under the number that its connection knows it by."""
+
+    stream: int
+    request: GenerationRequest
+
+
+class Cancel(msgspec.Struct, frozen=True, tag=True):
+    """End a stream's sequence, or (None) all of them."""
+
+    stream: int
+    index: int | None
+
+
+class Failure(msgspec.Struct, frozen=True):
+    """Why a stream ended early."""
+
+    kind: Literal["refused", "queue_full", "unavailable", "internal"]
+    message: str
+
+    @classmethod
+    def of(cls, error: Exception) -> Failure:
+        match error:
+            case QueueFull():
+                return cls("queue_full", str(error))
+            case RequestRefused():
+                return cls("refused", str(error))
+            case EngineFailed():
+                return cls("unavailable", str(error))
+            case _:
+                return cls("internal", f"{type(error).__name__}: {error}")
+
+    def error(self) -> Exception:
+        kinds: dict[str, type[Exception]] = {
+            "refused": RequestRefused,
+            "queue_full": QueueFull,
+            "unavailable": EngineFailed,
+            "internal": InternalError,
+        }
+        return kinds[self.kind](self.message)
+
+
+class Item(msgspec.Struct, frozen=True, omit_defaults=True, array_like=True):
+    """What one stream gained. A frame is a list of these."""
+
+    stream: int
+    deltas: list[Delta]
+    failure: Failure | None = None
+
+
+def _framed(body: bytes) -> bytes:
+    return _LENGTH.pack(len(body)) + body
+
+
+async def _read_frame(reader: asyncio.StreamReader) -> bytes:
+    (length,) = _LENGTH.unpack(await reader.readexactly(_LENGTH.size))
+    if length > _MAX_FRAME:
+        raise ConnectionError(f"a frame of {length} bytes")
+    return await reader.readexactly(length)
+
+
+def _no_delay(writer: asyncio.StreamWriter) -> None:
+    writer.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+
+# --- the router's end -------------------------------------------------------------------------
+
+
+class EngineServer:
+    """Gives ingress replicas the use of an engine. Belongs to the engine's event loop."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._server: asyncio.Server | None = None
+        self._connections: set[_Connection] = set()
+        self.endpoint = Endpoint("", 0, b"")
+
+    async def start(self, host: str) -> Endpoint:
+        """Listen on a free port of `host`."""
+        self._server = await asyncio.start_server(self._serve, host, 0)
+        port = self._server.sockets[0].getsockname()[1]
+        self.endpoint = Endpoint(host, port, secrets.token_bytes(_SECRET_BYTES))
+        return self.endpoint
+
+    def running(self) -> int:
+        """Streams not yet ended."""
+        return sum(len(connection.streams) for connection in self._connections)
+
+    async def drain(self) -> None:
+        """Return when every stream has ended. New ones are still taken meanwhile: whoever sends
+        them has not heard yet that there is a successor."""
+        for connection in list(self._connections):
+            while connection.streams:
+                await asyncio.wait(connection.streams.values())
+
+    async def close(self) -> None:
+        if self._server is not None:
+            self._server.close()
+        for connection in list(self._connections):
+            connection.close()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        peer = writer.get_extra_info("peername")
+        try:
+            secret = await asyncio.wait_for(reader.readexactly(_SECRET_BYTES), _HANDSHAKE_SECONDS)
+            if not hmac.compare_digest(secret, self.endpoint.secret):
+                logger.warning("refused a connection from %s: wrong secret", peer)
+                return
+            _no_delay(writer)
+            connection = _Connection(self._engine, reader, writer)
+            self._connections.add(connection)
+            try:
+                await connection.serve()
+            finally:
+                self._connections.discard(connection)
+        except (OSError, asyncio.IncompleteReadError, asyncio.TimeoutError):
+            pass  # the peer is gone, and with it whoever wanted an answer
+        finally:
+            writer.close()
+
+
+class _Connection:
+    """One ingress's streams."""
+
+    def __init__(
+        self, engine: Engine, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        self.streams: dict[int, asyncio.Task[None]] = {}
+        self._engine = engine
+        self._reader = reader
+        self._writer = writer
+        self._ids: dict[int, str] = {}
+        self._outbox: list[Item] = []
+        self._flowing = asyncio.Event()
+        self._flowing.set()
+        self._encoder = msgspec.msgpack.Encoder()
+        writer.transport.set_write_buffer_limits(high=_HIGH_WATER)
+
+    async def serve(self) -> None:
+        """Until the peer goes."""
+        decoder = msgspec.msgpack.Decoder(Submit | Cancel)
+        try:
+            while True:
+                message = decoder.decode(await _read_frame(self._reader))
+                if isinstance(message, Submit):
+                    self._submit(message)
+                elif (request_id := self._ids.get(message.stream)) is not None:
+                    await self._engine.cancel(request_id, message.index)
+        finally:
+            for request_id in list(self._ids.values()):
+                await self._engine.cancel(request_id)
+            for task in list(self.streams.values()):
+                task.cancel()
+
+    def close(self) -> None:
+        self._writer.close()
+
+    def _submit(self, message: Submit) -> None:
+        try:
+            stream = self._engine.generate(message.request)
+        except Exception as error:
+            self._send(Item(message.stream, [], self._told(error)))
+            return
+        self._ids[message.stream] = message.request.request_id
+        task = asyncio.create_task(self._pump(message.stream, stream))
+        self.streams[message.stream] = task
+        task.add_done_callback(lambda _: self._forget(message.stream))
+
+    def _forget(self, stream: int) -> None:
+        del self.streams[stream], self._ids[stream]
+
+    async def _pump(self, number: int, stream: AsyncIterator[list[Delta]]) -> None:
+        try:
+            async for deltas in stream:
+                self._send(Item(number, deltas))
+                await self._flowing.wait()
+        except Exception as error:
+            self._send(Item(number, [], self._told(error)))
+
+    def _told(self, error: Exception) -> Failure:
+        failure = Failure.of(error)
+        if failure.kind == "internal":
+            logger.error("a request failed", exc_info=error)
+        return failure
+
+    def _send(self, item: Item) -> None:
+        """Streams that wake in the same turn of the loop (a step wakes all) share a frame."""
+        if not self._outbox:
+            asyncio.get_running_loop().call_soon(self._flush)
+        self._outbox.append(item)
+
+    def _flush(self) -> None:
+        items, self._outbox = self._outbox, []
+        if self._writer.is_closing():
+            return
+        self._writer.write(_framed(self._encoder.encode(items)))
+        if self._flowing.is_set() and self._writer.transport.get_write_buffer_size() > _HIGH_WATER:
+            self._flowing.clear()
+            task = asyncio.create_task(self._resume())
+            task.add_done_callback(lambda _: self._flowing.set())
+
+    async def _resume(self) -> None:
+        with contextlib.suppress(OSError):
+            await self._writer.drain()
+
+
+# --- the ingress's end ------------------------------------------------------------------------
+
+
+class _Mailbox:
+    """What arrived for one stream and has not been read."""
+
+    def __init__(self, unfinished: int) -> None:
+        self.unfinished = unfinished
+        self._deltas: list[Delta] = []
+        self._error: Exception | None = None
+        self._arrived = asyncio.Event()
+
+    def put(self, item: Item) -> None:
+        self._deltas += item.deltas
+        if item.failure is not None:
+            self._error = item.failure.error()
+        self._arrived.set()
+
+    def fail(self, error: Exception) -> None:
+        self._error = error
+        self._arrived.set()
+
+    async def take(self) -> list[Delta]:
+        """All that arrived; waits for something. Raises the failure once the rest is read."""
+        while not self._deltas:
+            if self._error is not None:
+                raise self._error
+            self._arrived.clear()
+            await self._arrived.wait()
+        deltas, self._deltas = self._deltas, []
+        self.unfinished -= sum(delta.finish_reason is not None for delta in deltas)
+        return deltas
+
+
+class _Line:
+    """One connection to the router, as long as it lasts."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.mailboxes: dict[int, _Mailbox] = {}
+        self._writer = writer
+        self._encoder = msgspec.msgpack.Encoder()
+        self._reading = asyncio.create_task(self._read(reader))
+
+    @property
+    def open(self) -> bool:
+        return not self._writer.is_closing()
+
+    def send(self, message: Submit | Cancel) -> None:
+        if self.open:
+            self._writer.write(_framed(self._encoder.encode(message)))
+
+    def close(self) -> None:
+        self._reading.cancel()
+
+    async def _read(self, reader: asyncio.StreamReader) -> None:
+        decoder = msgspec.msgpack.Decoder(list[Item])
+        try:
+            while True:
+                for item in decoder.decode(await _read_frame(reader)):
+                    mailbox = self.mailboxes.get(item.stream)
+                    if mailbox is not None:
+                        mailbox.put(item)
+        except (OSError, asyncio.IncompleteReadError) as error:
+            logger.warning("the connection to the router ended: %r", error)
+        finally:
+            self._writer.close()
+            for mailbox in self.mailboxes.values():
+                mailbox.fail(EngineFailed("the connection to its router ended"))
+
+
+class EngineLink:
+    """The engine as its ingress sees it: an EngineClient. Belongs to one event loop.
+
+    `find` says where the router listens now; it is asked again whenever the connection is gone,
+    so a restarted router is found by the first request that needs it.
+    """
+
+    def __init__(self, find: Callable[[], Awaitable[Endpoint]]) -> None:
+        self._find = find
+        self._line: _Line | None = None
+        self._connecting = asyncio.Lock()
+        self._running: dict[str, tuple[_Line, int]] = {}  # by request id
+        self._next = 0
+
+    async def generate(self, request: GenerationRequest) -> AsyncIterator[list[Delta]]:
+        """See EngineClient. Raises RequestRefused, QueueFull or EngineFailed."""
+        line = await self._connected()
+        self._next += 1
+        number = self._next
+        mailbox = line.mailboxes[number] = _Mailbox(request.n)
+        self._running[request.request_id] = line, number
+        try:
+            line.send(Submit(number, request))
+            while mailbox.unfinished:
+                yield await mailbox.take()
+        except (RequestRefused, EngineFailed, InternalError):
+            mailbox.unfinished = 0  # nothing runs any more
+            raise
+        finally:
+            if mailbox.unfinished:
+                line.send(Cancel(number, None))
+            del line.mailboxes[number], self._running[request.request_id]
+
+    async def cancel(self, request_id: str, index: int | None = None) -> None:
+        """End a request, or one of its sequences. Unknown or finished ones are ignored."""
+        if request_id in self._running:
+            line, number = self._running[request_id]
+            line.send(Cancel(number, index))
+
+    async def close(self) -> None:
+        if self._line is not None:
+            self._line.close()
+
+    async def _connected(self) -> _Line:
+        if self._line is not None and self._line.open:
+            return self._line
+        async with self._connecting:
+            if self._line is None or not self._line.open:
+                self._line = await self._connect()
+            return self._line
+
+    async def _connect(self) -> _Line:
+        try:
+            endpoint = await asyncio.wait_for(self._find(), _HANDSHAKE_SECONDS)
+            reader, writer = await asyncio.wait_for(
+                asyncio.open_connection(endpoint.host, endpoint.port), _HANDSHAKE_SECONDS
+            )
+        except (OSError, asyncio.TimeoutError) as error:
+            raise EngineFailed(f"its router does not answer: {error!r}") from error
+        _no_delay(writer)
+        writer.write(endpoint.secret)
+        return _Line(reader, writer)

@@ -1,0 +1,506 @@
+"""OpenAI's protocol: what requests may say, and the exact shapes of the answers.
+
+Requests are pydantic models (they are checked, and they make the OpenAPI schema); answers are
+msgspec structs (they are written once a token). Field names beyond OpenAI's are vLLM's.
+
+https://platform.openai.com/docs/api-reference/completions
+https://platform.openai.com/docs/api-reference/chat
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import UNSET, UnsetType
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from tensorray.cluster.errors import bad_request
+
+# --- requests ---------------------------------------------------------------------------------
+
+# Fields that ask for something this server does not do: the values that ask for nothing are
+# taken, any other is refused by name, because leaving it out would change the answer.
+_OFF: tuple[object, ...] = (None, False, [], {}, "")
+_TEXT = (None, {"type": "text"})
+_REFUSED: dict[str, tuple[tuple[object, ...], str]] = {
+    "suffix": (_OFF, "completions end where the model ends them; insertion is not supported"),
+    "response_format": (_TEXT, 'only {"type": "text"} is supported'),
+    "tools": (_OFF, "tool calls are not supported; leave it out or send tool_choice 'none'"),
+    "tool_choice": ((None, "none", "auto"), "tool calls are not supported; send 'none'"),
+    "functions": (_OFF, "function calls are not supported; leave it out"),
+    "function_call": ((None, "none", "auto"), "function calls are not supported; send 'none'"),
+    "modalities": ((None, ["text"]), "only text can be generated"),
+    "audio": (_OFF, "only text can be generated"),
+    "prediction": (_OFF, "predicted outputs are not supported"),
+    "web_search_options": ((None,), "web search is not supported"),
+    "guided_json": (_OFF, "guided output is not supported"),
+    "guided_regex": (_OFF, "guided output is not supported"),
+    "guided_choice": (_OFF, "guided output is not supported"),
+    "guided_grammar": (_OFF, "guided output is not supported"),
+    "structured_outputs": (_OFF, "guided output is not supported"),
+    "use_beam_search": (_OFF, "beam search is not supported"),
+    "length_penalty": ((None, 1, 1.0), "beam search is not supported"),
+    "bad_words": (_OFF, "use banned_token_ids or logit_bias"),
+    "logits_processors": (_OFF, "custom logits processors are not supported"),
+    "prompt_embeds": (_OFF, "prompts are text or token ids"),
+    "truncate_prompt_tokens": (_OFF, "shorten the prompt before sending it"),
+    "chat_template": (_OFF, "the template is the server's (--chat-template)"),
+    "chat_template_kwargs": (_OFF, "the template takes no further arguments"),
+    "documents": (_OFF, "put documents into the messages"),
+    "continue_final_message": (_OFF, "the answer is always a new message"),
+    "return_token_ids": (_OFF, "use /tokenize"),
+}
+
+
+class ApiRequest(BaseModel):
+    """Types are taken at their word (no "0.5" for 0.5); fields nobody knows are kept apart."""
+
+    model_config = ConfigDict(extra="allow", strict=True, protected_namespaces=())
+
+    def ignored_fields(self) -> list[str]:
+        """Names of fields that mean nothing here. Raises ApiError for those that must not be
+        ignored, because the answer would be another one."""
+        extra = self.model_extra or {}
+        tools_off = extra.get("tool_choice") == "none"
+        ignored = []
+        for name, value in extra.items():
+            if name not in _REFUSED:
+                ignored.append(name)
+                continue
+            neutral, why = _REFUSED[name]
+            if not any(
+                value is off or (value == off and type(value) is type(off)) for off in neutral
+            ):
+                if name in ("tools", "functions") and tools_off:
+                    continue
+                raise bad_request(f"{name}: {why}.", name, "unsupported_parameter")
+        return ignored
+
+
+class StreamOptions(BaseModel):
+    include_usage: bool = False
+    continuous_usage_stats: bool = Field(False, description="usage on every chunk (vLLM)")
+
+
+class GenerateRequest(ApiRequest):
+    """What completions and chat have in common. Ranges are checked by `SamplingParams`."""
+
+    model: str | None = Field(None, description="A served model's name; default: the only one")
+    n: int | None = None
+    best_of: int | None = None
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: dict[int, float] | None = Field(None, description="token id -> -100 to 100")
+    allowed_token_ids: list[int] | None = None
+    banned_token_ids: list[int] | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    include_stop_str_in_output: bool | None = None
+    min_tokens: int | None = None
+    ignore_eos: bool | None = None
+    skip_special_tokens: bool | None = None
+    prompt_logprobs: int | None = None
+    stream: bool | None = False
+    stream_options: StreamOptions | None = None
+    user: str | None = None
+    priority: int | None = Field(None, description="lower runs first")
+    cache_salt: str | None = Field(None, description="share cached prompts under this salt only")
+
+    def sampling(self) -> dict[str, Any]:
+        """The fields of `SamplingParams` that the request sets."""
+        names = (
+            "n best_of max_tokens temperature top_p top_k min_p repetition_penalty "
+            "presence_penalty frequency_penalty logit_bias allowed_token_ids banned_token_ids "
+            "seed stop stop_token_ids include_stop_str_in_output min_tokens ignore_eos "
+            "skip_special_tokens prompt_logprobs"
+        ).split()
+        fields = {name: getattr(self, name) for name in names}
+        return {name: value for name, value in fields.items() if value is not None}
+
+    @model_validator(mode="after")
+    def _stream_options_need_stream(self) -> GenerateRequest:
+        if self.stream_options is not None and not self.stream:
+            raise PydanticCustomError(
+                "stream_options", "stream_options needs stream to be true; leave it out"
+            )
+        return self
+
+
+Prompt = str | list[int] | list[str] | list[list[int]]
+
+
+def _check_prompt(value: object) -> object:
+    """One message for the union instead of one a branch."""
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list) or not value:
+        raise PydanticCustomError(
+            "prompt",
+            "prompt must be a string, a list of strings, a list of token ids "
+            "or a list of lists of token ids, and not empty",
+        )
+    kind = type(value[0])
+    for i, item in enumerate(value):
+        if type(item) is not kind or kind not in (str, int, list):
+            raise PydanticCustomError(
+                "prompt",
+                "prompt[{index}] must be {kind}",
+                {
+                    "index": i,
+                    "kind": {str: "a string", int: "a token id", list: "a list of token ids"}.get(
+                        kind, "a string or a token id"
+                    ),
+                },
+            )
+        if kind is list and not all(type(token) is int for token in item):
+            raise PydanticCustomError(
+                "prompt", "prompt[{index}] must be a list of token ids (integers)", {"index": i}
+            )
+    return value
+
+
+class CompletionRequest(GenerateRequest):
+    """`POST /v1/completions`."""
+
+    prompt: Annotated[Prompt, BeforeValidator(_check_prompt)]
+    echo: bool | None = False
+    logprobs: int | None = Field(None, description="top alternatives to report a token")
+    add_special_tokens: bool | None = True
+
+    def prompts(self) -> list[str | list[int]]:
+        """The request's prompts, one choice (or n) each."""
+        value: Any = self.prompt
+        return list(value) if isinstance(value, list) and type(value[0]) is not int else [value]
+
+    def sampling(self) -> dict[str, Any]:
+        fields = super().sampling()
+        fields.setdefault("max_tokens", 16)  # OpenAI's default for completions
+        if self.logprobs is not None:
+            fields["logprobs"] = self.logprobs
+        return fields
+
+
+_ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+_MEDIA = {
+    "image_url": "images",
+    "input_image": "images",
+    "image": "images",
+    "input_audio": "audio",
+    "audio_url": "audio",
+    "video_url": "video",
+    "file": "files",
+}
+
+
+def _check_messages(value: object) -> object:
+    """Messages as the templates take them: contents as one string each."""
+
+    def wrong(where: str, what: str) -> PydanticCustomError:
+        return PydanticCustomError("messages", "{where} {what}", {"where": where, "what": what})
+
+    if not isinstance(value, list) or not value:
+        raise wrong("messages", "must be a list of at least one message")
+    messages = []
+    for i, message in enumerate(value):
+        here = f"messages[{i}]"
+        if not isinstance(message, dict):
+            raise wrong(here, "must be an object with role and content")
+        if message.get("role") not in _ROLES:
+            raise wrong(f"{here}.role", f"must be one of {', '.join(_ROLES)}")
+        content = message.get("content")
+        if isinstance(content, list):
+            content = "\n".join(
+                _text_of(part, f"{here}.content[{j}]") for j, part in enumerate(content)
+            )
+        elif content is None and message["role"] == "assistant" and message.get("tool_calls"):
+            content = ""
+        elif not isinstance(content, str):
+            raise wrong(f"{here}.content", "must be a string or a list of text parts")
+        messages.append({**message, "content": content})
+    return messages
+
+
+def _text_of(part: object, here: str) -> str:
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind in _MEDIA:
+        raise PydanticCustomError(
+            "messages",
+            "{here}: {media} are not supported; this server takes text only",
+            {"here": here, "media": _MEDIA[kind]},
+        )
+    text = part.get("text") if isinstance(part, dict) else None
+    if kind != "text" or not isinstance(text, str):
+        raise PydanticCustomError(
+            "messages", '{here} must be {{"type": "text", "text": "…"}}', {"here": here}
+        )
+    return text
+
+
+Messages = Annotated[
+    list[dict[str, Any]],
+    BeforeValidator(_check_messages),
+    Field(
+        json_schema_extra={
+            "minItems": 1,
+            "items": {
+                "type": "object",
+                "required": ["role"],
+                "properties": {
+                    "role": {"enum": list(_ROLES)},
+                    "content": {
+                        "anyOf": [
+                            {"type": "string"},
+                            {
+                                "type": "array",
+                                "items": {
+                                    "type": "object",
+                                    "required": ["type", "text"],
+                                    "properties": {
+                                        "type": {"const": "text"},
+                                        "text": {"type": "string"},
+                                    },
+                                },
+                            },
+                        ]
+                    },
+                },
+            },
+        }
+    ),
+]
+
+
+class ChatRequest(GenerateRequest):
+    """`POST /v1/chat/completions`."""
+
+    messages: Messages
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = False
+    top_logprobs: int | None = None
+    add_generation_prompt: bool | None = True
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ChatRequest:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise PydanticCustomError("top_logprobs", "top_logprobs needs logprobs to be true")
+        return self
+
+    def sampling(self) -> dict[str, Any]:
+        fields = super().sampling()
+        if self.max_completion_tokens is not None:  # the newer name wins, as at OpenAI
+            fields["max_tokens"] = self.max_completion_tokens
+        if self.logprobs:
+            fields["logprobs"] = self.top_logprobs or 0
+        return fields
+
+
+class TokenizeRequest(ApiRequest):
+    """`POST /tokenize`: a prompt, or messages as chat would render them."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: Messages | None = None
+    add_special_tokens: bool | None = None
+    add_generation_prompt: bool | None = True
+    return_token_strs: bool | None = False
+
+    @model_validator(mode="after")
+    def _one_of(self) -> TokenizeRequest:
+        if (self.prompt is None) == (self.messages is None):
+            raise PydanticCustomError("prompt", "send either prompt or messages")
+        return self
+
+
+class DetokenizeRequest(ApiRequest):
+    """`POST /detokenize`."""
+
+    model: str | None = None
+    tokens: list[int]
+
+
+# --- answers ----------------------------------------------------------------------------------
+
+
+class PromptTokensDetails(msgspec.Struct):
+    cached_tokens: int = 0
+
+
+class Usage(msgspec.Struct):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+class CompletionLogprobs(msgspec.Struct):
+    """Parallel lists, one entry a token. With echo the first prompt token has no log-probability."""
+
+    text_offset: list[int] = []
+    token_logprobs: list[float | None] = []
+    tokens: list[str] = []
+    top_logprobs: list[dict[str, float] | None] = []
+
+
+class PromptLogprob(msgspec.Struct):
+    """One token of vLLM's prompt_logprobs."""
+
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
+class CompletionChoice(msgspec.Struct):
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+    prompt_logprobs: list[dict[str, PromptLogprob] | None] | UnsetType = UNSET
+
+
+class Completion(msgspec.Struct):
+    """The whole answer, and every chunk of a streamed one."""
+
+    id: str
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    object: Literal["text_completion"] = "text_completion"
+    usage: Usage | None | UnsetType = UNSET
+
+
+class TopLogprob(msgspec.Struct):
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class TokenLogprob(msgspec.Struct):
+    token: str
+    logprob: float
+    bytes: list[int]
+    top_logprobs: list[TopLogprob]
+
+
+class ChoiceLogprobs(msgspec.Struct):
+    content: list[TokenLogprob]
+    refusal: None = None
+
+
+class ChatMessage(msgspec.Struct):
+    content: str
+    role: Literal["assistant"] = "assistant"
+    refusal: None = None
+
+
+class ChatChoice(msgspec.Struct):
+    index: int
+    message: ChatMessage
+    logprobs: ChoiceLogprobs | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+
+
+class ChatCompletion(msgspec.Struct):
+    id: str
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+    object: Literal["chat.completion"] = "chat.completion"
+    prompt_logprobs: list[dict[str, PromptLogprob] | None] | UnsetType = UNSET
+
+
+class ChatDelta(msgspec.Struct):
+    role: Literal["assistant"] | UnsetType = UNSET
+    content: str | UnsetType = UNSET
+
+
+class ChatChunkChoice(msgspec.Struct):
+    index: int
+    delta: ChatDelta
+    logprobs: ChoiceLogprobs | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None | UnsetType = UNSET
+
+
+class ChatCompletionChunk(msgspec.Struct):
+    id: str
+    created: int
+    model: str
+    choices: list[ChatChunkChoice]
+    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
+    usage: Usage | None | UnsetType = UNSET
+
+
+class Model(msgspec.Struct):
+    id: str
+    created: int
+    max_model_len: int
+    root: str
+    object: Literal["model"] = "model"
+    owned_by: str = "tensorray"
+
+
+class ModelList(msgspec.Struct):
+    data: list[Model]
+    object: Literal["list"] = "list"
+
+
+class Tokens(msgspec.Struct):
+    """Answer of /tokenize."""
+
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None = None
+
+
+class Text(msgspec.Struct):
+    """Answer of /detokenize."""
+
+    prompt: str
+
+
+_encode = msgspec.json.Encoder().encode
+
+DONE = b"data: [DONE]\n\n"
+
+
+def to_json(answer: msgspec.Struct) -> bytes:
+    return _encode(answer)
+
+
+def to_event(chunk: msgspec.Struct) -> bytes:
+    """One server-sent event."""
+    return b"data: " + _encode(chunk) + b"\n\n"
+
+
+def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> Usage:
+    return Usage(
+        prompt_tokens,
+        completion_tokens,
+        prompt_tokens + completion_tokens,
+        PromptTokensDetails(cached_tokens),
+    )
+
+
+def warnings_header(ignored: list[str], limit: int = 8) -> str:
+    """Value of the X-Tensorray-Warnings header: which fields were ignored. ASCII, whatever the
+    names are."""
+    names = ", ".join(json.dumps(name[:64]) for name in ignored[:limit])
+    more = f" and {len(ignored) - limit} more" if len(ignored) > limit else ""
+    return f"ignored unknown fields: {names}{more}"
