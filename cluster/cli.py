@@ -39,6 +39,13 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and 
 Debug = Annotated[bool, typer.Option("--debug", help="Log everything; show tracebacks.")]
 InputLen = Annotated[str, typer.Option(metavar="N|LOW:HIGH", help="Tokens of a random prompt.")]
 OutputLen = Annotated[str, typer.Option(metavar="N|LOW:HIGH", help="Tokens to generate.")]
+TokenIds = Annotated[
+    str, typer.Option(metavar="LOW:HIGH", help="Where a random prompt's token ids come from.")
+]
+NumPrompts = Annotated[
+    int | None,
+    typer.Option(min=1, help="Random prompts [default: 64], or lines of the dataset to use."),
+]
 Dataset = Annotated[
     str | None,
     typer.Option(metavar="FILE", help="Prompts as JSON lines, instead of random ones."),
@@ -167,6 +174,7 @@ def latency(
     config: Given,
     input_len: InputLen = "128",
     output_len: OutputLen = "128",
+    token_ids: TokenIds = "1000:9999",
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts at once.")] = 1,
     iterations: Annotated[int, typer.Option(min=1, help="Measured runs, after one more.")] = 5,
     as_json: AsJson = False,
@@ -175,12 +183,11 @@ def latency(
     """How long one batch takes, start to end, in this process."""
     engine = engine_config(config, config_file)
 
-    from tensorray.cluster import bench as offline
+    from tensorray.cluster import bench as measure
 
-    offline.latency(
+    measure.latency(
         engine,
-        offline.length_range(input_len),
-        offline.length_range(output_len),
+        measure.Lengths.parse(input_len, output_len, token_ids),
         batch_size=batch_size,
         iterations=iterations,
         as_json=as_json,
@@ -192,7 +199,8 @@ def throughput(
     config: Given,
     input_len: InputLen = "100:1024",
     output_len: OutputLen = "100:1024",
-    num_prompts: Annotated[int, typer.Option(min=1, help="Random prompts.")] = 64,
+    token_ids: TokenIds = "1000:9999",
+    num_prompts: NumPrompts = None,
     dataset: Dataset = None,
     as_json: AsJson = False,
     config_file: ConfigFile = None,
@@ -200,13 +208,11 @@ def throughput(
     """How many tokens a second come out with everything sent at once, in this process."""
     engine = engine_config(config, config_file)
 
-    from tensorray.cluster import bench as offline
+    from tensorray.cluster import bench as measure
 
-    offline.throughput(
-        engine,
-        offline.workload(dataset, num_prompts, input_len, output_len, engine.seed or 0),
-        as_json=as_json,
-    )
+    lengths = measure.Lengths.parse(input_len, output_len, token_ids)
+    workload = measure.Workload.make(dataset, num_prompts, lengths, engine.seed or 0)
+    measure.throughput(engine, workload, as_json=as_json)
 
 
 @command(bench, name="serve")
@@ -220,23 +226,25 @@ def bench_serve(
     concurrency: Annotated[
         int | None, typer.Option(min=1, help="Most requests in flight. Default: no limit.")
     ] = None,
-    num_prompts: Annotated[int, typer.Option(min=1, help="Random prompts.")] = 64,
     input_len: InputLen = "128",
     output_len: OutputLen = "128",
+    token_ids: TokenIds = "1000:9999",
+    num_prompts: NumPrompts = None,
     dataset: Dataset = None,
     seed: Annotated[int, typer.Option(help="Of prompts and arrivals.")] = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Load a server and report time to first token, per token, and between tokens."""
+    """Load a server; report time to first token, per token, and between tokens."""
     if request_rate is not None and not request_rate > 0:
         raise UsageError(f"--request-rate must be above 0 (got {request_rate})")
 
-    from tensorray.cluster import bench as online
+    from tensorray.cluster import bench as measure
 
-    online.server(
+    lengths = measure.Lengths.parse(input_len, output_len, token_ids)
+    measure.serve(
         url.rstrip("/").removesuffix("/v1"),
         model,
-        online.workload(dataset, num_prompts, input_len, output_len, seed),
+        measure.Workload.make(dataset, num_prompts, lengths, seed),
         rate=request_rate,
         concurrency=concurrency,
         seed=seed,

@@ -54,8 +54,8 @@ def random_prompts(
     count: int,
     input_len: tuple[int, int],
     output_len: tuple[int, int],
-    seed: int = 0,
-    token_ids: tuple[int, int] = (1000, 10000),
+    token_ids: tuple[int, int],
+    seed: int,
 ) -> list[Prompt]:
     """Prompts of random token ids; lengths and ids are uniform over their inclusive ranges."""
     draw = random.Random(seed)

@@ -80,7 +80,9 @@ def main(gguf_file: str, output: str) -> None:
         "max_tokens": NEW_TOKENS,
         "records": records,
     }
-    Path(output).write_text(json.dumps(golden, ensure_ascii=False, indent=1) + "\n")
+    text = json.dumps(golden, ensure_ascii=False)
+    # A line a record, so that a change shows where it is.
+    Path(output).write_text(text.replace('{"prompt"', '\n{"prompt"') + "\n")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,206 @@
+"""`tensorray bench`: a model in this process, or a server, under a workload, in figures."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+from tensorray.cluster import loadgen
+from tensorray.cluster.config import EngineConfig
+from tensorray.cluster.flags import UsageError
+from tensorray.cluster.loadgen import Prompt, random_prompts
+from tensorray.cluster.prompts import read_prompts
+from tensorray.cluster.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from tensorray.cluster.llm import LLM
+
+DEFAULT_RANDOM_PROMPTS = 64
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Random prompts: inclusive ranges of input and output length and of token ids."""
+
+    input: tuple[int, int]
+    output: tuple[int, int]
+    token_ids: tuple[int, int]
+
+    @classmethod
+    def parse(cls, input_len: str, output_len: str, token_ids: str) -> Lengths:
+        return cls(
+            _range("--input-len", input_len, 1),
+            _range("--output-len", output_len, 1),
+            _range("--token-ids", token_ids, 0),
+        )
+
+    def prompts(self, count: int, seed: int) -> list[Prompt]:
+        return random_prompts(count, self.input, self.output, self.token_ids, seed)
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Prompts to run. Random ones ignore the end-of-sequence token, so that lengths hold."""
+
+    prompts: list[Prompt]
+    ignore_eos: bool
+
+    @classmethod
+    def make(cls, dataset: str | None, count: int | None, lengths: Lengths, seed: int) -> Workload:
+        """The first `count` prompts of a dataset (all, by default), or that many random ones."""
+        if dataset is None:
+            return cls(lengths.prompts(count or DEFAULT_RANDOM_PROMPTS, seed), True)
+        most = lengths.output[1]
+        lines = read_prompts(dataset)[:count]
+        return cls([Prompt(line.content, line.max_tokens or most) for line in lines], False)
+
+
+def latency(
+    config: EngineConfig, lengths: Lengths, *, batch_size: int, iterations: int, as_json: bool
+) -> None:
+    """Time whole batches, one after the other; every one has prompts of its own, so that no
+    prefix is reused. The first is not counted."""
+    from tensorray.cluster.generate import progress, results_on_stdout
+    from tensorray.cluster.llm import LLM
+
+    with results_on_stdout() as results, LLM(**dict(config)) as llm:
+        seconds, first_token, tokens = [], [], 0
+        with progress(iterations + 1) as advance:
+            for iteration in range(iterations + 1):
+                batch = lengths.prompts(batch_size, seed=iteration)
+                took, output_tokens = timed(llm, batch, ignore_eos=True)
+                if iteration:
+                    seconds.append(took)
+                    tokens += output_tokens
+                    fresh = lengths.prompts(batch_size, seed=-iteration)
+                    once = [Prompt(each.prompt, 1) for each in fresh]
+                    first_token.append(timed(llm, once, ignore_eos=True)[0])
+                advance()
+        figures = {
+            "model": config.model,
+            "batch_size": batch_size,
+            "input_len": lengths.input,
+            "output_len": lengths.output,
+            "iterations": iterations,
+            "batch_ms": loadgen.distribution(seconds),
+            "all_first_tokens_ms": loadgen.distribution(first_token),
+            "output_tokens_per_second": round(tokens / sum(seconds), 2),
+            "seconds_per_batch": round(fmean(seconds), 4),
+        }
+        print(json.dumps(figures) if as_json else table(figures), file=results)
+
+
+def throughput(config: EngineConfig, workload: Workload, *, as_json: bool) -> None:
+    """Run everything at once, and count."""
+    from tensorray.cluster.generate import progress, results_on_stdout
+    from tensorray.cluster.llm import LLM
+
+    with results_on_stdout() as results, LLM(**dict(config)) as llm:
+        warm_up = [Prompt(workload.prompts[0].prompt, 2)]
+        timed(llm, warm_up, ignore_eos=True)
+        with progress(len(workload.prompts)) as advance:
+            began = time.perf_counter()
+            outputs = llm.generate(
+                [each.prompt for each in workload.prompts],
+                _params(workload.prompts, workload.ignore_eos),
+                on_finished=lambda _: advance(),
+            )
+            seconds = time.perf_counter() - began
+        prompt_tokens = sum(len(output.prompt_token_ids) for output in outputs)
+        output_tokens = sum(len(output.outputs[0].token_ids) for output in outputs)
+        figures = {
+            "model": config.model,
+            "requests": len(outputs),
+            "seconds": round(seconds, 3),
+            "requests_per_second": round(len(outputs) / seconds, 3),
+            "prompt_tokens": prompt_tokens,
+            "output_tokens": output_tokens,
+            "output_tokens_per_second": round(output_tokens / seconds, 2),
+            "total_tokens_per_second": round((prompt_tokens + output_tokens) / seconds, 2),
+        }
+        print(json.dumps(figures) if as_json else table(figures), file=results)
+
+
+def serve(
+    url: str,
+    model: str | None,
+    workload: Workload,
+    *,
+    rate: float | None,
+    concurrency: int | None,
+    seed: int,
+    as_json: bool,
+) -> None:
+    """Load a server. Raises RuntimeError when no request succeeded."""
+    target = loadgen.Target(
+        url,
+        model or served_model(url),
+        extra_body={"temperature": 0.0, "ignore_eos": workload.ignore_eos},
+    )
+    records, seconds = asyncio.run(loadgen.run(target, workload.prompts, rate, concurrency, seed))
+    figures = {
+        "model": target.model,
+        "request_rate": rate,
+        "concurrency": concurrency,
+        **loadgen.summarize(records, seconds),
+    }
+    print(json.dumps(figures) if as_json else table(figures))
+    if figures["failed"] == len(records):
+        raise RuntimeError(f"every request failed; the first said: {records[0].error}")
+
+
+def timed(llm: LLM, prompts: Sequence[Prompt], *, ignore_eos: bool) -> tuple[float, int]:
+    """Seconds to complete a batch greedily, and the tokens it came to."""
+    params = _params(prompts, ignore_eos)
+    began = time.perf_counter()
+    outputs = llm.generate([each.prompt for each in prompts], params)
+    seconds = time.perf_counter() - began
+    return seconds, sum(len(output.outputs[0].token_ids) for output in outputs)
+
+
+def served_model(url: str) -> str:
+    """The first model a server lists. Raises UsageError when there is no server."""
+    try:
+        with urllib.request.urlopen(f"{url}/v1/models", timeout=10) as response:
+            return str(json.load(response)["data"][0]["id"])
+    except (urllib.error.URLError, OSError, ValueError, KeyError, IndexError) as error:
+        raise UsageError(f"{url}: no server answers /v1/models ({error})") from None
+
+
+def table(figures: dict[str, Any]) -> str:
+    """Figures as aligned lines for people."""
+    width = max(map(len, figures))
+    lines = []
+    for name, value in figures.items():
+        if isinstance(value, dict):
+            value = "  ".join(f"{key} {number:g}" for key, number in value.items()) or "none"
+        elif isinstance(value, tuple | list):
+            value = " to ".join(map(str, dict.fromkeys(value))) or "none"
+        lines.append(f"{name.replace('_', ' '):{width}}  {'none' if value is None else value}")
+    return "\n".join(lines)
+
+
+def _params(prompts: Sequence[Prompt], ignore_eos: bool) -> list[SamplingParams]:
+    return [
+        SamplingParams(temperature=0.0, max_tokens=each.max_tokens, ignore_eos=ignore_eos)
+        for each in prompts
+    ]
+
+
+def _range(name: str, text: str, least: int) -> tuple[int, int]:
+    """`128` or `100:1024`, both ends inclusive."""
+    low, _, high = text.partition(":")
+    try:
+        found = int(low), int(high or low)
+    except ValueError:
+        raise UsageError(f"{name} must be N or LOW:HIGH (got {text!r})") from None
+    if not least <= found[0] <= found[1]:
+        raise UsageError(f"{name} must rise from at least {least} (got {text!r})")
+    return found

@@ -1,0 +1,95 @@
+"""Offline generation for the command line: one prompt or a file of them, as one batch."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any, TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from tensorray.cluster.config import EngineConfig
+from tensorray.cluster.llm import LLM
+from tensorray.cluster.outputs import CompletionOutput, RequestOutput
+from tensorray.cluster.prompts import PromptLine, read_prompts
+from tensorray.cluster.sampling_params import SamplingParams
+
+
+def run(
+    config: EngineConfig,
+    params: SamplingParams,
+    prompt: str | None,
+    prompts_file: str | None,
+    *,
+    as_json: bool,
+) -> None:
+    """Complete `prompt`, or every line of `prompts_file`, and print what came out, in order."""
+    lines = [PromptLine(prompt)] if prompts_file is None else read_prompts(prompts_file)
+    each = [
+        params.model_copy(update={"max_tokens": line.max_tokens}) if line.max_tokens else params
+        for line in lines
+    ]
+    with results_on_stdout() as results, LLM(**dict(config)) as llm:
+        with progress(len(lines)) as advance:
+            outputs = llm.generate(
+                [line.content for line in lines], each, on_finished=lambda _: advance()
+            )
+        for output in outputs:
+            print(json.dumps(as_dict(output)) if as_json else output.outputs[0].text, file=results)
+
+
+def as_dict(output: RequestOutput) -> dict[str, Any]:
+    """One request's result as JSON: its first sequence, and `outputs` with all where n > 1."""
+    result = {
+        **_sequence(output.outputs[0]),
+        "prompt_token_ids": output.prompt_token_ids,
+    }
+    if len(output.outputs) > 1:
+        result["outputs"] = [_sequence(each) for each in output.outputs]
+    return result
+
+
+def _sequence(output: CompletionOutput) -> dict[str, Any]:
+    return {
+        "text": output.text,
+        "token_ids": list(output.token_ids),
+        "finish_reason": output.finish_reason,
+    }
+
+
+@contextlib.contextmanager
+def results_on_stdout() -> Iterator[TextIO]:
+    """A file that is stdout, while all else that anyone prints to stdout goes to stderr.
+
+    Also what libraries print below Python, and processes started meanwhile.
+    """
+    sys.stdout.flush()
+    stdout = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with open(stdout, "w", closefd=False) as results, contextlib.redirect_stdout(sys.stderr):
+            yield results
+    finally:
+        os.dup2(stdout, 1)
+        os.close(stdout)
+
+
+@contextlib.contextmanager
+def progress(total: int) -> Iterator[Callable[[], None]]:
+    """A progress bar on stderr if that is a terminal and there is more than one thing to wait for;
+    yields what to call when one is done."""
+    console = Console(stderr=True)
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=console,
+        disable=total < 2 or not console.is_terminal,
+    ) as bar:
+        task = bar.add_task("Generating", total=total)
+        yield lambda: bar.advance(task)
