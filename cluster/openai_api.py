@@ -85,6 +85,32 @@ class StreamOptions(BaseModel):
     continuous_usage_stats: bool = Field(False, description="usage on every chunk (vLLM)")
 
 
+# Fields of GenerateRequest that are `SamplingParams` of the same name.
+_SAMPLING = [
+    "n",
+    "best_of",
+    "max_tokens",
+    "min_tokens",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "logit_bias",
+    "allowed_token_ids",
+    "banned_token_ids",
+    "seed",
+    "stop",
+    "stop_token_ids",
+    "include_stop_str_in_output",
+    "ignore_eos",
+    "skip_special_tokens",
+    "prompt_logprobs",
+]
+
+
 class GenerateRequest(ApiRequest):
     """What completions and chat have in common. Ranges are checked by `SamplingParams`."""
 
@@ -118,13 +144,7 @@ class GenerateRequest(ApiRequest):
 
     def sampling(self) -> dict[str, Any]:
         """The fields of `SamplingParams` that the request sets."""
-        names = (
-            "n best_of max_tokens temperature top_p top_k min_p repetition_penalty "
-            "presence_penalty frequency_penalty logit_bias allowed_token_ids banned_token_ids "
-            "seed stop stop_token_ids include_stop_str_in_output min_tokens ignore_eos "
-            "skip_special_tokens prompt_logprobs"
-        ).split()
-        fields = {name: getattr(self, name) for name in names}
+        fields = {name: getattr(self, name) for name in _SAMPLING}
         return {name: value for name, value in fields.items() if value is not None}
 
     @model_validator(mode="after")
@@ -346,7 +366,7 @@ FinishReason = Literal["stop", "length", "abort", "error"]
 
 
 class CompletionLogprobs(msgspec.Struct):
-    """Parallel lists, one entry a token. With echo the first prompt token has no log-probability."""
+    """Parallel lists, one entry a token; with echo the prompt's first token has none."""
 
     text_offset: list[int] = []
     token_logprobs: list[float | None] = []
@@ -379,7 +399,7 @@ class Completion(msgspec.Struct):
     model: str
     choices: list[CompletionChoice]
     object: Literal["text_completion"] = "text_completion"
-    usage: Usage | None | UnsetType = UNSET
+    usage: Usage | UnsetType | None = UNSET
 
 
 class TopLogprob(msgspec.Struct):
@@ -434,7 +454,7 @@ class ChatChunkChoice(msgspec.Struct):
     delta: ChatDelta
     logprobs: ChoiceLogprobs | None = None
     finish_reason: FinishReason | None = None
-    stop_reason: int | str | None | UnsetType = UNSET
+    stop_reason: int | str | UnsetType | None = UNSET
 
 
 class ChatCompletionChunk(msgspec.Struct):
@@ -443,7 +463,7 @@ class ChatCompletionChunk(msgspec.Struct):
     model: str
     choices: list[ChatChunkChoice]
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
-    usage: Usage | None | UnsetType = UNSET
+    usage: Usage | UnsetType | None = UNSET
 
 
 class Model(msgspec.Struct):

@@ -1,0 +1,175 @@
+"""The engine behind a connection behaves like the engine itself."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+
+from tensorray.actors.protocol import Sampling
+from tensorray.cluster.engine import Engine, EngineFailed
+from tensorray.cluster.engine_link import Endpoint, EngineLink, EngineServer
+from tensorray.cluster.request import Delta, GenerationRequest, QueueFull, RequestRefused
+from tests.helpers.null_engine import null_engine
+
+
+@asynccontextmanager
+async def serving(**settings: Any) -> AsyncIterator[tuple[Engine, EngineServer, EngineLink]]:
+    engine = null_engine(**settings)
+    await engine.start()
+    server = EngineServer(engine)
+    endpoint = await server.start("127.0.0.1")
+
+    async def find() -> Endpoint:
+        return endpoint
+
+    link = EngineLink(find)
+    try:
+        yield engine, server, link
+    finally:
+        await link.close()
+        await server.close()
+        await engine.close()
+
+
+def request(name: str, tokens: int = 8, n: int = 1, prompt: int = 5) -> GenerationRequest:
+    return GenerationRequest(name, list(range(prompt)), Sampling(seed=7), tokens, n=n)
+
+
+async def gather(stream: AsyncIterator[list[Delta]]) -> dict[int, list[int]]:
+    tokens: dict[int, list[int]] = {}
+    async for deltas in stream:
+        for delta in deltas:
+            tokens.setdefault(delta.index, []).extend(delta.tokens)
+    return tokens
+
+
+async def until(condition: object, seconds: float = 5.0) -> None:
+    async def wait() -> None:
+        while not condition():  # type: ignore[operator]
+            await asyncio.sleep(0.002)
+
+    await asyncio.wait_for(wait(), seconds)
+
+
+async def test_same_tokens_as_without_the_link() -> None:
+    async with serving() as (engine, _, link):
+        near = await gather(engine.generate(request("near", n=3)))
+        far = await asyncio.gather(
+            *[gather(link.generate(request(f"far{i}", n=3))) for i in range(20)]
+        )
+        assert sorted(near) == [0, 1, 2]
+        assert all(len(tokens) == 8 for tokens in near.values())
+        assert all(tokens == near for tokens in far)
+
+
+async def test_refusals_keep_their_kind() -> None:
+    async with serving(max_num_seqs=1, max_waiting=0, step_ms=20) as (_, _, link):
+        with pytest.raises(RequestRefused):
+            await gather(link.generate(request("long", prompt=300)))
+        running = link.generate(request("first", tokens=200))
+        await running.__anext__()
+        with pytest.raises(QueueFull):
+            await gather(link.generate(request("second")))
+        await running.aclose()
+
+
+async def test_closing_a_stream_cancels_it() -> None:
+    async with serving(step_ms=2) as (engine, server, link):
+        stream = link.generate(request("left", tokens=200))
+        await stream.__anext__()
+        assert engine.scheduler.stats().running == 1
+        await stream.aclose()
+        await until(lambda: engine.scheduler.stats().running == 0)
+        await until(lambda: server.running() == 0)
+
+
+async def test_cancelling_one_of_several_sequences() -> None:
+    async with serving(step_ms=2) as (_, _, link):
+        reasons: dict[int, str] = {}
+        stream = link.generate(request("pair", tokens=100, n=2))
+        async for deltas in stream:
+            await link.cancel("pair", 1)
+            reasons |= {d.index: d.finish_reason for d in deltas if d.finish_reason}
+        assert reasons == {0: "length", 1: "abort"}
+
+
+async def test_an_ingress_that_vanishes_leaves_nothing_running() -> None:
+    async with serving(step_ms=2) as (engine, _, link):
+        stream = link.generate(request("orphan", tokens=200))
+        await stream.__anext__()
+        await link.close()
+        await until(lambda: engine.scheduler.stats().running == 0)
+        with pytest.raises(EngineFailed):
+            await gather(stream)
+
+
+async def test_a_failed_engine_says_why() -> None:
+    async with serving(step_ms=2) as (engine, _, link):
+        stream = link.generate(request("doomed", tokens=200))
+        await stream.__anext__()
+        engine._fail("the shard failed: out of luck")
+        last = [delta async for deltas in stream for delta in deltas][-1]
+        assert (last.finish_reason, last.error) == ("error", "the shard failed: out of luck")
+        with pytest.raises(EngineFailed, match="out of luck"):
+            await gather(link.generate(request("late")))
+
+
+async def test_a_restarted_router_is_found_again() -> None:
+    engine = null_engine(step_ms=2)
+    await engine.start()
+    servers = [EngineServer(engine), EngineServer(engine)]
+    endpoints = [await server.start("127.0.0.1") for server in servers]
+    calls = iter(endpoints)
+
+    async def find() -> Endpoint:
+        return next(calls)
+
+    link = EngineLink(find)
+    stream = link.generate(request("first", tokens=200))
+    await stream.__anext__()
+    await servers[0].close()
+    with pytest.raises(EngineFailed, match="connection"):
+        await gather(stream)
+    assert len((await gather(link.generate(request("second"))))[0]) == 8
+    await link.close()
+    await servers[1].close()
+    await engine.close()
+
+
+async def test_a_wrong_secret_is_turned_away() -> None:
+    async with serving() as (_, server, _):
+
+        async def find() -> Endpoint:
+            return Endpoint(server.endpoint.host, server.endpoint.port, b"x" * 32)
+
+        stranger = EngineLink(find)
+        with pytest.raises(EngineFailed, match="ended"):
+            await gather(stranger.generate(request("stranger")))
+        await stranger.close()
+
+
+async def test_a_lagging_reader_gets_merged_tokens() -> None:
+    async with serving() as (engine, _, link):
+        stream = link.generate(request("lazy", tokens=200))
+        first = await stream.__anext__()
+        await until(lambda: engine.scheduler.stats().running == 0)
+        await asyncio.sleep(0.05)
+        rest = [deltas async for deltas in stream]
+        assert len(first[0].tokens) < 200
+        assert len(rest) == 1
+        assert sum(len(d.tokens) for d in [*first, *rest[0]]) == 200
+
+
+async def test_drain_waits_for_what_runs() -> None:
+    async with serving(step_ms=2) as (_, server, link):
+        stream = link.generate(request("last", tokens=30))
+        await stream.__anext__()
+        draining = asyncio.create_task(server.drain())
+        tokens = await gather(stream)
+        assert sum(map(len, tokens.values())) == 29
+        await asyncio.wait_for(draining, 5)
+        assert server.running() == 0
