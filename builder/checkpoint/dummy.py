@@ -32,7 +32,7 @@ class RandomTensor(StoredTensor):
 
     def fetch(self, start: int, stop: int) -> Array:
         block = max(1, PIECE_VALUES // self.width)
-        center = 1.0 if len(self.shape) == 1 and self.name.endswith("weight") else 0.0
+        center = 1.0 if len(self.stored) == 1 and self.name.endswith("weight") else 0.0
         pieces = []
         for index in range(start // block, -(-stop // block)):
             seed = [zlib.crc32(self.name.encode()), index]
@@ -47,7 +47,7 @@ class RandomTensor(StoredTensor):
         return rows
 
     def slab(self, index: int) -> RandomTensor:
-        return RandomTensor(self.shape[1:], f"{self.name}[{index}]")
+        return RandomTensor(self.stored[1:], f"{self.name}[{index}]")
 
 
 class DummyCheckpoint:

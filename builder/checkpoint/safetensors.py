@@ -151,7 +151,7 @@ def _tensor(file: DataFile, start: int, name: str, entry: Any) -> FileTensor:
         )
     width = shape[-1] if len(shape) > 1 else 1
     return FileTensor(
-        shape=shape or (1,),
+        stored=shape or (1,),
         file=file,
         offset=start + begin,
         row_bytes=width * dtype.itemsize,

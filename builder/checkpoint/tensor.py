@@ -65,12 +65,14 @@ class DataFile:
 class StoredTensor(ABC):
     """A row-major tensor whose rows (along its last axis) can be fetched in any range.
 
-    `order`, if given, says where each row of the tensor is stored: row i is stored as row
-    `order[i]`. Only tensors of one or two axes have one.
+    Formats that store a tensor otherwise than Hugging Face does say how: `order`, for tensors of
+    one or two axes, has row i stored as row `order[i]`; `transposed`, for two axes, has them
+    swapped (`stored` is the shape as stored, `shape` as the tensor is known).
     """
 
-    shape: tuple[int, ...]
+    stored: tuple[int, ...]
     order: NDArray[np.intp] | None = field(default=None, kw_only=True)
+    transposed: bool = field(default=False, kw_only=True)
 
     @abstractmethod
     def fetch(self, start: int, stop: int) -> Array:
@@ -81,23 +83,27 @@ class StoredTensor(ABC):
         """The tensor at an index of axis 0."""
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        return self.stored[::-1] if self.transposed else self.stored
+
+    @property
     def width(self) -> int:
         """Values in a stored row; a 1-D tensor is stored as rows of one value."""
-        return self.shape[-1] if len(self.shape) > 1 else 1
+        return self.stored[-1] if len(self.stored) > 1 else 1
 
     def read(self, out: Array, rows: slice, columns: slice, transpose: bool) -> None:
         """Fill `out` with a slice; the arguments are `Checkpoint.read`'s."""
         if out.size == 0:
             return
-        if transpose:
+        if transpose != self.transposed:
             out, rows, columns = out.T, columns, rows
-        if len(self.shape) > 2:
-            for i, index in enumerate(range(*rows.indices(self.shape[0]))):
+        if len(self.stored) > 2:
+            for i, index in enumerate(range(*rows.indices(self.stored[0]))):
                 self.slab(index).read(out[i], columns, slice(None), False)
             return
-        if len(self.shape) == 1:
+        if len(self.stored) == 1:
             out, columns = out[:, None], slice(None)
-        first, last, _ = rows.indices(self.shape[0])
+        first, last, _ = rows.indices(self.stored[0])
         low, high = first, last
         place: NDArray[np.intp] | None = None
         if self.order is not None:
@@ -132,9 +138,9 @@ class FileTensor(StoredTensor):
         return self.decode(data.reshape(stop - start, self.row_bytes))
 
     def slab(self, index: int) -> FileTensor:
-        rest = self.shape[1:]
+        rest = self.stored[1:]
         step = prod(rest[:-1]) * self.row_bytes
-        return replace(self, shape=rest, offset=self.offset + index * step)
+        return replace(self, stored=rest, offset=self.offset + index * step)
 
 
 class TensorCheckpoint:
