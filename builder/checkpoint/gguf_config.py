@@ -94,12 +94,9 @@ def generation_config(metadata: Mapping[str, Any]) -> dict[str, Any]:
     config = {ours: metadata[key] for key, ours in _SAMPLING.items() if key in metadata}
     ids = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
     tokens = metadata.get("tokenizer.ggml.tokens", [])
-    types = metadata.get("tokenizer.ggml.token_type", [])
-    ids += [
-        index
-        for index, (token, type_) in enumerate(zip(tokens, types, strict=False))
-        if type_ in _SPECIAL_TYPES and token in _END_OF_TURN
-    ]
+    types = np.asarray(metadata.get("tokenizer.ggml.token_type", []))[: len(tokens)]
+    special = np.flatnonzero(np.isin(types, _SPECIAL_TYPES)).tolist()
+    ids += [index for index in special if tokens[index] in _END_OF_TURN]
     if stop := list(dict.fromkeys(id_ for id_ in ids if id_ is not None)):
         config["eos_token_id"] = stop
     return config

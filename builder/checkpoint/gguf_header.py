@@ -155,7 +155,24 @@ class _Parser:
         kind = self.kind(type_)
         if kind in _SCALARS:
             return np.frombuffer(self.take(count * _SCALARS[kind].itemsize), _SCALARS[kind])
+        if kind is GGUFValueType.STRING:
+            return self.strings(count)
         return [self.value(type_) for _ in range(count)]
+
+    def strings(self, count: int) -> list[str]:
+        """Like `count` calls of `string`, in a tight loop: vocabularies are long."""
+        read, length = self.file.read, struct.Struct("<Q").unpack
+        values = []
+        try:
+            for _ in range(count):
+                size = length(read(8))[0]
+                data = read(size) if size <= self.size else b""
+                if len(data) < size:
+                    raise self.truncated()
+                values.append(data.decode("utf-8", errors="replace"))
+        except struct.error:
+            raise self.truncated() from None
+        return values
 
     def kind(self, type_: int) -> GGUFValueType:
         try:
@@ -175,5 +192,10 @@ class _Parser:
     def take(self, count: int) -> bytes:
         data = self.file.read(count) if count <= self.size else b""
         if len(data) < count:
-            raise CheckpointError(f"{self.path}: truncated: it ends inside {self.place}")
+            raise self.truncated()
         return data
+
+    def truncated(self) -> CheckpointError:
+        return CheckpointError(
+            f"{self.path}: truncated: it ends inside {self.place}; download it again"
+        )
