@@ -73,6 +73,8 @@ class LocalLink:
     async def receive(self) -> StepResult:
         try:
             if self._thread is None:
+                # The loop's other tasks get their turn first: readers of the last step's tokens.
+                await asyncio.sleep(0)
                 return self._executor.execute(self._plans.popleft())
             return await self._results.popleft()
         except Exception as error:

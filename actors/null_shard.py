@@ -18,7 +18,7 @@ from tensorray.actors.protocol import (
     StepPlan,
     StepResult,
 )
-from tensorray.builder.checkpoint import open_config
+from tensorray.builder.checkpoint import open_files
 from tensorray.builder.registry import resolve
 
 
@@ -43,15 +43,16 @@ class NullShard:
     @classmethod
     def from_config(cls, config: ShardConfig) -> NullShard:
         """Takes vocabulary and context length from the model's config; reads no weights."""
-        found = open_config(
+        found = open_files(
             config.model,
+            load_format=config.load_format,
             revision=config.revision,
             token=config.hf_token,
             cache_dir=config.download_dir,
             offline=config.offline,
             hf_overrides=config.hf_overrides,
         )
-        model = resolve(found, config.model_class)(found)
+        model = resolve(found.config, config.model_class)(found.config)
         max_model_len = config.max_model_len or model.max_positions
         specs = [model.kv_spec(layer) for layer in range(model.num_layers)]
         groups = plan_groups(specs, config.block_size)

@@ -27,7 +27,7 @@ from tensorray.actors.protocol import (
 from tensorray.actors.sampler import Sampler
 from tensorray.builder.array_ops import ArrayOps
 from tensorray.builder.checkpoint import open_checkpoint
-from tensorray.builder.load import load_weights
+from tensorray.builder.load import load_weights, plan_bytes
 from tensorray.builder.model import Model, ShardWeights
 from tensorray.builder.registry import resolve
 from tensorray.kernels import set_num_threads
@@ -112,7 +112,7 @@ class Shard:
         self._model = model
         self._weights = weights
         self._cache = cache
-        self._ops = ArrayOps(xp=np, kv=cache.layers)
+        self._ops = ArrayOps(np, cache.layers, max_positions=max_model_len + 1)
         self._max_num_seqs = max_num_seqs
         self.reset()
 
@@ -164,7 +164,7 @@ class Shard:
             KVCache(groups, num_blocks, np, np.float32),
             max_model_len=max_model_len,
             max_num_seqs=config.max_num_seqs,
-            weight_bytes=weights.nbytes,
+            weight_bytes=plan_bytes(model),
             load_seconds=time.perf_counter() - began,
         )
 

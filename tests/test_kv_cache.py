@@ -18,7 +18,7 @@ LOCAL = KVSpec(kv_heads=2, head_dim=8, window=32)
         ([LOCAL] * 12, 1, 12),
         ([LOCAL, GLOBAL] * 13, 2, 13),  # Gemma 2
         (([LOCAL] * 5 + [GLOBAL]) * 3, 6, 3),  # Gemma 3 270M
-        (([LOCAL] * 5 + [GLOBAL]) * 10 + [LOCAL] * 2, 7, 10),  # Gemma 3 27B
+        (([LOCAL] * 5 + [GLOBAL]) * 10 + [LOCAL] * 2, 5, 13),  # Gemma 3 27B
     ],
 )
 def test_groups_are_equal_and_waste_little(specs, groups, layers_per_group):
