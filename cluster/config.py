@@ -70,7 +70,22 @@ class EngineConfig(BaseModel):
     # --- limits of the API ---
     max_logprobs: int = Field(20, ge=-1, description="Most top-logprobs a request may ask; -1: any")
     max_n: int = Field(128, ge=1, description="Most sequences a request may ask")
+    max_body_bytes: int = Field(
+        16 << 20, ge=1024, description="Largest request body the server reads"
+    )
+    num_ingress_replicas: int = Field(
+        1, ge=1, description="Processes that speak HTTP and turn text into tokens and back"
+    )
     seed: int | None = Field(None, description="Base seed for requests without one")
+
+    def names(self) -> list[str]:
+        """What the API calls the model; the first is the one answers carry."""
+        if self.served_model_name:
+            return self.served_model_name
+        path = Path(self.model).expanduser()
+        if not path.exists():
+            return [self.model]
+        return [path.resolve().name.removesuffix(".gguf"), self.model]
 
     def shard(self) -> ShardConfig:
         """What the shards of this deployment are started with."""
