@@ -235,6 +235,11 @@ class SparseMLP:
         top_k: int,
         renormalize: bool,
     ) -> None:
+        if top_k > experts:
+            raise ModelConfigError(
+                f"config.json: num_experts_per_tok: must be at most the {experts} experts there "
+                f"are, not {top_k}"
+            )
         self.hidden = hidden
         self.inner = inner
         self.experts = experts

@@ -137,16 +137,10 @@ def rope_spec(
     """The rotary embedding a config asks for, in either of its spellings.
 
     Old: `rope_theta` beside `rope_scaling`. New (transformers 5): `rope_parameters` with both,
-    or a mapping of those by layer type, of which `layer_type` picks one.
+    or a mapping of those by layer type, of which `layer_type` picks one. Keys of `rope_scaling`
+    win, so that it can be set on top of a new config.
     """
-    rope = c.subsection("rope_parameters") or c.subsection("rope_scaling") or ConfigReader({})
-    if layer_type is not None and layer_type in rope.config:
-        rope = rope.subsection(layer_type) or ConfigReader({})
-    elif any(isinstance(value, Mapping) for value in rope.config.values()):
-        raise ModelConfigError(
-            f"config.json: {rope.section}: has parameters by layer type "
-            f"({_listed(rope.config)}), which this model does not support"
-        )
+    rope = _rope_section(c, layer_type)
     scaling = rope.choice("rope_type", "type", among=_ROPE_TYPES, default="default")
     base_of = rope if rope.has("rope_theta") else c
     share_of = rope if rope.has("partial_rotary_factor") else c
@@ -189,6 +183,24 @@ def rope_spec(
         beta_slow=rope.number("beta_slow", default=1.0),
         attention_factor=_yarn_attention_factor(rope, factor),
     )
+
+
+def _rope_section(c: ConfigReader, layer_type: str | None) -> ConfigReader:
+    """The mapping that says which rotary embedding a type of layer has; empty if none does."""
+    parameters, scaling = c.subsection("rope_parameters"), c.subsection("rope_scaling")
+    if parameters is None:
+        return scaling or ConfigReader({})
+    if not any(isinstance(value, Mapping) for value in parameters.config.values()):
+        merged = {**parameters.config, **(scaling.config if scaling else {})}
+        return ConfigReader(merged, parameters.section)
+    kinds = _listed(parameters.config)
+    if layer_type is None:
+        raise c.error(
+            "rope_parameters", f"goes by layer type ({kinds}); this model has one for all"
+        )
+    if scaling is not None:
+        raise c.error("rope_scaling", f"would not say which of rope_parameters ({kinds}) to change")
+    return parameters.subsection(layer_type) or ConfigReader({})
 
 
 def _yarn_attention_factor(rope: ConfigReader, factor: float) -> float:
