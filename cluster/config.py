@@ -83,9 +83,7 @@ class EngineConfig(BaseModel):
         if self.served_model_name:
             return self.served_model_name
         path = Path(self.model).expanduser()
-        if not path.exists():
-            return [self.model]
-        return [path.resolve().name.removesuffix(".gguf"), self.model]
+        return [path.resolve().name.removesuffix(".gguf") if path.exists() else self.model]
 
     def shard(self) -> ShardConfig:
         """What the shards of this deployment are started with."""
