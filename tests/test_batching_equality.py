@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 from helpers.equality import assert_same_tokens, choice
 from helpers.running import Arrival, Outcome, RecordingShard, make_shard, run
+from helpers.tiny_models import directory
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 from tensorray.actors.protocol import Sampling
 from tensorray.cluster.scheduler import Scheduler
 
-MODELS = Path(__file__).parent / "fixtures" / "models"
 # Full attention with GQA; local and global layers; expert routing.
 FAMILIES = ["llama3", "gemma3", "mixtral"]
 MAX_MODEL_LEN = 64
@@ -93,7 +93,7 @@ def alone(path: Path, arrival: Arrival) -> tuple[Outcome, RecordingShard]:
 def test_batch_mates_change_nothing(
     family, arrivals, budget, max_num_seqs, scarcity, caching, depth
 ):
-    path = MODELS / family
+    path = directory(family)
     ample = make_shard(path, max_model_len=MAX_MODEL_LEN)
     groups = len(ample.info.kv.windows)
     # The least pool that holds one sequence of full length, or a few times that.
@@ -125,7 +125,7 @@ def test_batch_mates_change_nothing(
 @pytest.mark.parametrize("family", FAMILIES)
 def test_preemption_and_reuse_really_happen(family):
     """The property above is worth something only if its hard cases occur: here they must."""
-    path = MODELS / family
+    path = directory(family)
     groups = len(make_shard(path, max_model_len=MAX_MODEL_LEN).info.kv.windows)
     shard = make_shard(
         path,
