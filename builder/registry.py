@@ -58,13 +58,13 @@ def resolve(config: Mapping[str, Any], model_class: str | None = None) -> type[M
     known = ", ".join(ARCHITECTURES)
     if not names:
         raise ModelConfigError(
-            f"config.json: architectures: is missing; supported: {known}. "
+            f"model config: architectures: is missing; supported: {known}. "
             "A model of your own runs with --model-class"
         )
     near = difflib.get_close_matches(str(names[0]), ARCHITECTURES, n=2, cutoff=0.75)
     hint = f" (did you mean {' or '.join(near)}?)" if near else ""
     raise ModelConfigError(
-        f"config.json: architectures: {', '.join(map(str, names))} is not supported{hint}; "
+        f"model config: architectures: {', '.join(map(str, names))} is not supported{hint}; "
         f"supported: {known}. A model of your own runs with --model-class"
     )
 

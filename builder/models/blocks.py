@@ -55,7 +55,7 @@ def check_tensor_parallel(layout: Layout, heads: int, kv_heads: int, *inner_size
 
     if heads % kv_heads:
         raise ModelConfigError(
-            f"config.json: num_key_value_heads: {kv_heads} does not divide "
+            f"model config: num_key_value_heads: {kv_heads} does not divide "
             f"num_attention_heads ({heads})"
         )
     if not works(layout.tp_size):
@@ -237,7 +237,7 @@ class SparseMLP:
     ) -> None:
         if top_k > experts:
             raise ModelConfigError(
-                f"config.json: num_experts_per_tok: must be at most the {experts} experts there "
+                f"model config: num_experts_per_tok: must be at most the {experts} experts there "
                 f"are, not {top_k}"
             )
         self.hidden = hidden

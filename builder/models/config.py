@@ -1,4 +1,4 @@
-"""Reading a checkpoint's config.json: typed values, and errors that name the key."""
+"""Reading a checkpoint's model config: typed values, and errors that name the key."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ class ConfigReader:
         return kinds
 
     def error(self, key: str, problem: str) -> ModelConfigError:
-        return ModelConfigError(f"config.json: {self._path(key)}: {problem}")
+        return ModelConfigError(f"model config: {self._path(key)}: {problem}")
 
     def _path(self, key: str) -> str:
         return f"{self.section}.{key}" if self.section else key
