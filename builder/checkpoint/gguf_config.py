@@ -152,8 +152,8 @@ def _llama3_scaling(source: Source) -> dict[str, Any]:
     """Llama 3's scaling, found again from the divisors of each frequency that it came to.
 
     A pair that turns t times over the original context has 1 / divisor = (1 - s) / factor + s,
-    with s = (t - low) / (high - low) clipped to 0..1: a line through the pairs in between, which
-    leaves open only the unit of t, low and high. Low is one, as it is in every published model.
+    with s = (t - low) / (high - low) clipped to 0..1. Published models have low 1 and high 4,
+    which one pair in between suffices for; two give high too. (Low is but the unit of the rest.)
     """
     divisors = source.read("rope_freqs.weight").astype(np.float64)
     dims = 2 * len(divisors)
@@ -164,20 +164,26 @@ def _llama3_scaling(source: Source) -> dict[str, Any]:
         raise CheckpointError(f"{source.path}: 'rope_freqs.weight' scales nothing")
     share = (1 / divisors - 1 / factor) / (1 - 1 / factor)
     between = (share > 1e-4) & (share < 1 - 1e-4)
-    candidates = [(8192.0, 4.0)]  # original context, high: Llama 3.1 to 3.3
+    candidates: list[tuple[float, float]] = []  # original context, high
+    if between.any():
+        candidates.append((np.mean((1 + 3 * share[between]) / frequencies[between]), 4.0))
     if between.sum() >= 2:
         slope, offset = np.polyfit(frequencies[between], share[between], 1)
-        high = 1 - 1 / offset
-        candidates.append((float(slope * (high - 1)), float(high)))
+        candidates.append((-slope / offset, 1 - 1 / offset))
+    if not between.any():  # so few dims that any border between the two kinds will do
+        fastest = frequencies[share < 0.5].max()
+        slowest_kept = frequencies[share > 0.5].min(initial=np.inf)
+        candidates.append((math.floor(1 / fastest), min(4.0, slowest_kept / fastest)))
     for original, high in candidates:
+        original = round(original)
         expected = np.clip((original * frequencies - 1) / (high - 1), 0, 1)
         if high > 1 and np.abs(expected - share).max() < 1e-3:
             return {
                 "rope_type": "llama3",
                 "factor": factor,
                 "low_freq_factor": 1.0,
-                "high_freq_factor": high,
-                "original_max_position_embeddings": round(original),
+                "high_freq_factor": float(high),
+                "original_max_position_embeddings": original,
             }
     raise CheckpointError(
         f"{source.path}: tensor 'rope_freqs.weight' is not Llama 3's scaling, which is the only "
@@ -215,12 +221,16 @@ def _qwen3(source: Source) -> dict[str, Any]:
 
 def _qwen3moe(source: Source) -> dict[str, Any]:
     config = _decoder(source, "Qwen3MoeForCausalLM", "qwen3_moe")
+    layers = range(config["num_hidden_layers"])
     return {
         **config,
         "num_experts": source.require("expert_count"),
         "num_experts_per_tok": source.require("expert_used_count"),
         "moe_intermediate_size": source.require("expert_feed_forward_length"),
         "norm_topk_prob": source.get("expert_weights_norm", True),
+        "mlp_only_layers": [
+            layer for layer in layers if f"blk.{layer}.ffn_gate_inp.weight" not in source.shapes
+        ],
     }
 
 
