@@ -73,15 +73,17 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def explain(error: ValidationError, prefix: Callable[[str], str] = flag) -> str:
-    """A ValidationError as one line a problem, each naming the flag (or key) it is about."""
+def explain(error: ValidationError) -> str:
+    """A ValidationError as one line a problem, each naming the flag it is about."""
     lines = []
     for problem in error.errors():
-        place = ".".join(str(part) for part in problem["loc"][1:])
-        where = prefix(str(problem["loc"][0])) + (f" ({place})" if place else "")
-        value = "" if problem["type"] == "missing" else f" (got {problem['input']!r})"
         message = problem["msg"].removeprefix("Value error, ")
-        lines.append(f"{where}: {message}{value}" if problem["loc"] else message)
+        if problem["loc"]:  # else it is about several fields, and says which
+            name, *place = map(str, problem["loc"])
+            where = flag(name) + (f" ({'.'.join(place)})" if place else "")
+            value = "" if problem["type"] == "missing" else f" (got {problem['input']!r})"
+            message = f"{where}: {message}{value}"
+        lines.append(message)
     return "\n".join(lines)
 
 

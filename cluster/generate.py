@@ -7,16 +7,17 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from tensorray.cluster.config import EngineConfig
-from tensorray.cluster.llm import LLM
-from tensorray.cluster.outputs import CompletionOutput, RequestOutput
 from tensorray.cluster.prompts import PromptLine, read_prompts
 from tensorray.cluster.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from tensorray.cluster.outputs import CompletionOutput, RequestOutput, TokenLogprob
 
 
 def run(
@@ -33,6 +34,9 @@ def run(
         params.model_copy(update={"max_tokens": line.max_tokens}) if line.max_tokens else params
         for line in lines
     ]
+    # Late, so that a bad prompts file is told at once.
+    from tensorray.cluster.llm import LLM
+
     with results_on_stdout() as results, LLM(**dict(config)) as llm:
         with progress(len(lines)) as advance:
             outputs = llm.generate(
@@ -43,22 +47,41 @@ def run(
 
 
 def as_dict(output: RequestOutput) -> dict[str, Any]:
-    """One request's result as JSON: its first sequence, and `outputs` with all where n > 1."""
-    result = {
-        **_sequence(output.outputs[0]),
-        "prompt_token_ids": output.prompt_token_ids,
-    }
+    """One request's result as JSON: its first sequence, and `outputs` with all where n > 1.
+
+    Log-probabilities are there if they were asked for.
+    """
+    result = {**_sequence(output.outputs[0]), "prompt_token_ids": output.prompt_token_ids}
+    if output.prompt_logprobs is not None:
+        result["prompt_logprobs"] = [_logprob(each) for each in output.prompt_logprobs]
     if len(output.outputs) > 1:
         result["outputs"] = [_sequence(each) for each in output.outputs]
     return result
 
 
 def _sequence(output: CompletionOutput) -> dict[str, Any]:
-    return {
+    result: dict[str, Any] = {
         "text": output.text,
-        "token_ids": list(output.token_ids),
+        "token_ids": output.token_ids,
         "finish_reason": output.finish_reason,
     }
+    if output.logprobs is not None:
+        result["logprobs"] = [_logprob(each) for each in output.logprobs]
+    return result
+
+
+def _logprob(token: TokenLogprob | None) -> dict[str, Any] | None:
+    if token is None:  # a prompt's first token has none
+        return None
+    result: dict[str, Any] = {
+        "token_id": token.token_id,
+        "text": token.text,
+        "logprob": token.logprob,
+        "rank": token.rank,
+    }
+    if token.top:
+        result["top"] = [_logprob(each) for each in token.top]
+    return result
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ import random
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from statistics import fmean
 from typing import Any
 
@@ -125,11 +126,7 @@ def summarize(records: Iterable[Record], seconds: float) -> dict[str, Any]:
             ]
         ),
         "itl_ms": distribution(
-            [
-                after - before
-                for r in good
-                for before, after in zip(r.chunks, r.chunks[1:], strict=False)
-            ]
+            [after - before for r in good for before, after in pairwise(r.chunks)]
         ),
         "e2e_ms": distribution([r.done - r.sent for r in good]),
     }
