@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from tensorray.builder.checkpoint.open import LoadFormat
+
 
 @dataclass(frozen=True)
 class ShardConfig:
@@ -16,7 +18,7 @@ class ShardConfig:
     hf_token: str | None = field(default=None, repr=False)
     download_dir: str | None = None
     offline: bool = False
-    load_format: str = "auto"
+    load_format: LoadFormat = "auto"
     hf_overrides: dict[str, Any] = field(default_factory=dict)
     device: str = "cpu"  # "cpu" or "null"
     num_threads: int | None = None

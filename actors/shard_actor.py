@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+from typing import Any
 
 import ray
+import ray.exceptions
+import ray.util
 from ray.actor import ActorHandle
 
 from tensorray.actors.config import ShardConfig
@@ -20,7 +23,7 @@ class ShardActor:
     """One shard in a process of its own. Ray starts, places and watches it; steps come over TCP."""
 
     def __init__(self, config: ShardConfig) -> None:
-        self._server = ShardServer(load_executor(config), host=ray.util.get_node_ip_address())
+        self._server = ShardServer(load_executor(config), host=str(ray.util.get_node_ip_address()))  # type: ignore[no-untyped-call]
 
     def endpoint(self) -> Endpoint:
         """Where the router connects, once the shard is loaded."""
@@ -44,7 +47,7 @@ def load_executor(config: ShardConfig) -> StepExecutor:
 class RunningShard:
     """A started shard: its actor, and the link that steps go over."""
 
-    def __init__(self, actor: ActorHandle, link: TcpLink) -> None:
+    def __init__(self, actor: ActorHandle[ShardActor], link: TcpLink) -> None:
         self.actor = actor
         self.link = link
 
@@ -59,7 +62,7 @@ async def start_shard(config: ShardConfig, *, num_cpus: float | None = None) -> 
     Raises ShardError with the shard's own reason when it can't come up.
     """
     threads = config.num_threads or os.cpu_count() or 1
-    actor = (
+    actor: Any = (
         ray.remote(ShardActor)
         .options(
             num_cpus=0 if config.device == "null" else (num_cpus or 1),

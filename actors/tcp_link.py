@@ -128,7 +128,7 @@ class TcpLink:
         self._reader = reader
         self._writer = writer
         self._encoder = msgspec.msgpack.Encoder()
-        self._decoder = msgspec.msgpack.Decoder(_Answer)
+        self._decoder: msgspec.msgpack.Decoder[_Answer] = msgspec.msgpack.Decoder(_Answer)
 
     @classmethod
     async def connect(cls, endpoint: Endpoint) -> TcpLink:
