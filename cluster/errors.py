@@ -12,6 +12,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from tensorray.cluster.bad_request import BadRequest
 from tensorray.cluster.engine import EngineFailed
 from tensorray.cluster.request import QueueFull, RequestRefused
 
@@ -85,9 +86,6 @@ def internal() -> ApiError:
 
 def from_exception(error: BaseException) -> ApiError:
     """The error a client sees for whatever a request raised; a 500 is a bug of ours."""
-    # Imported late: the frontend pulls in the tokenizer, which the router does without.
-    from tensorray.cluster.frontend import BadRequest
-
     match error:
         case ApiError():
             return error

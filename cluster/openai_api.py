@@ -82,7 +82,7 @@ class ApiRequest(BaseModel):
 
 class StreamOptions(BaseModel):
     include_usage: bool = False
-    continuous_usage_stats: bool = Field(False, description="usage on every chunk (vLLM)")
+    continuous_usage_stats: bool = Field(default=False, description="usage on every chunk (vLLM)")
 
 
 # Fields of GenerateRequest that are `SamplingParams` of the same name.
@@ -148,10 +148,14 @@ class GenerateRequest(ApiRequest):
         return {name: value for name, value in fields.items() if value is not None}
 
     @model_validator(mode="after")
-    def _stream_options_need_stream(self) -> GenerateRequest:
+    def _consistent_stream(self) -> GenerateRequest:
         if self.stream_options is not None and not self.stream:
             raise PydanticCustomError(
                 "stream_options", "stream_options needs stream to be true; leave it out"
+            )
+        if self.stream and self.prompt_logprobs is not None:
+            raise PydanticCustomError(
+                "prompt_logprobs", "prompt_logprobs can't be streamed; set stream to false"
             )
         return self
 
@@ -507,15 +511,6 @@ def to_json(answer: msgspec.Struct) -> bytes:
 def to_event(chunk: msgspec.Struct) -> bytes:
     """One server-sent event."""
     return b"data: " + _encode(chunk) + b"\n\n"
-
-
-def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> Usage:
-    return Usage(
-        prompt_tokens,
-        completion_tokens,
-        prompt_tokens + completion_tokens,
-        PromptTokensDetails(cached_tokens),
-    )
 
 
 def warnings_header(ignored: list[str], limit: int = 8) -> str:

@@ -1,0 +1,163 @@
+"""The Serve application: ingress replicas before one router.
+
+    HTTP proxy -> Ingress (text, HTTP) -> Router (engine, scheduler) -> shard
+
+By name in a Serve config: `import_path: tensorray.cluster.app:build_app`, with EngineConfig's
+fields under `args`. On the command line: `serve run tensorray.cluster.app:build_app model=...`.
+"""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, cast
+from uuid import uuid4
+
+from fastapi import FastAPI
+from ray import serve
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
+from ray.serve.handle import DeploymentHandle
+
+from tensorray.cluster.config import EngineConfig
+from tensorray.cluster.engine import EngineFailed
+from tensorray.cluster.engine_link import Endpoint, EngineLink
+from tensorray.cluster.frontend import Frontend, PreparedRequest
+from tensorray.cluster.ingress import create_app
+from tensorray.cluster.router import Router
+
+APP_NAME = "tensorray"
+
+# How long a router may take to say where it listens, or how it is.
+_ROUTER_SECONDS = 5.0
+
+
+class RouterClient(EngineLink):
+    """The router as an ingress sees it: a Backend. Serve finds it, the link carries requests."""
+
+    def __init__(self, router: DeploymentHandle) -> None:
+        super().__init__(self._endpoint)
+        self._router = router
+
+    async def failure(self) -> str | None:
+        try:
+            return cast("str | None", await self._ask("failure"))
+        except EngineFailed as error:
+            return str(error)
+
+    async def metrics(self) -> bytes:
+        return cast(bytes, await self._ask("metrics"))
+
+    async def _endpoint(self) -> Endpoint:
+        return cast(Endpoint, await self._ask("endpoint"))
+
+    async def _ask(self, what: str) -> object:
+        try:
+            return await asyncio.wait_for(getattr(self._router, what).remote(), _ROUTER_SECONDS)
+        except (asyncio.TimeoutError, RayError, RayServeException) as error:
+            raise EngineFailed(f"its router does not answer ({type(error).__name__})") from error
+
+
+class Ingress:
+    """One HTTP replica; also what `serve.get_app_handle("tensorray")` talks to.
+
+    Prompts are text or token ids, or chat messages by keyword; keyword arguments are
+    SamplingParams' fields. Answers are plain dicts: `RequestOutput` and `RequestOutputDelta`.
+
+        handle = serve.get_app_handle("tensorray")
+        answer = handle.generate.remote("Once upon a time", max_tokens=32).result()
+        print(answer["outputs"][0]["text"])
+        for delta in handle.options(stream=True).stream.remote("Once upon a time"):
+            print(delta["outputs"][0]["text"], end="")
+    """
+
+    # Serve builds the ASGI application apart from the instance, in the same process.
+    _here: "Ingress"
+
+    async def __init__(  # type: ignore[misc]
+        self, config: EngineConfig, router: DeploymentHandle
+    ) -> None:
+        info = await router.info.remote()
+        config = config.model_copy(update={"max_model_len": info.max_model_len})
+        self._frontend = Frontend.load(config)
+        self._client = RouterClient(router)
+        self.http = create_app(self._frontend, self._client, config)
+        Ingress._here = self
+
+    async def generate(
+        self,
+        prompt: str | list[int] | None = None,
+        *,
+        messages: list[dict[str, Any]] | None = None,
+        **sampling: Any,
+    ) -> dict[str, Any]:
+        """The whole answer. Raises BadRequest, QueueFull, EngineFailed or GenerationFailed."""
+        prepared = self._prepare(prompt, messages, sampling)
+        return asdict(await self._frontend.collect(self._client, prepared))
+
+    async def stream(
+        self,
+        prompt: str | list[int] | None = None,
+        *,
+        messages: list[dict[str, Any]] | None = None,
+        **sampling: Any,
+    ) -> AsyncIterator[dict[str, Any]]:
+        """The answer as it comes; call with `.options(stream=True)`. Errors as in `generate`."""
+        prepared = self._prepare(prompt, messages, sampling)
+        deltas: Any = self._frontend.stream(self._client, prepared)
+        async with aclosing(deltas):
+            async for delta in deltas:
+                yield asdict(delta)
+
+    def _prepare(
+        self,
+        prompt: str | list[int] | None,
+        messages: list[dict[str, Any]] | None,
+        sampling: dict[str, Any],
+    ) -> PreparedRequest:
+        if (prompt is None) == (messages is None):
+            raise ValueError("give either a prompt or messages")
+        params = self._frontend.params(**sampling)
+        tokens = self._frontend.chat(messages) if messages is not None else prompt or ""
+        return self._frontend.request(tokens, params, request_id=f"handle-{uuid4().hex}")
+
+
+def _http() -> FastAPI:
+    return Ingress._here.http
+
+
+def build_app(args: EngineConfig) -> serve.Application:
+    """The application for a config. Local paths are made absolute: replicas start elsewhere."""
+    config = args.model_copy(
+        update={
+            "served_model_name": args.names(),
+            **{name: _absolute(getattr(args, name)) for name in ("model", "tokenizer")},
+        }
+    )
+    # Above what the engine itself lets in, so that it is the one to say 429.
+    ongoing = 2 * (config.max_num_seqs + config.max_waiting) + 1000
+    common = {"max_ongoing_requests": ongoing, "ray_actor_options": {"num_cpus": 0}}
+    router = serve.deployment(
+        Router,
+        name="Router",
+        health_check_period_s=2,
+        health_check_timeout_s=10,
+        graceful_shutdown_timeout_s=30,
+        **common,
+    ).bind(config)
+    ingress = serve.deployment(
+        serve.ingress(_http)(Ingress),
+        name="Ingress",
+        num_replicas=config.num_ingress_replicas,
+        graceful_shutdown_timeout_s=30,
+        **common,
+    )
+    return ingress.bind(config, router)
+
+
+def _absolute(path: str | None) -> str | None:
+    if path is not None and Path(path).expanduser().exists():
+        return str(Path(path).expanduser().resolve())
+    return path

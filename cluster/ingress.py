@@ -1,0 +1,405 @@
+"""The HTTP side: OpenAI's API over any engine, as a FastAPI application of its own.
+
+It knows neither Serve nor Ray (app.py puts it behind Serve), so it runs in a test over an engine in
+the same process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
+from contextlib import aclosing
+from importlib.metadata import version
+from typing import Any, Protocol, TypeVar, cast
+
+from fastapi import FastAPI, Request
+from fastapi.routing import APIRoute
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.responses import Response
+
+from tensorray.cluster import openai_api as api
+from tensorray.cluster.config import EngineConfig
+from tensorray.cluster.errors import ApiError, bad_request, from_exception, unavailable
+from tensorray.cluster.frontend import EngineClient, Frontend, GenerationFailed, PreparedRequest
+from tensorray.cluster.metrics import CONTENT_TYPE
+from tensorray.cluster.openai_answers import Answer, ChatAnswer, CompletionAnswer
+from tensorray.cluster.outputs import RequestOutputDelta
+from tensorray.cluster.responses import EventStream, WholeResponse, error_response, json_response
+
+logger = logging.getLogger("ray.serve")
+
+WARNINGS_HEADER = "X-Tensorray-Warnings"
+VERSION = version("tensorray")
+
+# Bodies above this are turned into tokens on another thread: running streams must not wait.
+_LARGE_BODY = 1 << 15
+
+R = TypeVar("R", bound=api.ApiRequest)
+T = TypeVar("T")
+
+
+class Backend(EngineClient, Protocol):
+    """An engine, near or far, and how it is."""
+
+    async def failure(self) -> str | None:
+        """Why it can't serve; None while it can."""
+        ...
+
+    async def metrics(self) -> bytes:
+        """A Prometheus scrape."""
+        ...
+
+
+def create_app(frontend: Frontend, backend: Backend, config: EngineConfig) -> FastAPI:
+    """The whole API as an ASGI application.
+
+    `frontend` turns text into tokens and back, `backend` runs them; of `config` only the limits
+    of the API are read.
+    """
+    app = FastAPI(
+        title="Tensorray",
+        version=VERSION,
+        docs_url=None,  # that page loads scripts from elsewhere
+        redoc_url=None,
+    )
+    app.router.route_class = _Route
+    app.add_exception_handler(HTTPException, _no_route)
+    service = _Service(frontend, backend, config)
+    bodies: list[type[BaseModel]] = []
+
+    def route(
+        method: str,
+        path: str,
+        endpoint: Callable[..., Coroutine[Any, Any, Response]],
+        body: type[BaseModel] | None = None,
+    ) -> None:
+        extra = None
+        if body is not None:
+            bodies.append(body)
+            schema = {"$ref": f"#/components/schemas/{body.__name__}"}
+            content = {"application/json": {"schema": schema}}
+            extra = {"requestBody": {"required": True, "content": content}}
+        app.add_api_route(
+            path, endpoint, methods=[method], openapi_extra=extra, response_model=None
+        )
+
+    route("POST", "/v1/completions", service.completions, api.CompletionRequest)
+    route("POST", "/v1/chat/completions", service.chat, api.ChatRequest)
+    route("GET", "/v1/models", service.models)
+    route("GET", "/v1/models/{name:path}", service.model)
+    route("POST", "/tokenize", service.tokenize, api.TokenizeRequest)
+    route("POST", "/detokenize", service.detokenize, api.DetokenizeRequest)
+    route("GET", "/health", service.health)
+    route("GET", "/version", service.version)
+    route("GET", "/metrics", service.metrics)
+    _describe(app, bodies)
+    return app
+
+
+class _Service:
+    """The endpoints."""
+
+    def __init__(self, frontend: Frontend, backend: Backend, config: EngineConfig) -> None:
+        self._frontend = frontend
+        self._backend = backend
+        self._max_body_bytes = config.max_body_bytes
+        self._started = int(time.time())
+
+    # --- generation ---
+
+    async def completions(self, http: Request) -> Response:
+        """OpenAI's completions: one choice, or n, for each prompt."""
+        request, headers, large = await self._read(http, api.CompletionRequest)
+        answer = CompletionAnswer(
+            request, self._model_name(request.model), self._frontend.tokenizer
+        )
+
+        def prepare() -> list[PreparedRequest]:
+            params = self._frontend.params(**request.sampling())
+            return [
+                self._frontend.request(
+                    prompt,
+                    params,
+                    request_id=f"{answer.id}-{i}",
+                    priority=request.priority or 0,
+                    user=request.user or "",
+                    cache_salt=request.cache_salt or "",
+                    echo=bool(request.echo),
+                    add_special_tokens=request.add_special_tokens is not False,
+                )
+                for i, prompt in enumerate(request.prompts())
+            ]
+
+        prepared = await asyncio.to_thread(prepare) if large else prepare()
+        return self._respond(request, prepared, answer, headers)
+
+    async def chat(self, http: Request) -> Response:
+        """OpenAI's chat completions."""
+        request, headers, large = await self._read(http, api.ChatRequest)
+        answer = ChatAnswer(request, self._model_name(request.model))
+
+        def prepare() -> PreparedRequest:
+            params = self._frontend.params(**request.sampling())
+            return self._frontend.request(
+                self._rendered(request),
+                params,
+                request_id=answer.id,
+                priority=request.priority or 0,
+                user=request.user or "",
+                cache_salt=request.cache_salt or "",
+            )
+
+        prepared = await asyncio.to_thread(prepare) if large else prepare()
+        return self._respond(request, [prepared], answer, headers)
+
+    def _rendered(self, request: api.ChatRequest | api.TokenizeRequest) -> list[int]:
+        return self._frontend.chat(
+            request.messages or [],
+            add_generation_prompt=request.add_generation_prompt is not False,
+        )
+
+    def _respond(
+        self,
+        request: api.GenerateRequest,
+        prepared: Sequence[PreparedRequest],
+        answer: Answer,
+        headers: dict[str, str],
+    ) -> Response:
+        if request.stream:
+            streams = [self._frontend.stream(self._backend, each) for each in prepared]
+            return EventStream(answer.events(_together(streams)), self._explain, headers)
+
+        async def whole() -> bytes:
+            outputs = [self._frontend.collect(self._backend, each) for each in prepared]
+            return api.to_json(answer.whole(await _all(outputs)))
+
+        return WholeResponse(whole(), self._explain, headers)
+
+    async def _explain(self, error: Exception) -> ApiError:
+        """What to tell the client. An engine that failed is unavailable to the requests it took
+        with it as well."""
+        if isinstance(error, GenerationFailed):
+            reason = await self._backend.failure()
+            return unavailable(reason) if reason else ApiError(500, str(error))
+        return _told(error)
+
+    # --- the rest ---
+
+    async def models(self) -> Response:
+        """The served model, under each of its names."""
+        models = [self._model(name) for name in self._frontend.model_names]
+        return json_response(api.to_json(api.ModelList(models)))
+
+    async def model(self, name: str) -> Response:
+        """One model."""
+        return json_response(api.to_json(self._model(self._model_name(name))))
+
+    async def tokenize(self, http: Request) -> Response:
+        """Token ids of a prompt, or of messages rendered as chat would."""
+        request, headers, large = await self._read(http, api.TokenizeRequest)
+        self._model_name(request.model)
+        tokenizer = self._frontend.tokenizer
+
+        def encode() -> list[int]:
+            if request.messages is not None:
+                return self._rendered(request)
+            return tokenizer.encode(
+                request.prompt or "", add_special_tokens=request.add_special_tokens is not False
+            )
+
+        tokens = await asyncio.to_thread(encode) if large else encode()
+        answer = api.Tokens(len(tokens), self._frontend.max_model_len, tokens)
+        if request.return_token_strs:
+            answer.token_strs = [tokenizer.id_to_token(token) or "" for token in tokens]
+        return json_response(api.to_json(answer), headers=headers)
+
+    async def detokenize(self, http: Request) -> Response:
+        """The text of token ids, special tokens included."""
+        request, headers, _ = await self._read(http, api.DetokenizeRequest)
+        self._model_name(request.model)
+        vocab_size = self._frontend.vocab_size
+        for i, token in enumerate(request.tokens):
+            if not 0 <= token < vocab_size:
+                raise bad_request(
+                    f"tokens[{i}] is {token}; this model's tokens are 0 to {vocab_size - 1}.",
+                    "tokens",
+                )
+        text = self._frontend.tokenizer.decode(request.tokens, skip_special_tokens=False)
+        return json_response(api.to_json(api.Text(text)), headers=headers)
+
+    async def health(self) -> Response:
+        """200 while the engine can serve, else 503 and why."""
+        reason = await self._backend.failure()
+        if reason is not None:
+            return error_response(unavailable(reason))
+        return json_response(b'{"status":"ok"}')
+
+    async def version(self) -> Response:
+        """This server's version."""
+        return json_response(json.dumps({"version": VERSION}).encode())
+
+    async def metrics(self) -> Response:
+        """Prometheus metrics of the engine, the same from every ingress replica."""
+        return Response(await self._backend.metrics(), media_type=CONTENT_TYPE)
+
+    # --- common steps ---
+
+    async def _read(self, http: Request, kind: type[R]) -> tuple[R, dict[str, str], bool]:
+        """The request, headers for its answer, and whether it is large."""
+        body = await _body(http, self._max_body_bytes)
+        request = kind.model_validate_json(body)
+        headers = {}
+        if ignored := request.ignored_fields():
+            headers[WARNINGS_HEADER] = warning = api.warnings_header(ignored)
+            logger.warning("%s: %s", http.url.path, warning)
+        return request, headers, len(body) > _LARGE_BODY
+
+    def _model_name(self, asked: str | None) -> str:
+        """The name to answer under. Raises ApiError for a model that is not served here."""
+        names = self._frontend.model_names
+        if asked is None or asked in names:
+            return asked or names[0]
+        raise ApiError(
+            404,
+            f"There is no model {asked[:200]!r} here; this server has {', '.join(names)}.",
+            param="model",
+            code="model_not_found",
+        )
+
+    def _model(self, name: str) -> api.Model:
+        return api.Model(
+            name, self._started, self._frontend.max_model_len, self._frontend.model_name
+        )
+
+
+class _Route(APIRoute):
+    """Answers whatever an endpoint raises with OpenAI's error object."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+
+        async def guarded(request: Request) -> Response:
+            try:
+                return await handle(request)
+            except ClientDisconnect:
+                return Response(status_code=400)  # nobody reads it
+            except Exception as error:
+                return error_response(_told(error))
+
+        return guarded
+
+
+def _told(error: Exception) -> ApiError:
+    """The error for the client; a bug of ours goes to the log with its traceback."""
+    told = from_exception(error)
+    if told.status == 500:
+        logger.error("a request failed", exc_info=error)
+    return told
+
+
+async def _no_route(request: Request, error: Exception) -> Response:
+    error = cast(HTTPException, error)
+    messages = {
+        404: f"There is nothing at {request.method} {request.url.path}; see /openapi.json.",
+        405: f"{request.url.path} does not take {request.method}; see /openapi.json.",
+    }
+    message = messages.get(error.status_code, str(error.detail))
+    return error_response(ApiError(error.status_code, message, headers=error.headers))
+
+
+async def _body(http: Request, limit: int) -> bytes:
+    """The request's body. Raises ApiError as soon as it is known to be over the limit."""
+    too_large = ApiError(
+        413,
+        f"The request's body is over this server's limit of {limit} bytes "
+        "(max_body_bytes); send less.",
+        code="body_too_large",
+    )
+    declared = http.headers.get("content-length", "")
+    if declared.isdigit() and int(declared) > limit:
+        raise too_large
+    chunks = []
+    size = 0
+    async for chunk in http.stream():
+        size += len(chunk)
+        if size > limit:
+            raise too_large
+        chunks.append(chunk)
+    return b"".join(chunks)
+
+
+async def _all(works: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
+    """Await all; if one fails, or the caller is cancelled, cancel the others."""
+    if len(works) == 1:
+        return [await works[0]]
+    tasks = [asyncio.ensure_future(work) for work in works]
+    try:
+        return list(await asyncio.gather(*tasks))
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _together(
+    streams: Sequence[AsyncIterator[RequestOutputDelta]],
+) -> AsyncGenerator[tuple[int, RequestOutputDelta], None]:
+    """Items of all streams as they come, each with its stream's number."""
+    if len(streams) == 1:
+        async with aclosing(cast(AsyncGenerator[RequestOutputDelta, None], streams[0])) as only:
+            async for delta in only:
+                yield 0, delta
+        return
+    # One item at a time, so that a client who lags makes the engine merge tokens.
+    arrived: asyncio.Queue[tuple[int, RequestOutputDelta] | Exception | None] = asyncio.Queue(1)
+
+    async def pump(number: int, stream: AsyncIterator[RequestOutputDelta]) -> None:
+        try:
+            async with aclosing(cast(AsyncGenerator[RequestOutputDelta, None], stream)) as items:
+                async for delta in items:
+                    await arrived.put((number, delta))
+            await arrived.put(None)
+        except Exception as error:
+            await arrived.put(error)
+
+    tasks = [asyncio.ensure_future(pump(i, stream)) for i, stream in enumerate(streams)]
+    try:
+        running = len(tasks)
+        while running:
+            item = await arrived.get()
+            if item is None:
+                running -= 1
+            elif isinstance(item, Exception):
+                raise item
+            else:
+                yield item
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _describe(app: FastAPI, bodies: Sequence[type[BaseModel]]) -> None:
+    """Put the request bodies into the OpenAPI schema: endpoints read them by themselves, so that
+    errors can be OpenAI's."""
+    plain = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            schema = plain()
+            _, definitions = models_json_schema(
+                [(body, "validation") for body in bodies],
+                ref_template="#/components/schemas/{model}",
+            )
+            schema.setdefault("components", {}).setdefault("schemas", {}).update(
+                definitions["$defs"]
+            )
+        return plain()
+
+    app.openapi = openapi  # type: ignore[method-assign]

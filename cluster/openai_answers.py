@@ -1,0 +1,253 @@
+"""From the frontend's outputs to OpenAI's answers: whole, and as a stream's events."""
+
+from __future__ import annotations
+
+import codecs
+import time
+import uuid
+from abc import ABC, abstractmethod
+from collections.abc import AsyncGenerator, Iterable, Sequence
+from contextlib import aclosing
+
+import msgspec
+from msgspec import UNSET, UnsetType
+
+from tensorray.cluster import openai_api as api
+from tensorray.cluster.outputs import (
+    CompletionOutput,
+    RequestOutput,
+    RequestOutputDelta,
+    TokenLogprob,
+    Usage,
+)
+from tensorray.cluster.tokenizer import Tokenizer
+
+_LOWEST = -9999.0  # JSON has no minus infinity
+
+
+class Answer(ABC):
+    """One request's answer in the making. A choice's index is prompt * n + sequence."""
+
+    def __init__(self, prefix: str, request: api.GenerateRequest, model: str) -> None:
+        options = request.stream_options or api.StreamOptions()
+        self.id = f"{prefix}-{uuid.uuid4().hex}"
+        self.created = int(time.time())
+        self.model = model
+        self._n = request.n or 1
+        self._top_prompt_logprobs = request.prompt_logprobs
+        self._usage_at_end = options.include_usage
+        self._usage_always = options.continuous_usage_stats
+        self._counts: dict[int, Usage] = {}  # by prompt, so far
+
+    @abstractmethod
+    def whole(self, outputs: Sequence[RequestOutput]) -> msgspec.Struct:
+        """The answer to a request that does not stream; one output a prompt."""
+
+    @abstractmethod
+    def chunk(self, index: int, output: CompletionOutput) -> msgspec.Struct | None:
+        """What news of one choice adds to a stream; None if there is nothing to show."""
+
+    @abstractmethod
+    def last_chunk(self, usage: api.Usage) -> msgspec.Struct:
+        """The chunk without choices that tells the usage."""
+
+    async def events(
+        self, deltas: AsyncGenerator[tuple[int, RequestOutputDelta], None]
+    ) -> AsyncGenerator[bytes, None]:
+        """The stream, as server-sent events; `deltas` come with their prompt's number."""
+        async with aclosing(deltas):
+            async for prompt, delta in deltas:
+                self._counts[prompt] = delta.usage
+                chunks = [
+                    self.chunk(prompt * self._n + output.index, output) for output in delta.outputs
+                ]
+                events = b"".join([api.to_event(chunk) for chunk in chunks if chunk is not None])
+                if events:
+                    yield events
+        if self._usage_at_end:
+            yield api.to_event(self.last_chunk(self._usage())) + api.DONE
+        else:
+            yield api.DONE
+
+    def _chunk_usage(self) -> api.Usage | UnsetType | None:
+        if self._usage_always:
+            return self._usage()
+        return None if self._usage_at_end else UNSET
+
+    def _usage(self, counts: Iterable[Usage] | None = None) -> api.Usage:
+        counts = list(self._counts.values() if counts is None else counts)
+        prompt = sum(count.prompt_tokens for count in counts)
+        completion = sum(count.completion_tokens for count in counts)
+        cached = sum(count.cached_tokens for count in counts)
+        return api.Usage(prompt, completion, prompt + completion, api.PromptTokensDetails(cached))
+
+
+class CompletionAnswer(Answer):
+    """`/v1/completions`."""
+
+    def __init__(self, request: api.CompletionRequest, model: str, tokenizer: Tokenizer) -> None:
+        super().__init__("cmpl", request, model)
+        self._top = request.logprobs
+        self._tokenizer = tokenizer
+        self._logprobs: dict[int, _Offsets] = {}  # by choice
+
+    def whole(self, outputs: Sequence[RequestOutput]) -> api.Completion:
+        choices = []
+        for prompt, answer in enumerate(outputs):
+            for output in answer.outputs:
+                choice = self._choice(prompt * self._n + output.index, output)
+                if answer.prompt_logprobs is not None:
+                    choice.prompt_logprobs = prompt_logprobs(
+                        answer.prompt_logprobs, self._top_prompt_logprobs or 0
+                    )
+                choices.append(choice)
+        usage = self._usage(answer.usage for answer in outputs)
+        return api.Completion(self.id, self.created, self.model, choices, usage=usage)
+
+    def chunk(self, index: int, output: CompletionOutput) -> api.Completion | None:
+        if not (output.text or output.logprobs or output.finish_reason):
+            return None
+        choices = [self._choice(index, output)]
+        usage = self._chunk_usage()
+        return api.Completion(self.id, self.created, self.model, choices, usage=usage)
+
+    def last_chunk(self, usage: api.Usage) -> api.Completion:
+        return api.Completion(self.id, self.created, self.model, [], usage=usage)
+
+    def _choice(self, index: int, output: CompletionOutput) -> api.CompletionChoice:
+        choice = api.CompletionChoice(
+            index,
+            output.text,
+            finish_reason=output.finish_reason,
+            stop_reason=output.stop_reason,
+        )
+        if self._top is not None and output.logprobs is not None:
+            offsets = self._logprobs.setdefault(index, _Offsets(self._tokenizer, self._top))
+            choice.logprobs = offsets.spell(output.token_ids, output.logprobs)
+        return choice
+
+
+class ChatAnswer(Answer):
+    """`/v1/chat/completions`."""
+
+    def __init__(self, request: api.ChatRequest, model: str) -> None:
+        super().__init__("chatcmpl", request, model)
+        self._top = (request.top_logprobs or 0) if request.logprobs else None
+        self._opened: set[int] = set()  # choices that have told their role
+
+    def whole(self, outputs: Sequence[RequestOutput]) -> api.ChatCompletion:
+        (answer,) = outputs
+        choices = [
+            api.ChatChoice(
+                output.index,
+                api.ChatMessage(output.text),
+                self._spelled(output),
+                output.finish_reason,
+                output.stop_reason,
+            )
+            for output in answer.outputs
+        ]
+        whole = api.ChatCompletion(
+            self.id, self.created, self.model, choices, self._usage([answer.usage])
+        )
+        if answer.prompt_logprobs is not None:
+            whole.prompt_logprobs = prompt_logprobs(
+                answer.prompt_logprobs, self._top_prompt_logprobs or 0
+            )
+        return whole
+
+    def chunk(self, index: int, output: CompletionOutput) -> api.ChatCompletionChunk | None:
+        if not (output.text or output.logprobs or output.finish_reason):
+            return None
+        delta = api.ChatDelta()
+        if index not in self._opened:
+            self._opened.add(index)
+            delta = api.ChatDelta("assistant", "")
+        if output.text:
+            delta.content = output.text
+        choice = api.ChatChunkChoice(index, delta, self._spelled(output), output.finish_reason)
+        if output.finish_reason is not None:
+            choice.stop_reason = output.stop_reason
+        usage = self._chunk_usage()
+        return api.ChatCompletionChunk(self.id, self.created, self.model, [choice], usage=usage)
+
+    def last_chunk(self, usage: api.Usage) -> api.ChatCompletionChunk:
+        return api.ChatCompletionChunk(self.id, self.created, self.model, [], usage=usage)
+
+    def _spelled(self, output: CompletionOutput) -> api.ChoiceLogprobs | None:
+        if self._top is None or output.logprobs is None:
+            return None
+        return chat_logprobs(output.logprobs, self._top)
+
+
+# --- log-probabilities, in the three shapes that the API has for them -------------------------
+
+
+def chat_logprobs(entries: Iterable[TokenLogprob | None], top: int) -> api.ChoiceLogprobs:
+    """Chat's: each token with its `top` likeliest alternatives."""
+    return api.ChoiceLogprobs(
+        [
+            api.TokenLogprob(
+                entry.text,
+                _finite(entry.logprob),
+                list(entry.bytes),
+                [
+                    api.TopLogprob(other.text, _finite(other.logprob), list(other.bytes))
+                    for other in entry.top[:top]
+                ],
+            )
+            for entry in entries
+            if entry is not None
+        ]
+    )
+
+
+class _Offsets:
+    """Completions': parallel lists. Keeps one choice's offsets from chunk to chunk.
+
+    An offset is where the token's text starts in the choice's text, in characters; a token that
+    is part of a character starts where that character does.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, top: int) -> None:
+        self._tokenizer = tokenizer
+        self._top = top
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._offset = 0
+
+    def spell(
+        self, tokens: Sequence[int], entries: Sequence[TokenLogprob | None]
+    ) -> api.CompletionLogprobs:
+        shape = api.CompletionLogprobs()
+        for token, entry in zip(tokens, entries, strict=True):
+            shape.tokens.append(self._tokenizer.token_text(token))
+            shape.text_offset.append(self._offset)
+            self._offset += len(self._decoder.decode(self._tokenizer.token_bytes[token]))
+            if entry is None:  # an echoed prompt's first token: nothing came before it
+                shape.token_logprobs.append(None)
+                shape.top_logprobs.append(None)
+                continue
+            top = {other.text: _finite(other.logprob) for other in reversed(entry.top[: self._top])}
+            top.setdefault(entry.text, _finite(entry.logprob))  # OpenAI reports the choice too
+            shape.token_logprobs.append(_finite(entry.logprob))
+            shape.top_logprobs.append(top)
+        return shape
+
+
+def prompt_logprobs(
+    entries: Iterable[TokenLogprob | None], top: int
+) -> list[dict[str, api.PromptLogprob] | None]:
+    """vLLM's, for prompts: by token id, the prompt's own token and the likeliest `top`."""
+    return [
+        None
+        if entry is None
+        else {
+            str(each.token_id): api.PromptLogprob(_finite(each.logprob), each.rank, each.text)
+            for each in (entry, *entry.top[:top])
+        }
+        for entry in entries
+    ]
+
+
+def _finite(logprob: float) -> float:
+    return max(logprob, _LOWEST)
