@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 Row = NDArray[np.float32]  # [vocab]
 TokenIds = NDArray[np.int64]  # [n]
+Floats = NDArray[np.floating]
 
 _SUM_BLOCK = 512  # weights a block when a draw searches a whole vocabulary
 _MAX_CHUNK = 64  # logits under one maximum when the top k are looked for
@@ -85,6 +86,7 @@ def largest(scores: Row, k: int) -> TokenIds:
     return (keys[:k] & np.uint64(0xFFFFFFFF)).astype(np.int64)
 
 
+@np.errstate(over="ignore")  # of differences over a tiny temperature to -inf, which weighs 0
 def draw(
     scores: Row,
     uniform: float,
@@ -116,24 +118,23 @@ def draw(
         everything = _weights(scores, best, temperature)
         mass = float(everything.sum(dtype=np.float64))
         # Together the weights below this come to less than 1 - top_p, so no nucleus needs them.
-        ids = np.flatnonzero(everything >= (1 - top_p) * mass / scores.size)
+        ids = (everything >= (1 - top_p) * mass / scores.size).nonzero()[0]
     else:
-        ids = np.flatnonzero(scores >= _min_p_floor(best, temperature, min_p))
-    theirs = scores[ids]
+        ids = (scores >= best + temperature * math.log(min_p)).nonzero()[0]
+    weights = _weights(scores[ids].astype(np.float64), best, temperature)
 
     if limit_k or limit_p:
-        ranked = np.sort(theirs)[::-1][: top_k if limit_k else None]
+        ranked = np.sort(weights)[::-1][: top_k if limit_k else None]
         kept = len(ranked)
         if limit_p:
-            shares = np.cumsum(_weights(ranked.astype(np.float64), best, temperature))
+            shares = ranked.cumsum()
             reach = top_p * (shares[-1] if limit_k else mass)
             kept = min(int(shares.searchsorted(reach)) + 1, kept)
         if min_p > 0:
-            floor = _min_p_floor(best, temperature, min_p)
-            kept = min(kept, int(np.count_nonzero(ranked >= floor)))
-        chosen = _best(theirs, ranked[kept - 1], kept)
-        ids, theirs = ids[chosen], theirs[chosen]
-    return int(ids[_invert(_weights(theirs.astype(np.float64), best, temperature), uniform)])
+            kept = min(kept, int(np.count_nonzero(ranked >= min_p)))
+        chosen = _best(weights, ranked[kept - 1], kept)
+        ids, weights = ids[chosen], weights[chosen]
+    return int(ids[_invert(weights, uniform)])
 
 
 class TokenScore(NamedTuple):
@@ -145,6 +146,7 @@ class TokenScore(NamedTuple):
     top_logprobs: list[float]
 
 
+@np.errstate(over="ignore")
 def score(row: Row, token: int, top: int) -> TokenScore:
     """The log-softmax of `row` at `token` and at its `top` best tokens (-1: all above -inf).
 
@@ -159,15 +161,12 @@ def score(row: Row, token: int, top: int) -> TokenScore:
     return TokenScore(float(mine) - normalizer, int(rank), tokens.tolist(), logprobs.tolist())
 
 
-def _weights(
-    scores: NDArray[np.floating], best: np.float32, temperature: float
-) -> NDArray[np.floating]:
+def _weights(scores: Floats, best: np.float32, temperature: float) -> Floats:
     """exp((scores - best) / temperature), in the dtype of `scores`; the best token weighs 1."""
-    with np.errstate(over="ignore"):  # to -inf, whose weight is the right one: 0
-        shifted = scores - best
-        if temperature != 1.0:
-            shifted /= temperature
-    weights: NDArray[np.floating] = np.exp(shifted, out=shifted)
+    shifted = scores - best
+    if temperature != 1.0:
+        shifted /= temperature
+    weights: Floats = np.exp(shifted, out=shifted)
     return weights
 
 
@@ -184,42 +183,43 @@ def _contenders(scores: Row, k: int) -> TokenIds:
         chunks = size // chunk
         maxima = scores[: chunk * chunks].reshape(chunk, chunks).max(axis=0)
         floor = np.partition(maxima, chunks - k)[chunks - k]
-        if floor > -np.inf:
-            return np.flatnonzero(scores >= floor)
-    return np.flatnonzero(scores > -np.inf)
+    else:
+        floor = np.float32(-np.inf)
+    ids: TokenIds = (scores >= floor if floor > -np.inf else scores > -np.inf).nonzero()[0]
+    return ids
 
 
-def _min_p_floor(best: np.float32, temperature: float, min_p: float) -> np.float32:
-    """The score whose weight is min_p times the best one's."""
-    return np.float32(float(best) + temperature * math.log(min_p))
-
-
-def _best(scores: Row, lowest: np.float32, count: int) -> NDArray[np.int64]:
-    """Rising indices of the `count` best scores, of which the worst is `lowest`; of several equal
-    to it the first ones stay."""
-    indices = np.flatnonzero(scores >= lowest)
+def _best(weights: Floats, lowest: float, count: int) -> TokenIds:
+    """Rising indices of the `count` largest weights, of which the least is `lowest`; of several
+    equal to it the first ones stay."""
+    indices: TokenIds = (weights >= lowest).nonzero()[0]
     if surplus := len(indices) - count:
-        ties = np.flatnonzero(scores[indices] == lowest)
-        indices = np.delete(indices, ties[-surplus:])
+        stays = np.ones(len(indices), bool)
+        ties = (weights[indices] == lowest).nonzero()[0]
+        stays[ties[-surplus:]] = False
+        indices = indices[stays]
     return indices
 
 
-def _invert(weights: NDArray[np.floating], uniform: float) -> int:
+def _invert(weights: Floats, uniform: float) -> int:
     """The first index whose cumulative weight exceeds uniform times the total.
 
-    Sums by blocks, then runs through one block only: a float64 running sum over a whole vocabulary
-    costs more than everything else in a draw.
+    Many weights are summed by blocks, and only one block's one by one: a float64 running sum over
+    a whole vocabulary costs more than everything else in a draw.
     """
+    if weights.size <= _SUM_BLOCK:
+        inside = weights.cumsum(dtype=np.float64)
+        return _first_above(inside, uniform * inside[-1])
     whole = weights.size // _SUM_BLOCK
     blocks = np.empty(whole + 1)
     weights[: whole * _SUM_BLOCK].reshape(whole, _SUM_BLOCK).sum(
         axis=1, dtype=np.float64, out=blocks[:whole]
     )
     blocks[whole] = weights[whole * _SUM_BLOCK :].sum(dtype=np.float64)
-    ends = np.cumsum(blocks)
+    ends = blocks.cumsum()
     target = uniform * ends[-1]
     block = _first_above(ends, target)
-    inside = np.cumsum(weights[block * _SUM_BLOCK : (block + 1) * _SUM_BLOCK], dtype=np.float64)
+    inside = weights[block * _SUM_BLOCK : (block + 1) * _SUM_BLOCK].cumsum(dtype=np.float64)
     if block:
         inside += ends[block - 1]
     return block * _SUM_BLOCK + _first_above(inside, target)
@@ -228,5 +228,7 @@ def _invert(weights: NDArray[np.floating], uniform: float) -> int:
 def _first_above(cumulative: NDArray[np.float64], target: float) -> int:
     """The first index whose cumulative sum is above `target`, or, should rounding leave none, the
     last one that added anything; never an index of weight 0."""
-    last = cumulative.searchsorted(cumulative[-1])
-    return int(min(cumulative.searchsorted(target, side="right"), last))
+    index = cumulative.searchsorted(target, side="right")
+    if index == len(cumulative):
+        index = cumulative.searchsorted(cumulative[-1])
+    return int(index)
