@@ -7,8 +7,8 @@ import json
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ from tensorray.cluster.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from tensorray.cluster.llm import LLM
+    from tensorray.cluster.outputs import RequestOutput
 
 DEFAULT_RANDOM_PROMPTS = 64
 
@@ -74,14 +75,13 @@ def latency(
         seconds, first_token, tokens = [], [], 0
         with progress(iterations + 1) as advance:
             for iteration in range(iterations + 1):
-                batch = lengths.prompts(batch_size, seed=iteration)
-                took, output_tokens = timed(llm, batch, ignore_eos=True)
+                took, outputs = _run(llm, lengths.prompts(batch_size, seed=2 * iteration))
+                fresh = lengths.prompts(batch_size, seed=2 * iteration + 1)
+                to_first, _ = _run(llm, [replace(each, max_tokens=1) for each in fresh])
                 if iteration:
                     seconds.append(took)
-                    tokens += output_tokens
-                    fresh = lengths.prompts(batch_size, seed=-iteration)
-                    once = [Prompt(each.prompt, 1) for each in fresh]
-                    first_token.append(timed(llm, once, ignore_eos=True)[0])
+                    first_token.append(to_first)
+                    tokens += _output_tokens(outputs)
                 advance()
         figures = {
             "model": config.model,
@@ -103,18 +103,17 @@ def throughput(config: EngineConfig, workload: Workload, *, as_json: bool) -> No
     from tensorray.cluster.llm import LLM
 
     with results_on_stdout() as results, LLM(**dict(config)) as llm:
-        warm_up = [Prompt(workload.prompts[0].prompt, 2)]
-        timed(llm, warm_up, ignore_eos=True)
-        with progress(len(workload.prompts)) as advance:
-            began = time.perf_counter()
-            outputs = llm.generate(
-                [each.prompt for each in workload.prompts],
-                _params(workload.prompts, workload.ignore_eos),
+        prompts = workload.prompts
+        _run(llm, [Prompt("Hello", 2)])  # what happens once only
+        with progress(len(prompts)) as advance:
+            seconds, outputs = timed(
+                llm,
+                [each.prompt for each in prompts],
+                _params(prompts, workload.ignore_eos),
                 on_finished=lambda _: advance(),
             )
-            seconds = time.perf_counter() - began
         prompt_tokens = sum(len(output.prompt_token_ids) for output in outputs)
-        output_tokens = sum(len(output.outputs[0].token_ids) for output in outputs)
+        output_tokens = _output_tokens(outputs)
         figures = {
             "model": config.model,
             "requests": len(outputs),
@@ -156,13 +155,16 @@ def serve(
         raise RuntimeError(f"every request failed; the first said: {records[0].error}")
 
 
-def timed(llm: LLM, prompts: Sequence[Prompt], *, ignore_eos: bool) -> tuple[float, int]:
-    """Seconds to complete a batch greedily, and the tokens it came to."""
-    params = _params(prompts, ignore_eos)
+def timed(
+    llm: LLM,
+    prompts: Sequence[str | list[int]],
+    params: SamplingParams | Sequence[SamplingParams],
+    on_finished: Callable[[RequestOutput], None] | None = None,
+) -> tuple[float, list[RequestOutput]]:
+    """Seconds to complete a batch, and its outputs."""
     began = time.perf_counter()
-    outputs = llm.generate([each.prompt for each in prompts], params)
-    seconds = time.perf_counter() - began
-    return seconds, sum(len(output.outputs[0].token_ids) for output in outputs)
+    outputs = llm.generate(prompts, params, on_finished=on_finished)
+    return time.perf_counter() - began, outputs
 
 
 def served_model(url: str) -> str:
@@ -185,6 +187,14 @@ def table(figures: dict[str, Any]) -> str:
             value = " to ".join(map(str, dict.fromkeys(value))) or "none"
         lines.append(f"{name.replace('_', ' '):{width}}  {'none' if value is None else value}")
     return "\n".join(lines)
+
+
+def _run(llm: LLM, prompts: Sequence[Prompt]) -> tuple[float, list[RequestOutput]]:
+    return timed(llm, [each.prompt for each in prompts], _params(prompts, ignore_eos=True))
+
+
+def _output_tokens(outputs: Sequence[RequestOutput]) -> int:
+    return sum(len(output.outputs[0].token_ids) for output in outputs)
 
 
 def _params(prompts: Sequence[Prompt], ignore_eos: bool) -> list[SamplingParams]:
