@@ -239,12 +239,8 @@ class _Vocabulary:
 
     def eos_ids(self) -> list[int]:
         named = [self.id(f"{name}_token_id") for name in ("eos", "eot", "eom")]
-        ends = set(_END_TOKENS)
-        guessed = [
-            id
-            for id, (token, type) in enumerate(zip(self.tokens, self.types, strict=True))
-            if type == PieceType.CONTROL and token in ends
-        ]
+        guessed = [self.tokens.index(token) for token in _END_TOKENS if token in self.tokens]
+        guessed = [id for id in guessed if self.types[id] == PieceType.CONTROL]
         return list(dict.fromkeys(id for id in [*named, *guessed] if id is not None))
 
     def special_tokens(self) -> dict[str, str]:

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from enum import IntEnum
+from pathlib import Path
 
-from tokenizers import AddedToken, decoders, models, normalizers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers
 from tokenizers import Tokenizer as Backend
+
+from tensorray.cluster.tokenizer import TokenizerError
 
 SPACE = "▁"
 
@@ -88,12 +91,77 @@ def _merges(
     Control, user-defined and byte pieces are never made from text. Among the ways to make one
     piece the longest left part comes first, as in the published conversions of such models.
     """
-    normal = [id for id, type in enumerate(types) if type == PieceType.NORMAL]
-    parts = {pieces[id] for id in normal}
+    kind = int(PieceType.NORMAL)
+    normal = [id for id, type in enumerate(types) if type == kind]
     normal.sort(key=scores.__getitem__, reverse=True)
+    best_first = [pieces[id] for id in normal]
+    parts = set(best_first)
     return [
-        (piece[:cut], piece[cut:])
-        for piece in map(pieces.__getitem__, normal)
+        (left, right)
+        for piece in best_first
         for cut in range(len(piece) - 1, 0, -1)
-        if piece[:cut] in parts and piece[cut:] in parts
+        if (left := piece[:cut]) in parts and (right := piece[cut:]) in parts
     ]
+
+
+def read_model(path: Path) -> Backend:
+    """A tokenizer.model file, of BPE or unigram type.
+
+    Raises TokenizerError if it can't be read, or the package `sentencepiece` is missing.
+    """
+    try:
+        from sentencepiece import sentencepiece_model_pb2 as protobuf
+    except ImportError as error:
+        raise TokenizerError(
+            f"{path}: reading it needs the package sentencepiece ({error}); "
+            "pip install tensorray[sentencepiece], or use a model with a tokenizer.json"
+        ) from None
+    model = protobuf.ModelProto()
+    try:
+        model.ParseFromString(path.read_bytes())
+    except Exception as error:  # protobuf's DecodeError, whose place differs by version
+        raise TokenizerError(f"{path}: not a SentencePiece model: {error}") from None
+    pieces = [piece.piece for piece in model.pieces]
+    scores = [piece.score for piece in model.pieces]
+    types = [piece.type for piece in model.pieces]
+    if not pieces:
+        raise TokenizerError(f"{path}: not a SentencePiece model: it has no pieces")
+    normalizer = model.normalizer_spec
+    if model.trainer_spec.treat_whitespace_as_suffix or not normalizer.escape_whitespaces:
+        raise TokenizerError(f"{path}: spaces as suffixes or unescaped are not supported")
+    kind = model.trainer_spec.model_type
+    if kind == model.trainer_spec.BPE:
+        backend = piece_bpe(pieces, scores, types, add_space_prefix=normalizer.add_dummy_prefix)
+    elif kind == model.trainer_spec.UNIGRAM:
+        backend = _unigram(pieces, scores, types, add_space_prefix=normalizer.add_dummy_prefix)
+    else:
+        raise TokenizerError(f"{path}: a SentencePiece model of neither BPE nor unigram type")
+    before: list[normalizers.Normalizer] = []
+    if normalizer.precompiled_charsmap:
+        before.append(normalizers.Precompiled(normalizer.precompiled_charsmap))
+    if normalizer.remove_extra_whitespaces:
+        before += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
+    if before:
+        backend.normalizer = normalizers.Sequence([*before, backend.normalizer])
+    return backend
+
+
+def _unigram(
+    pieces: Sequence[str],
+    scores: Sequence[float],
+    types: Sequence[int],
+    *,
+    add_space_prefix: bool,
+) -> Backend:
+    """The likeliest cut of a text into pieces (Kudo, arXiv 1804.10959)."""
+    unknown = next((i for i, type in enumerate(types) if type == PieceType.UNKNOWN), None)
+    backend = Backend(
+        models.Unigram(
+            list(zip(pieces, scores, strict=True)),
+            unk_id=unknown,
+            byte_fallback=PieceType.BYTE in types,
+        )
+    )
+    set_space_spelling(backend, add_space_prefix=add_space_prefix)
+    add_marked_tokens(backend, pieces, types)
+    return backend

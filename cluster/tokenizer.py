@@ -101,8 +101,8 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """One more than the largest token id (a model may pad its vocabulary beyond)."""
-        return max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        """How many tokens there are (a model may pad its vocabulary beyond)."""
+        return self._backend.get_vocab_size(with_added_tokens=True)
 
     @property
     def control_strings(self) -> Iterable[str]:

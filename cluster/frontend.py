@@ -1,0 +1,368 @@
+"""The frontend: users' prompts to engine requests, the engine's tokens to users' answers.
+
+    prompt, messages --tokenizer, chat template--> GenerationRequest --EngineClient--> deltas
+    deltas --Assembler--> RequestOutputDelta, RequestOutput
+
+It knows a model's small files (config, tokenizer, generation defaults) and none of its weights,
+imports no Ray, and serves the HTTP ingress, the Serve handle and the in-process `LLM` alike.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import msgspec
+from pydantic import ValidationError
+
+from tensorray.builder.checkpoint import eos_token_ids, open_files, resolve_path
+from tensorray.builder.checkpoint.config import read_generation_config
+from tensorray.builder.registry import resolve
+from tensorray.cluster.assembly import Assembler, GenerationFailed, PreparedRequest
+from tensorray.cluster.bad_request import BadRequest
+from tensorray.cluster.chat import ChatTemplate, ChatTemplateError
+from tensorray.cluster.config import EngineConfig
+from tensorray.cluster.errors import explain
+from tensorray.cluster.outputs import RequestOutput, RequestOutputDelta
+from tensorray.cluster.request import Delta, GenerationRequest
+from tensorray.cluster.sampling_params import SamplingParams
+from tensorray.cluster.tokenizer import InvalidText, Tokenizer
+from tensorray.cluster.tokenizer_files import load_tokenizer
+
+__all__ = [
+    "BadRequest",
+    "ChatTemplateError",
+    "EngineClient",
+    "Frontend",
+    "GenerationFailed",
+    "PreparedRequest",
+]
+
+# generation_config.json's names are SamplingParams' for these.
+_DEFAULTS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+
+
+class EngineClient(Protocol):
+    """Whatever runs requests: an engine in this process, or a handle to one elsewhere."""
+
+    def generate(self, request: GenerationRequest) -> AsyncIterator[list[Delta]]:
+        """The request's deltas, all that came since the last item in each. Ends when every
+        sequence has finished; closing it earlier cancels the request."""
+        ...
+
+    async def cancel(self, request_id: str, index: int | None = None) -> None:
+        """End one sequence of a request, or all of them. Unknown or ended ones are ignored."""
+        ...
+
+
+class Frontend:
+    """One model's frontend. Its attributes:
+
+    `tokenizer`; `model_names`, the names the API answers to, the first being the model's own;
+    `max_model_len`, the most tokens of prompt and answer together; `vocab_size`, the model's,
+    which may exceed the tokenizer's; `eos_token_ids`, each of which ends a sequence;
+    `default_params`, SamplingParams fields the model's makers recommend.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        *,
+        model_names: Sequence[str],
+        max_model_len: int,
+        vocab_size: int,
+        eos_token_ids: Sequence[int],
+        default_params: Mapping[str, Any] | None = None,
+        default_max_tokens: int | None = None,
+        chat_template: str | None = None,
+        max_logprobs: int = 20,
+        max_n: int = 128,
+        seed: int | None = None,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.model_names = list(model_names)
+        self.max_model_len = max_model_len
+        self.vocab_size = vocab_size
+        self.eos_token_ids = list(eos_token_ids)
+        self.default_params = dict(default_params or {})
+        self._default_max_tokens = default_max_tokens
+        self._max_logprobs = max_logprobs
+        self._max_n = max_n
+        self._seeds = random.Random(seed) if seed is not None else None
+        self._template = ChatTemplate(tokenizer, chat_template)
+
+    @property
+    def model_name(self) -> str:
+        return self.model_names[0]
+
+    @classmethod
+    def load(cls, config: EngineConfig) -> Frontend:
+        """The frontend of the model that a config names; fetches no weights.
+
+        Raises CheckpointError, ModelConfigError, TokenizerError or ChatTemplateError for a model
+        that can't be served, and ValueError for settings it can't be served with.
+        """
+        files = open_files(
+            config.model,
+            load_format=config.load_format,
+            revision=config.revision,
+            token=config.hf_token,
+            cache_dir=config.download_dir,
+            offline=config.offline,
+            hf_overrides=config.hf_overrides,
+        )
+        model = resolve(files.config, config.model_class)(files.config)
+        max_model_len = config.max_model_len or model.max_positions
+        if max_model_len > model.max_positions:
+            raise ValueError(
+                f"--max-model-len {max_model_len} is more than the {model.max_positions} "
+                "positions the model was made for"
+            )
+        tokenizer = load_tokenizer(_tokenizer_path(config, files.path))
+        eos = [*eos_token_ids(files.config, files.generation_config), *tokenizer.eos_ids]
+        defaults = _generation_defaults(config, files.generation_config)
+        return cls(
+            tokenizer,
+            model_names=config.served_model_name or [_model_name(config.model)],
+            max_model_len=max_model_len,
+            vocab_size=model.vocab_size,
+            eos_token_ids=list(dict.fromkeys(eos)),
+            default_params={name: defaults[name] for name in _DEFAULTS if name in defaults},
+            default_max_tokens=defaults.get("max_new_tokens"),
+            chat_template=config.chat_template,
+            max_logprobs=config.max_logprobs,
+            max_n=config.max_n,
+            seed=config.seed,
+        )
+
+    # --- in ---------------------------------------------------------------------------------
+
+    def params(self, **fields: Any) -> SamplingParams:
+        """Sampling parameters: the fields a user set, over the model's defaults.
+
+        Raises BadRequest naming the field that is wrong.
+        """
+        try:
+            return SamplingParams(**{**self.default_params, **fields})
+        except ValidationError as error:
+            message, param = explain(error)
+            raise BadRequest(message, param=param) from None
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        **template_arguments: Any,
+    ) -> list[int]:
+        """A conversation as prompt tokens, through the model's chat template.
+
+        `template_arguments` are variables of the template (`enable_thinking=False`). Special
+        tokens spelled in messages are text, see `ChatTemplate.encode`. Raises BadRequest for a
+        malformed message, ChatTemplateError (one too) where the template is missing or fails.
+        """
+        return self._template.encode(
+            messages,
+            tools=tools,
+            add_generation_prompt=add_generation_prompt,
+            **template_arguments,
+        )
+
+    def request(
+        self,
+        prompt: str | Sequence[int],
+        params: SamplingParams,
+        *,
+        request_id: str,
+        priority: int = 0,
+        user: str = "",
+        cache_salt: str = "",
+        add_special_tokens: bool = True,
+        echo: bool = False,
+    ) -> PreparedRequest:
+        """A request the engine can run: tokens, and every limit resolved.
+
+        Without `max_tokens` the answer may fill the context. With `echo` the answer begins with
+        the prompt, and its log-probabilities if the answer's are asked for. Raises BadRequest.
+        """
+        tokens = self._prompt_tokens(prompt, add_special_tokens)
+        self._check(params)
+        sampling = params.resolve(self.eos_token_ids, self.vocab_size)
+        prompt_logprobs = params.prompt_logprobs
+        if echo and prompt_logprobs is None:
+            prompt_logprobs = params.logprobs
+        changes: dict[str, Any] = {"prompt_logprobs": prompt_logprobs}
+        if params.seed is None and self._seeds is not None:
+            changes["seed"] = self._seeds.getrandbits(63)
+        request = GenerationRequest(
+            request_id=request_id,
+            prompt=tokens,
+            sampling=msgspec.structs.replace(sampling, **changes),
+            max_tokens=self._max_tokens(len(tokens), params),
+            n=params.best_of or params.n,
+            priority=priority,
+            user=user,
+            cache_salt=cache_salt,
+            reuse_prefix=prompt_logprobs is None,
+        )
+        return PreparedRequest(
+            request, params, prompt=prompt if isinstance(prompt, str) else None, echo=echo
+        )
+
+    def _prompt_tokens(self, prompt: str | Sequence[int], add_special_tokens: bool) -> list[int]:
+        if not prompt:
+            raise BadRequest("the prompt is empty; give it at least one token", param="prompt")
+        if isinstance(prompt, str):
+            try:
+                tokens = self.tokenizer.encode(prompt, add_special_tokens=add_special_tokens)
+            except InvalidText as error:
+                raise BadRequest(f"the prompt can't be encoded: {error}", param="prompt") from None
+            if not tokens:
+                raise BadRequest("the prompt's text has no tokens", param="prompt")
+        else:
+            tokens = list(prompt)
+        for token in tokens:
+            if type(token) is not int or not 0 <= token < self.vocab_size:
+                raise BadRequest(
+                    f"the prompt has token {token!r}; this model's tokens are 0 to "
+                    f"{self.vocab_size - 1}",
+                    param="prompt",
+                )
+        return tokens
+
+    def _max_tokens(self, prompt_tokens: int, params: SamplingParams) -> int:
+        limit, asked = self.max_model_len, params.max_tokens
+        left = limit - prompt_tokens
+        if left < 1:
+            raise BadRequest(
+                f"the prompt is too long: {prompt_tokens} tokens, but the context is {limit} "
+                "tokens for prompt and answer together; shorten the prompt",
+                param="prompt",
+            )
+        if asked is not None and asked > left:
+            raise BadRequest(
+                f"max_tokens is too large: {prompt_tokens} tokens of prompt and {asked} of answer "
+                f"exceed the context of {limit} tokens; ask for at most {left}",
+                param="max_tokens",
+            )
+        if params.min_tokens > left:
+            raise BadRequest(
+                f"min_tokens ({params.min_tokens}) exceeds the {left} tokens that a prompt of "
+                f"{prompt_tokens} leaves of the context of {limit}",
+                param="min_tokens",
+            )
+        if asked is not None:
+            return asked
+        return max(params.min_tokens, min(left, self._default_max_tokens or left))
+
+    def _check(self, params: SamplingParams) -> None:
+        for name, count in (("n", params.n), ("best_of", params.best_of or 0)):
+            if count > self._max_n:
+                raise BadRequest(
+                    f"{name} ({count}) is more than this server's limit of {self._max_n}",
+                    param=name,
+                )
+        for name, asked in (
+            ("logprobs", params.logprobs),
+            ("prompt_logprobs", params.prompt_logprobs),
+        ):
+            if asked is None:
+                continue
+            wanted = self.vocab_size if asked == -1 else asked
+            most = self.vocab_size if self._max_logprobs == -1 else self._max_logprobs
+            if wanted > most:
+                raise BadRequest(
+                    f"{name} ({asked}) asks for more alternatives than this server's limit of "
+                    f"{most}",
+                    param=name,
+                )
+        if params.stop and not params.detokenize:
+            raise BadRequest(
+                "stop strings need text, so detokenize can't be false; use stop_token_ids",
+                param="stop",
+            )
+
+    # --- out --------------------------------------------------------------------------------
+
+    def stream(
+        self, client: EngineClient, prepared: PreparedRequest
+    ) -> AsyncIterator[RequestOutputDelta]:
+        """The answer as it comes: one item for each the engine sends, so nothing waits here.
+
+        Close the iterator to cancel the request. Raises BadRequest at once if best_of exceeds n
+        (the best is known at the end only), and while iterating GenerationFailed or whatever the
+        client raises.
+        """
+        if prepared.ranks:
+            raise BadRequest(
+                f"best_of ({prepared.request.n}) with n ({prepared.params.n}) can't be streamed, "
+                "as the best are known at the end only; set stream to false",
+                param="best_of",
+            )
+        return self._run(client, prepared, Assembler(self.tokenizer, prepared))
+
+    async def collect(self, client: EngineClient, prepared: PreparedRequest) -> RequestOutput:
+        """The whole answer. Cancelling the call cancels the request; errors as in `stream`."""
+        assembler = Assembler(self.tokenizer, prepared)
+        async with contextlib.aclosing(self._run(client, prepared, assembler)) as deltas:
+            return assembler.result([delta async for delta in deltas])
+
+    async def _run(
+        self, client: EngineClient, prepared: PreparedRequest, assembler: Assembler
+    ) -> AsyncGenerator[RequestOutputDelta, None]:
+        request_id = prepared.request.request_id
+        arriving = client.generate(prepared.request)
+        try:
+            async for deltas in arriving:
+                output, stopped = assembler.add(deltas)
+                if not output.finished:
+                    for index in stopped:
+                        await client.cancel(request_id, index)
+                if output.outputs or output.prompt_logprobs is not None:
+                    yield output
+                if output.finished:
+                    return
+        finally:
+            close = getattr(arriving, "aclose", None)
+            if close is not None:
+                await close()
+
+
+def _model_name(model: str) -> str:
+    """The name for a model that was given none: its Hub id, or its file's or directory's name."""
+    path = Path(model).expanduser()
+    return path.resolve().name.removesuffix(".gguf") if path.exists() else model
+
+
+def _tokenizer_path(config: EngineConfig, model: Path) -> Path:
+    if config.tokenizer is None:
+        return model
+    path = Path(config.tokenizer).expanduser()
+    if path.exists():
+        return path
+    return resolve_path(
+        config.tokenizer,
+        weights=False,
+        token=config.hf_token,
+        cache_dir=config.download_dir,
+        offline=config.offline,
+    )
+
+
+def _generation_defaults(config: EngineConfig, found: Mapping[str, Any]) -> dict[str, Any]:
+    """What `--generation-config` says to take from generation_config.json."""
+    if config.generation_config == "vllm":
+        return {}
+    if config.generation_config != "auto":
+        directory = Path(config.generation_config).expanduser()
+        if not directory.is_dir():
+            raise ValueError(
+                f"--generation-config {config.generation_config}: neither auto nor vllm nor a "
+                "directory"
+            )
+        found = read_generation_config(directory)
+    return {key: value for key, value in found.items() if value is not None}
