@@ -7,7 +7,6 @@ fields under `args`. On the command line: `serve run tensorray.cluster.app:build
 """
 
 import asyncio
-import logging
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from dataclasses import asdict

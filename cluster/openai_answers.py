@@ -89,6 +89,8 @@ class CompletionAnswer(Answer):
         super().__init__("cmpl", request, model)
         self._top = request.logprobs
         self._tokenizer = tokenizer
+        hidden = request.skip_special_tokens is not False
+        self._hidden = tokenizer.special_ids if hidden else frozenset[int]()
         self._logprobs: dict[int, _Offsets] = {}  # by choice
 
     def whole(self, outputs: Sequence[RequestOutput]) -> api.Completion:
@@ -122,7 +124,9 @@ class CompletionAnswer(Answer):
             stop_reason=output.stop_reason,
         )
         if self._top is not None and output.logprobs is not None:
-            offsets = self._logprobs.setdefault(index, _Offsets(self._tokenizer, self._top))
+            offsets = self._logprobs.setdefault(
+                index, _Offsets(self._tokenizer, self._hidden, self._top)
+            )
             choice.logprobs = offsets.spell(output.token_ids, output.logprobs)
         return choice
 
@@ -206,11 +210,13 @@ class _Offsets:
     """Completions': parallel lists. Keeps one choice's offsets from chunk to chunk.
 
     An offset is where the token's text starts in the choice's text, in characters; a token that
-    is part of a character starts where that character does.
+    is part of a character starts where that character does, and a hidden one (a special token
+    that the text leaves out) takes no room.
     """
 
-    def __init__(self, tokenizer: Tokenizer, top: int) -> None:
+    def __init__(self, tokenizer: Tokenizer, hidden: frozenset[int], top: int) -> None:
         self._tokenizer = tokenizer
+        self._hidden = hidden
         self._top = top
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._offset = 0
@@ -222,7 +228,8 @@ class _Offsets:
         for token, entry in zip(tokens, entries, strict=True):
             shape.tokens.append(self._tokenizer.token_text(token))
             shape.text_offset.append(self._offset)
-            self._offset += len(self._decoder.decode(self._tokenizer.token_bytes[token]))
+            if token not in self._hidden:
+                self._offset += len(self._decoder.decode(self._tokenizer.token_bytes[token]))
             if entry is None:  # an echoed prompt's first token: nothing came before it
                 shape.token_logprobs.append(None)
                 shape.top_logprobs.append(None)

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from tensorray.actors.link import LocalLink
 from tensorray.actors.null_shard import NullShard
 from tensorray.actors.protocol import KVGroups, ShardInfo
+from tensorray.cluster.config import EngineConfig
 from tensorray.cluster.engine import Engine, EngineObserver
+from tensorray.cluster.frontend import Frontend
+from tensorray.cluster.ingress import create_app
+from tensorray.cluster.metrics import EngineMetrics
+from tensorray.cluster.request import Delta, GenerationRequest
 from tensorray.cluster.scheduler import Scheduler
 
 VOCAB_SIZE = 256 + 3  # bytes, then the special tokens
@@ -87,3 +95,44 @@ def write_model(directory: Path, *, chat_template: str | None = CHAT_TEMPLATE) -
     }
     (directory / "config.json").write_text(json.dumps(config))
     return directory
+
+
+class LocalBackend:
+    """An engine in this process as the HTTP side wants it; `async with` starts and ends it."""
+
+    def __init__(self, **settings: Any) -> None:
+        self._metrics = EngineMetrics("tiny")
+        self.engine = null_engine(observer=self._metrics, **settings)
+        self._metrics.watch(self.engine)
+
+    async def __aenter__(self) -> LocalBackend:
+        await self.engine.start()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.engine.close()
+
+    def generate(self, request: GenerationRequest) -> AsyncIterator[list[Delta]]:
+        return self.engine.generate(request)
+
+    async def cancel(self, request_id: str, index: int | None = None) -> None:
+        await self.engine.cancel(request_id, index)
+
+    async def failure(self) -> str | None:
+        return self.engine.failure
+
+    async def metrics(self) -> bytes:
+        return self._metrics.text()
+
+
+@asynccontextmanager
+async def serving(
+    model: Path, *, limits: dict[str, Any] | None = None, **settings: Any
+) -> AsyncIterator[tuple[httpx.AsyncClient, LocalBackend]]:
+    """An HTTP client of the API over a null engine, all in this process."""
+    config = EngineConfig(model=str(model), served_model_name=["tiny"], **(limits or {}))
+    async with LocalBackend(**settings) as backend:
+        app = create_app(Frontend.load(config), backend, config)
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            yield client, backend
