@@ -23,10 +23,12 @@ from huggingface_hub.utils.tqdm import (
 
 from tensorray.builder.checkpoint import safetensors
 from tensorray.builder.checkpoint.base import CheckpointError
+from tensorray.builder.checkpoint.config import CONFIG
 
 #: Config, tokenizer, chat template: all that is needed but the weights. Top level only.
 SMALL_FILES = ["*.json", "*.model", "*.jinja", "merges.txt", "vocab.txt"]
 _ELSEWHERE = ["*/*"]  # original/, onnx/, checkpoints of a training run
+_ONCE = "fetch it once without --offline, or point --download-dir at the cache that has it"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -62,7 +64,7 @@ def download(
                 )
             )
 
-        def fetch(patterns: list[str], ignore: list[str]) -> Path:
+        def fetch(patterns: list[str], ignore: list[str], revision: str | None) -> Path:
             return Path(
                 snapshot_download(
                     repo,
@@ -75,24 +77,29 @@ def download(
                 )
             )
 
-        directory = fetch(SMALL_FILES, _ELSEWHERE)
-        if weights:
-            if (directory / safetensors.INDEX).is_file():
-                index = safetensors.read_index(directory / safetensors.INDEX)
-                directory = fetch(sorted(set(index.values())), [])
-            else:
-                directory = fetch([safetensors.SINGLE], [])
-                if not offline and not (directory / safetensors.SINGLE).is_file():
-                    files = HfApi(token=token).list_repo_files(repo, revision=revision)
-                    raise CheckpointError(_no_weights(repo, files))
+        directory = fetch(SMALL_FILES, _ELSEWHERE, revision)
+        commit = directory.name  # from here on, whatever is pushed meanwhile
+        if weights and (directory / safetensors.INDEX).is_file():
+            index = safetensors.read_index(directory / safetensors.INDEX)
+            fetch(sorted(set(index.values())), [], commit)
+        elif weights:
+            fetch([safetensors.SINGLE], [], commit)
+        has_weights = bool(safetensors.weight_files(directory)) if weights else True
+        if not (has_weights and (directory / CONFIG).is_file()):
+            if offline:
+                raise CheckpointError(f"{tried}: only parts of it are in the Hub cache; {_ONCE}")
+            files = HfApi(token=token).list_repo_files(repo, revision=commit)
+            raise CheckpointError(_what_is_missing(repo, files))
     return directory
 
 
-def _no_weights(repo: str, files: list[str]) -> str:
+def _what_is_missing(repo: str, files: list[str]) -> str:
     gguf = [file for file in files if file.endswith(".gguf")]
     if gguf:
         some = ", ".join(f"{repo}/{file}" for file in gguf[:5])
         return f"{repo}: a repository of GGUF files; name one of them as the model: {some}"
+    if CONFIG not in files:
+        return f"{repo}: the repository has no {CONFIG}: not a model that can be served"
     if any(file.endswith(PICKLES) for file in files):
         return pickles_refused(repo)
     return f"{repo}: the repository has neither safetensors nor GGUF files"
@@ -143,15 +150,19 @@ def _clear_errors(tried: str, offline: bool) -> Iterator[None]:
             f"{tried}: no such revision; check --revision (branch, tag or commit)"
         ) from error
     except LocalEntryNotFoundError as error:
-        remedy = (
-            "it is not in the Hub cache and offline is set: fetch it once without --offline, or "
-            "point --download-dir at the cache that has it"
+        reason = str(error.__cause__ or error).partition("\n")[0]
+        problem = (
+            f"offline is set: {_ONCE}"
             if offline
-            else "it is not in the Hub cache and the Hub can't be reached: check the network, or "
-            "pass a local directory or GGUF file"
+            else f"the Hub can't be reached ({reason}): check the network, or pass a local "
+            f"directory or GGUF file"
         )
-        raise CheckpointError(f"{tried}: there is no such local path; {remedy}") from error
+        raise CheckpointError(
+            f"{tried}: there is no such local path, it is not in the Hub cache, and {problem}"
+        ) from error
     except EntryNotFoundError as error:
         raise CheckpointError(f"{tried}: the repository has no such file") from error
-    except OSError as error:  # the HTTP client's errors among them
-        raise CheckpointError(f"{tried}: the download failed: {error}") from error
+    except CheckpointError:
+        raise
+    except Exception as error:  # the HTTP client's own errors have no base class to rely on
+        raise CheckpointError(f"{tried}: the download failed: {error!r}") from error

@@ -141,7 +141,7 @@ def open_checkpoint(
     _refuse_quantized(path, config)
     tensors = safetensors.open_tensors(path)
     if not tensors:
-        if any(path.glob(f"*{suffix}") for suffix in hub.PICKLES):
+        if any(file.suffix in hub.PICKLES for file in path.iterdir()):
             raise CheckpointError(hub.pickles_refused(path))
         raise CheckpointError(f"{path}: no weights: no {safetensors.SINGLE} and no .gguf file")
     return TensorCheckpoint(
