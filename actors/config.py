@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from tensorray.builder.checkpoint.open import LoadFormat
+if TYPE_CHECKING:  # importing it would bring NumPy to every `tensorray --help`
+    from tensorray.builder.checkpoint.open import LoadFormat
 
 
 @dataclass(frozen=True)
