@@ -158,15 +158,17 @@ def generate(
     as_json: AsJson = False,
     config_file: ConfigFile = None,
 ) -> None:
-    """Complete a prompt, or a file of prompts in one batch, in this process."""
+    """Complete a prompt, or a file of prompts in one batch, in this process.
+
+    Sampling parameters that no flag sets are the model's own defaults.
+    """
     if (prompt is None) == (prompts_file is None):
         raise UsageError("give either --prompt or --prompts-file")
-    params = SamplingParams(**sampling)
     engine = engine_config(config, config_file)
 
     from tensorray.cluster import generate as batch
 
-    batch.run(engine, params, prompt, prompts_file, as_json=as_json)
+    batch.run(engine, sampling, prompt, prompts_file, as_json=as_json)
 
 
 @command(bench, config=EngineConfig)

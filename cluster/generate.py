@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from tensorray.cluster.config import EngineConfig
+from tensorray.cluster.flags import Given
 from tensorray.cluster.prompts import PromptLine, read_prompts
 from tensorray.cluster.sampling_params import SamplingParams
 
@@ -22,22 +23,27 @@ if TYPE_CHECKING:
 
 def run(
     config: EngineConfig,
-    params: SamplingParams,
+    sampling: Given,
     prompt: str | None,
     prompts_file: str | None,
     *,
     as_json: bool,
 ) -> None:
-    """Complete `prompt`, or every line of `prompts_file`, and print what came out, in order."""
+    """Complete `prompt`, or every line of `prompts_file`, and print what came out, in order.
+
+    `sampling` are fields of SamplingParams, over the model's own defaults.
+    """
+    SamplingParams(**sampling)  # a mistake is told before anything is loaded
     lines = [PromptLine(prompt)] if prompts_file is None else read_prompts(prompts_file)
-    each = [
-        params.model_copy(update={"max_tokens": line.max_tokens}) if line.max_tokens else params
-        for line in lines
-    ]
-    # Late, so that a bad prompts file is told at once.
     from tensorray.cluster.llm import LLM
 
     with results_on_stdout() as results, LLM(**dict(config)) as llm:
+        each = [
+            llm.frontend.params(
+                **sampling | ({"max_tokens": line.max_tokens} if line.max_tokens else {})
+            )
+            for line in lines
+        ]
         with progress(len(lines)) as advance:
             outputs = llm.generate(
                 [line.content for line in lines], each, on_finished=lambda _: advance()

@@ -74,7 +74,9 @@ class SamplingParams(BaseModel):
     seed: int | None = Field(
         None, ge=-(2**63), lt=2**63, description="Same seed, same tokens, whatever else runs"
     )
-    max_tokens: int | None = Field(None, ge=1, description="Tokens to generate at most")
+    max_tokens: int | None = Field(
+        None, ge=1, description="Tokens to generate at most [default: what the context leaves]"
+    )
     min_tokens: int = Field(0, ge=0, description="Tokens to generate before it may stop")
     stop: Annotated[list[Annotated[str, Field(min_length=1)]], BeforeValidator(_as_list)] = Field(
         default_factory=list, max_length=16, description="Text that ends the output"
