@@ -22,11 +22,13 @@ logger = logging.getLogger(__name__)
 class ShardActor:
     """One shard in a process of its own. Ray starts, places and watches it; steps come over TCP."""
 
-    def __init__(self, config: ShardConfig) -> None:
-        self._server = ShardServer(load_executor(config), host=str(ray.util.get_node_ip_address()))  # type: ignore[no-untyped-call]
+    def load(self, config: ShardConfig) -> Endpoint:
+        """Load the shard and listen. Returns where the router connects, once it can serve.
 
-    def endpoint(self) -> Endpoint:
-        """Where the router connects, once the shard is loaded."""
+        Not the constructor, because Ray hands a method's exception on as it is.
+        """
+        host = str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
+        self._server = ShardServer(load_executor(config), host)
         return self._server.endpoint
 
     def describe(self) -> dict[str, int]:
@@ -70,12 +72,16 @@ async def start_shard(config: ShardConfig, *, num_cpus: float | None = None) -> 
             # Ray sets OMP_NUM_THREADS=1 for actors with few CPUs; the shard's threads are its own.
             runtime_env={"env_vars": {"OMP_NUM_THREADS": str(threads)}},
         )
-        .remote(config)
+        .remote()
     )
     try:
-        endpoint = await actor.endpoint.remote()
+        endpoint = await actor.load.remote(config)
+    except ray.exceptions.RayTaskError as error:
+        ray.kill(actor)
+        cause = getattr(error, "cause", error)
+        raise ShardError(f"{type(cause).__name__}: {cause}") from error
     except ray.exceptions.RayActorError as error:
-        raise ShardError(f"the shard did not start: {error}") from error
+        raise ShardError(f"the shard died while loading: {error}") from error
     return RunningShard(actor, await TcpLink.connect(endpoint))
 
 
