@@ -21,7 +21,7 @@ from huggingface_hub.utils.tqdm import (
     enable_progress_bars,
 )
 
-from tensorray.builder.checkpoint import safetensors
+from tensorray.builder.checkpoint import pickles, safetensors
 from tensorray.builder.checkpoint.base import CheckpointError
 from tensorray.builder.checkpoint.config import CONFIG
 
@@ -29,7 +29,6 @@ from tensorray.builder.checkpoint.config import CONFIG
 SMALL_FILES = ["*.json", "*.model", "*.jinja", "merges.txt", "vocab.txt"]
 _ELSEWHERE = ["*/*"]  # original/, onnx/, checkpoints of a training run
 _ONCE = "fetch it once without --offline, or point --download-dir at the cache that has it"
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 def download(
@@ -100,18 +99,9 @@ def _what_is_missing(repo: str, files: list[str]) -> str:
         return f"{repo}: a repository of GGUF files; name one of them as the model: {some}"
     if CONFIG not in files:
         return f"{repo}: the repository has no {CONFIG}: not a model that can be served"
-    if any(file.endswith(PICKLES) for file in files):
-        return pickles_refused(repo)
+    if any(file.endswith(pickles.SUFFIXES) for file in files):
+        return pickles.refusal(repo)
     return f"{repo}: the repository has neither safetensors nor GGUF files"
-
-
-def pickles_refused(where: object) -> str:
-    """The message for a model whose weights are pickles only."""
-    return (
-        f"{where}: the weights are pickles ({', '.join(PICKLES[:3])}), which can run code when "
-        f"they are read, so they are never loaded; convert them to safetensors, say with "
-        f"transformers: AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)"
-    )
 
 
 @contextmanager

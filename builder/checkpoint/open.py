@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from tensorray.builder.checkpoint import gguf, hub, safetensors
+from tensorray.builder.checkpoint import gguf, pickles, safetensors
 from tensorray.builder.checkpoint.base import Checkpoint, CheckpointError
 from tensorray.builder.checkpoint.config import CONFIG, read_config, read_generation_config
 from tensorray.builder.checkpoint.dummy import DummyCheckpoint
@@ -58,6 +58,8 @@ def resolve_path(
         raise CheckpointError(
             f"{model}: no such file or directory (a Hub model is named as org/name)"
         )
+    from tensorray.builder.checkpoint import hub  # takes a second to import
+
     path = hub.download(
         model,
         weights=weights and load_format != "dummy",
@@ -141,8 +143,8 @@ def open_checkpoint(
     _refuse_quantized(path, config)
     tensors = safetensors.open_tensors(path)
     if not tensors:
-        if any(file.suffix in hub.PICKLES for file in path.iterdir()):
-            raise CheckpointError(hub.pickles_refused(path))
+        if any(file.suffix in pickles.SUFFIXES for file in path.iterdir()):
+            raise CheckpointError(pickles.refusal(path))
         raise CheckpointError(f"{path}: no weights: no {safetensors.SINGLE} and no .gguf file")
     return TensorCheckpoint(
         path, config, generation_config, canonical_names(tensors, config.get("model_type"))
@@ -157,8 +159,8 @@ def _one_file(path: Path, load_format: LoadFormat) -> Path:
             if path.suffix in (".safetensors", ".json")
             else ""
         )
-        if path.suffix in hub.PICKLES:
-            raise CheckpointError(hub.pickles_refused(path))
+        if path.suffix in pickles.SUFFIXES:
+            raise CheckpointError(pickles.refusal(path))
         raise CheckpointError(f"{path}: a model file must be a .gguf file{hint}")
     if load_format == "safetensors":
         raise CheckpointError(f"{path}: a GGUF file, but the load format asked for is safetensors")
