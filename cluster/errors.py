@@ -111,8 +111,8 @@ def explain(error: ValidationError) -> tuple[str, str | None]:
     the value knows best what is wrong with it; branches that got equally far all have their say.
     """
     found = error.errors(include_url=False)
-    first = found[0]["loc"][0] if found[0]["loc"] else None
-    same = [item for item in found if (item["loc"][0] if item["loc"] else None) == first]
+    first = found[0]["loc"][:1]
+    same = [item for item in found if item["loc"][:1] == first]
     depth = max(_reach(item["loc"]) for item in same)
     deepest = [item for item in same if _reach(item["loc"]) == depth]
     messages = list(dict.fromkeys(_lower(item["msg"]) for item in deepest))
@@ -121,11 +121,14 @@ def explain(error: ValidationError) -> tuple[str, str | None]:
         messages = [expected + " or ".join(message[len(expected) :] for message in messages)]
     text = "; ".join(messages)
     where = path(deepest[0]["loc"])
-    if not where:
+    if not where and deepest[0]["type"] in ("json_invalid", "model_type"):
         return f"The request's body is not valid: {text}.", None
+    if not where:
+        return f"{text}.", None
     given = deepest[0]["input"]
     shown = "" if isinstance(given, dict | list) else f" (got {_shorten(given)})"
-    return f"{where}: {text}{shown}.", where
+    # Checks of our own say where by themselves.
+    return f"{text}." if text.startswith(where) else f"{where}: {text}{shown}.", where
 
 
 def path(loc: Sequence[int | str]) -> str:

@@ -216,13 +216,13 @@ class CompletionRequest(GenerateRequest):
 
 _ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 _MEDIA = {
-    "image_url": "images",
-    "input_image": "images",
-    "image": "images",
-    "input_audio": "audio",
-    "audio_url": "audio",
-    "video_url": "video",
-    "file": "files",
+    "image_url": "images are",
+    "input_image": "images are",
+    "image": "images are",
+    "input_audio": "audio is",
+    "audio_url": "audio is",
+    "video_url": "video is",
+    "file": "files are",
 }
 
 
@@ -259,13 +259,13 @@ def _text_of(part: object, here: str) -> str:
     if kind in _MEDIA:
         raise PydanticCustomError(
             "messages",
-            "{here}: {media} are not supported; this server takes text only",
+            "{here}: {media} not supported; this server takes text only",
             {"here": here, "media": _MEDIA[kind]},
         )
     text = part.get("text") if isinstance(part, dict) else None
     if kind != "text" or not isinstance(text, str):
         raise PydanticCustomError(
-            "messages", '{here} must be {{"type": "text", "text": "…"}}', {"here": here}
+            "messages", "{here} must be an object with type 'text' and a text", {"here": here}
         )
     return text
 

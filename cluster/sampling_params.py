@@ -9,6 +9,7 @@ from typing import Annotated
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from tensorray.actors.protocol import Sampling
+from tensorray.cluster.bad_request import BadRequest
 
 FiniteFloat = Annotated[float, Field(allow_inf_nan=False)]
 
@@ -108,7 +109,7 @@ class SamplingParams(BaseModel):
     def resolve(self, eos_token_ids: Sequence[int], vocab_size: int) -> Sampling:
         """What the shard needs, with the model's EOS ids and a seed filled in.
 
-        Raises ValueError when a token id lies outside the vocabulary.
+        Raises BadRequest when a token id lies outside the vocabulary.
         """
         for field, ids in (
             ("logit_bias", list(self.logit_bias)),
@@ -118,9 +119,10 @@ class SamplingParams(BaseModel):
         ):
             for token in ids:
                 if not 0 <= token < vocab_size:
-                    raise ValueError(
+                    raise BadRequest(
                         f"{field} names token {token}; this model's tokens are 0 to "
-                        f"{vocab_size - 1}"
+                        f"{vocab_size - 1}",
+                        param=field,
                     )
         stop = list(
             dict.fromkeys([*self.stop_token_ids, *([] if self.ignore_eos else eos_token_ids)])
