@@ -45,7 +45,6 @@ class Weight:
     `stack` is the number of leading stacked entries (experts): parts then come in `stack` equal
     runs, each run concatenated on its axis 0 and the runs stacked on a new axis 0.
     `add` is a constant added at load (Gemma's norms multiply by 1 + weight).
-    `optional` weights may be missing from the checkpoint, in which case they are left out.
     """
 
     parts: tuple[Part, ...]
