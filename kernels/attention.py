@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from tensorray.kernels import native
+
 # Queries whose scores are held at once: bounds the memory of a long prefill chunk.
 _QUERY_TILE = 128
 
@@ -20,6 +22,14 @@ def append_kv(k: Any, v: Any, k_pages: Any, v_pages: Any, slots: Any) -> None:
     k and v `[T, kv_heads, head_dim]`; slots int `[T]`, `block * block_size + offset`, -1 to skip
     a token.
     """
+    if not native.takes(k):
+        return append_kv_numpy(k, v, k_pages, v_pages, slots)
+    slots = np.ascontiguousarray(slots, np.int64)
+    return native.library.append_kv(k, v, k_pages, v_pages, slots)
+
+
+def append_kv_numpy(k: Any, v: Any, k_pages: Any, v_pages: Any, slots: Any) -> None:
+    """The twin of `append_kv`."""
     kept = slots >= 0
     blocks, offsets = np.divmod(slots[kept], k_pages.shape[2])
     k_pages[blocks, :, offsets] = k[kept]
@@ -48,6 +58,47 @@ def paged_attention(
     (GQA, arXiv 2305.13245). Scores are `scale * q.k`, soft-capped to `cap * tanh(score / cap)`
     if asked. Nothing outside the visible positions is read.
     """
+    if not native.takes(q):
+        return paged_attention_numpy(
+            q,
+            k_pages,
+            v_pages,
+            query_starts,
+            seq_lens,
+            block_table,
+            scale=scale,
+            window=window,
+            softcap=softcap,
+        )
+    out = np.empty(q.shape, np.float32)
+    native.library.paged_attention(
+        q,
+        k_pages,
+        v_pages,
+        np.ascontiguousarray(query_starts, np.int32),
+        np.ascontiguousarray(seq_lens, np.int32),
+        np.asarray(block_table, np.int32),
+        out,
+        scale,
+        window or 0,
+        softcap or 0.0,
+    )
+    return out
+
+
+def paged_attention_numpy(
+    q: Any,
+    k_pages: Any,
+    v_pages: Any,
+    query_starts: Any,
+    seq_lens: Any,
+    block_table: Any,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Any:
+    """The twin of `paged_attention`."""
     heads, head_dim = q.shape[1:]
     kv_heads, block_size = k_pages.shape[1:3]
     group = heads // kv_heads
