@@ -79,9 +79,10 @@ class Assembler:
             if sequence.finished:
                 continue  # tokens that were under way when a stop string ended it
             output = sequence.add(delta, self._known_prompt_logprobs())
-            if output is not None:
-                outputs.append(output)
-            if sequence.finished and delta.finish_reason is None:
+            if output is None:
+                continue
+            outputs.append(output)
+            if output.finish_reason is not None and delta.finish_reason is None:
                 stopped.append(delta.index)
         return (
             RequestOutputDelta(
@@ -185,14 +186,12 @@ class _Sequence:
             # The token that ends a sequence is not part of its text.
             unseen = delta.stop_token is not None and not self._shows_stop
             text = self._text.push(tokens[:-1] if unseen else tokens)
-            stopped = self._text.stopped
+            stopped = self._text.stopped()
             if stopped is not None:
                 reason, stop_reason = "stop", stopped
                 tokens = tokens[: self._text.taken]
             elif reason is not None:
                 text += self._text.finish()
-                if self._text.stopped is not None:
-                    reason, stop_reason = "stop", self._text.stopped
         self.generated += len(tokens)
         self.finished = reason is not None
         if not tokens and not text and not self.finished:

@@ -226,7 +226,8 @@ def check_messages(messages: object) -> list[dict[str, Any]]:
         if name is not None and not isinstance(name, str):
             raise BadRequest(f"{here}.name must be a string", param=f"{here}.name")
         checked.append({**message, "content": _content(message, here)})
-    return _map_arguments({"messages": checked}, _parse)["messages"]
+    parsed: list[dict[str, Any]] = _map_arguments({"messages": checked}, _parse)["messages"]
+    return parsed
 
 
 def _content(message: Mapping[str, Any], here: str) -> str | None:

@@ -87,11 +87,15 @@ class StopStrings:
         self._stops = list(stops)
         self._include = include
         self._pending = ""  # the longest end of the text that begins a stop string
-        self.found: str | None = None
+        self._found: str | None = None
+
+    def found(self) -> str | None:
+        """The stop string that ended the text."""
+        return self._found
 
     def push(self, text: str) -> str:
-        """The text that is certain now; after `found` is set, none is."""
-        if self.found is not None:
+        """The text that is certain now; once a stop string is found, none is."""
+        if self._found is not None:
             return ""
         seen = self._pending + text
         shown = len(self._pending) if self._include else 0
@@ -101,7 +105,7 @@ class StopStrings:
             if (start := seen.find(stop)) >= 0
         ]
         if ends:
-            end, start, self.found = min(ends)
+            end, start, self._found = min(ends)
             self._pending = ""
             return seen[shown : end if self._include else start]
         begun = self._begun(seen)
@@ -130,7 +134,7 @@ class StopStrings:
         return self._pending
 
     def _restore(self, state: str) -> None:
-        self._pending, self.found = state, None
+        self._pending, self._found = state, None
 
 
 class OutputText:
@@ -158,9 +162,9 @@ class OutputText:
         self._exempt = min_tokens if stop else 0  # tokens still to come before stops count
         self.taken = 0
 
-    @property
     def stopped(self) -> str | None:
-        return self._stops.found if self._stops is not None else None
+        """The stop string that ended the text."""
+        return self._stops.found() if self._stops is not None else None
 
     def push(self, tokens: Sequence[int]) -> str:
         """The text that is certain after these tokens; empty once stopped."""
@@ -168,7 +172,7 @@ class OutputText:
         if stops is None:
             self.taken = len(tokens)
             return self._detokenizer.push(tokens)
-        if stops.found is not None:
+        if stops.found() is not None:
             self.taken = 0
             return ""
         free = ""
@@ -180,12 +184,12 @@ class OutputText:
         state = self._detokenizer._state(), stops._state()
         text = stops.push(self._detokenizer.push(tokens))
         self.taken = exempt + len(tokens)
-        if stops.found is not None and len(tokens) > 1:
+        if stops.found() is not None and len(tokens) > 1:
             # Which token was it? Take them again, one by one.
             self._detokenizer._restore(state[0])
             stops._restore(state[1])
             text, count = "", 0
-            while stops.found is None:
+            while stops.found() is None:
                 text += stops.push(self._detokenizer.push(tokens[count : count + 1]))
                 count += 1
             self.taken = exempt + count
@@ -195,7 +199,7 @@ class OutputText:
         """The rest of the text, once no more tokens come."""
         if self._stops is None:
             return self._detokenizer.finish()
-        if self._stops.found is not None:
+        if self._stops.found() is not None:
             return ""
         last = self._detokenizer.finish()
         return self._stops.push(last) + self._stops.finish()

@@ -116,7 +116,7 @@ def read_model(path: Path) -> Backend:
             f"{path}: reading it needs the package sentencepiece ({error}); "
             "pip install tensorray[sentencepiece], or use a model with a tokenizer.json"
         ) from None
-    model = protobuf.ModelProto()
+    model = protobuf.ModelProto()  # type: ignore[attr-defined]
     try:
         model.ParseFromString(path.read_bytes())
     except Exception as error:  # protobuf's DecodeError, whose place differs by version
