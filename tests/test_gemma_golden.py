@@ -11,6 +11,7 @@ import pytest
 
 from tensorray.cluster.demo import model_path
 from tensorray.cluster.llm import LLM, SamplingParams
+from tensorray.cluster.outputs import CompletionOutput
 
 pytestmark = pytest.mark.model
 
@@ -35,7 +36,9 @@ def unexplained_difference(record: dict[str, Any], tokens: list[int]) -> str:
             if record["margins"][place] < NEAR_TIE:
                 return ""
             return f"token {place} is {token}, not {recorded}: {record['prompt'][:30]!r}"
-    return "" if len(tokens) == len(expected) else f"{len(tokens)} tokens: {record['prompt'][:30]!r}"
+    return (
+        "" if len(tokens) == len(expected) else f"{len(tokens)} tokens: {record['prompt'][:30]!r}"
+    )
 
 
 def test_prompts_become_the_recorded_token_ids(llm: LLM) -> None:
@@ -47,23 +50,28 @@ def test_prompts_become_the_recorded_token_ids(llm: LLM) -> None:
     ]
 
 
-def test_greedy_tokens_are_the_recorded_ones(llm: LLM) -> None:
+@pytest.fixture(scope="module")
+def outputs(llm: LLM) -> list[CompletionOutput]:
     outputs = llm.generate(
         [record["prompt_token_ids"] for record in GOLDEN["records"]],
         SamplingParams(temperature=0.0, max_tokens=GOLDEN["max_tokens"]),
     )
+    return [output.outputs[0] for output in outputs]
+
+
+def test_greedy_tokens_are_the_recorded_ones(outputs: list[CompletionOutput]) -> None:
     differences = [
-        unexplained_difference(record, list(output.outputs[0].token_ids))
+        unexplained_difference(record, output.token_ids)
         for record, output in zip(GOLDEN["records"], outputs, strict=True)
     ]
     assert not any(differences), "\n".join(filter(None, differences))
 
 
-def test_text_is_the_recorded_text(llm: LLM) -> None:
-    outputs = llm.generate(
-        [record["prompt_token_ids"] for record in GOLDEN["records"]],
-        SamplingParams(temperature=0.0, max_tokens=GOLDEN["max_tokens"]),
-    )
-    for record, output in zip(GOLDEN["records"], outputs, strict=True):
-        if list(output.outputs[0].token_ids) == record["token_ids"]:
-            assert output.outputs[0].text == record["text"]
+def test_text_is_the_recorded_text(outputs: list[CompletionOutput]) -> None:
+    texts = [
+        (output.text, record["text"])
+        for record, output in zip(GOLDEN["records"], outputs, strict=True)
+        if output.token_ids == record["token_ids"]
+    ]
+    assert len(texts) >= 15  # hardly any record should meet a near-tie
+    assert [ours for ours, _ in texts] == [recorded for _, recorded in texts]
