@@ -6,19 +6,26 @@ By name in a Serve config: `import_path: tensorray.cluster.app:build_app`, with 
 fields under `args`. On the command line: `serve run tensorray.cluster.app:build_app model=...`.
 """
 
+# No `from __future__ import annotations`: Serve reads build_app's annotation to check its argument.
+
 import asyncio
+import signal
+import threading
 from collections.abc import AsyncIterator
-from contextlib import aclosing
+from contextlib import aclosing, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 from uuid import uuid4
 
+import ray
 from fastapi import FastAPI
 from ray import serve
 from ray.exceptions import RayError
+from ray.serve.config import HTTPOptions
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
+from rich.console import Console
 
 from tensorray.cluster.config import EngineConfig
 from tensorray.cluster.engine import EngineFailed
@@ -160,3 +167,73 @@ def _absolute(path: str | None) -> str | None:
     if path is not None and Path(path).expanduser().exists():
         return str(Path(path).expanduser().resolve())
     return path
+
+
+def run(
+    config: EngineConfig,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    *,
+    blocking: bool = True,
+) -> None:
+    """Serve a model on this machine's Ray cluster, or on a new one, and return once it is healthy.
+
+    With `blocking` it shows what it does, then serves until Ctrl-C or SIGTERM and takes down what
+    it started. Raises the loader's errors for a model that can't be served, and RuntimeError when
+    Serve can't deploy it.
+    """
+    console = Console(stderr=True, highlight=False)
+    own_cluster = False
+    with console.status("") if blocking else nullcontext() as status:
+
+        def stage(text: str) -> None:
+            if status is not None:
+                status.update(text)
+
+        stage("Starting Ray ...")
+        own_cluster = connect()
+        try:
+            if own_cluster:
+                Frontend.load(config)  # what is wrong with the model, said at once
+            stage("Starting Ray Serve ...")
+            serve.start(http_options=HTTPOptions(host=host, port=port))
+            stage(f"Loading {config.model} ...")
+            serve.run(build_app(config), name=APP_NAME, route_prefix="/")
+        except BaseException:
+            stage("Stopping ...")
+            stop(own_cluster)
+            raise
+    if not blocking:
+        return
+    console.print(f"Serving {config.names()[0]} on http://{host}:{port} until Ctrl-C")
+    interrupted = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: interrupted.set())
+    try:
+        interrupted.wait()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        with console.status("Stopping ..."):
+            stop(own_cluster)
+
+
+def connect() -> bool:
+    """Connect to the Ray cluster that this machine is in, or start one; whether one was started."""
+    if ray.is_initialized():
+        return False
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": "WARNING"}
+    try:
+        ray.init(address="auto", **options)
+        return False
+    except ConnectionError:
+        ray.init(address="local", include_dashboard=False, **options)
+        return True
+
+
+def stop(own_cluster: bool) -> None:
+    """Take the application down, and the cluster it was started with."""
+    if own_cluster:
+        serve.shutdown()
+        ray.shutdown()
+    else:
+        serve.delete(APP_NAME)
