@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from tensorray.builder.load import weight_shape
-from tensorray.builder.model import Model, Weight, Weights
-from tensorray.builder.ops import Ops, Tensor, kernel, segment
+from tensorray.builder.model import Layout, Model, Weight, Weights
+from tensorray.builder.ops import Ops, SegmentOps, Tensor, kernel, segment
 from tensorray.builder.rope import RopeSpec
 
 #: The dynamic dimension. Negative, as no other dimension is.
@@ -74,6 +75,9 @@ class Symbol:
     def __sub__(self, other: Symbol | float) -> Symbol:
         return self._recorder.elementwise("sub", self, other)
 
+    def __rsub__(self, other: float) -> Symbol:
+        return self * -1.0 + other
+
     def __mul__(self, other: Symbol | float) -> Symbol:
         return self._recorder.elementwise("mul", self, other)
 
@@ -114,7 +118,9 @@ class Segment:
         specs = [*self.inputs, *self.weights, *(s for node in self.nodes for s in node.outputs)]
         return [specs[index] for index in self.outputs]
 
-    def run(self, op: Ops, inputs: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
+    def run(
+        self, op: SegmentOps, inputs: Sequence[Tensor], weights: Sequence[Tensor]
+    ) -> list[Tensor]:
         """Replay on an interpreter: its tensors in, its tensors out."""
         values = [*inputs, *weights]
         for node in self.nodes:
@@ -150,10 +156,14 @@ class KernelCall:
 
 @dataclass(frozen=True)
 class Program:
-    """A definition's whole forward pass. Value 0 is the step's tokens, `logits` its result."""
+    """The forward pass of a definition, or of one pipeline stage's layers.
+
+    Value 0 is what comes in: the step's tokens, or the residual stream of the stage before.
+    `result` is what goes out: the logits, or the residual stream for the stage after.
+    """
 
     calls: tuple[SegmentCall | KernelCall, ...]
-    logits: int
+    result: int
 
     def segments(self) -> list[Segment]:
         """The distinct segments, in order of first use."""
@@ -161,16 +171,42 @@ class Program:
         return list(dict.fromkeys(found))
 
 
-def trace(model: Model) -> Program:
-    """Record embed, every layer and head of a definition, for its layout's rank."""
-    recorder = GraphOps(model)
-    tokens = recorder.new(Spec((ROWS,), "int32"))
-    x = model.embed(recorder, recorder.weights("embed", model.embed_weights()), tokens)
-    for layer in range(model.num_layers):
+def trace(model: Model, layers: range | None = None) -> Program:
+    """Record the layers a pipeline stage holds (None: all), for the definition's layout.
+
+    The embedding comes with the first layer of the model, the head with the last.
+    """
+    layers = range(model.num_layers) if layers is None else layers
+    if not layers or layers[0] < 0 or layers[-1] >= model.num_layers:
+        raise ValueError(f"{layers} of a model with {model.num_layers} layers")
+    recorder = GraphOps(model.layout)
+    if layers[0] == 0:
+        tokens = recorder.new(Spec((ROWS,), "int32"))
+        x = model.embed(recorder, recorder.weights("embed", model.embed_weights()), tokens)
+    else:
+        x = recorder.new(Spec((ROWS, model.hidden_size), "residual"))
+    for layer in layers:
         x = model.layer(recorder, recorder.weights(layer, model.layer_weights(layer)), x, layer)
-    x = recorder.select_rows(x)
-    logits = model.head(recorder, recorder.weights("head", model.head_weights()), x)
-    return recorder.program(logits)
+    if layers[-1] == model.num_layers - 1:
+        x = recorder.select_rows(x)
+        x = model.head(recorder, recorder.weights("head", model.head_weights()), x)
+    return recorder.program(x)
+
+
+def trace_segment(
+    math: Callable[..., Tensor | Sequence[Tensor]],
+    inputs: Sequence[Spec],
+    weights: Sequence[Spec] = (),
+) -> Segment:
+    """Record a piece of math, `math(op, *inputs, *weights)`, that is one segment by itself.
+
+    Its results are the segment's outputs, in their order.
+    """
+    recorder = GraphOps(Layout())
+    symbols = [recorder.new(spec) for spec in inputs]
+    symbols += [recorder.new(spec, WeightRef("", str(i))) for i, spec in enumerate(weights)]
+    results: Any = math(recorder, *symbols)
+    return recorder.segment(symbols, results if isinstance(results, list | tuple) else [results])
 
 
 @dataclass(frozen=True)
@@ -185,9 +221,9 @@ class _Record:
 class GraphOps(Ops):
     """Records what a definition calls. Shapes are inferred, nothing is computed."""
 
-    def __init__(self, model: Model) -> None:
-        self._layout = model.layout
-        self._tp = model.layout.tp_size
+    def __init__(self, layout: Layout) -> None:
+        self._layout = layout
+        self._tp = layout.tp_size
         self._records: list[_Record] = []
         self._count = 0
 
@@ -214,9 +250,13 @@ class GraphOps(Ops):
                     f"{op} of a {x.spec.dtype} and a {other.spec.dtype} value; "
                     "add_residual is the op that joins the two"
                 )
-            wider = x if len(x.shape) >= len(other.shape) else other
-            return self._record(op, "segment", (x, other), {}, wider.spec)
-        return self._record(op, "segment", (x,), {"value": float(other)}, x.spec)
+            wider, narrower = (x, other) if len(x.shape) >= len(other.shape) else (other, x)
+            if narrower.shape != wider.shape[len(wider.shape) - len(narrower.shape) :]:
+                raise ValueError(f"{op} of {x.shape} and {other.shape}")
+            joined: Symbol = self._record(op, "segment", (x, other), {}, wider.spec)
+            return joined
+        shifted: Symbol = self._record(op, "segment", (x,), {"value": float(other)}, x.spec)
+        return shifted
 
     def _record(
         self,
@@ -235,18 +275,22 @@ class GraphOps(Ops):
 
     @segment
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        if x.shape[-1] != weight.shape[1]:
+        if len(x.shape) != 2 or x.shape[1] != weight.shape[1]:
             raise ValueError(f"linear of {x.shape} by {weight.shape}")
-        spec = Spec((*x.shape[:-1], weight.shape[0]), "compute")
+        if bias is not None and bias.shape != weight.shape[:1]:
+            raise ValueError(f"linear by {weight.shape} with a bias of {bias.shape}")
+        spec = Spec((x.shape[0], weight.shape[0]), "compute")
         return self._record("linear", "segment", (x, weight, bias), {}, spec)
 
     @segment
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        _check_norm("rms_norm", x, weight)
         spec = Spec(x.shape, "compute")
         return self._record("rms_norm", "segment", (x, weight), {"eps": eps}, spec)
 
     @segment
     def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+        _check_norm("layer_norm", x, weight, bias)
         spec = Spec(x.shape, "compute")
         return self._record("layer_norm", "segment", (x, weight, bias), {"eps": eps}, spec)
 
@@ -272,6 +316,8 @@ class GraphOps(Ops):
 
     @segment
     def heads(self, x: Tensor, head_dim: int) -> Tensor:
+        if len(x.shape) != 2 or x.shape[1] % head_dim:
+            raise ValueError(f"heads of {head_dim} dims from {x.shape}")
         spec = Spec((x.shape[0], x.shape[1] // head_dim, head_dim), x.spec.dtype)
         return self._record("heads", "segment", (x,), {"head_dim": head_dim}, spec)
 
@@ -282,6 +328,8 @@ class GraphOps(Ops):
 
     @segment
     def add_residual(self, x: Tensor, delta: Tensor) -> Tensor:
+        if x.shape != delta.shape:
+            raise ValueError(f"add_residual of {x.shape} and {delta.shape}")
         return self._record("add_residual", "segment", (x, delta), {}, x.spec)
 
     # --- kernel ops ----------------------------------------------------------------------
@@ -354,13 +402,10 @@ class GraphOps(Ops):
 
     # --- cutting -------------------------------------------------------------------------
 
-    def program(self, logits: Symbol) -> Program:
+    def program(self, result: Symbol) -> Program:
         """Cut what was recorded at the kernel calls."""
-        users: dict[int, int] = {logits.id: 1}
-        for record in self._records:
-            for argument in record.arguments:
-                if argument is not None:
-                    users[argument.id] = users.get(argument.id, 0) + 1
+        users = _count(argument for record in self._records for argument in record.arguments)
+        users[result.id] = users.get(result.id, 0) + 1
         calls: list[SegmentCall | KernelCall] = []
         run: list[_Record] = []
         for record in self._records:
@@ -373,7 +418,19 @@ class GraphOps(Ops):
             calls.append(_kernel_call(record))
         if run:
             calls.append(_close(run, users))
-        return Program(tuple(calls), logits.id)
+        return Program(tuple(calls), result.id)
+
+    def segment(self, arguments: Sequence[Symbol], results: Sequence[Symbol]) -> Segment:
+        """What was recorded as one segment: inputs and weights as given, results its outputs."""
+        kernels = [record.op for record in self._records if record.kind == "kernel"]
+        if kernels:
+            raise ValueError(f"{', '.join(kernels)}: kernel ops, which end a segment")
+        return _segment(
+            self._records,
+            inputs=[symbol for symbol in arguments if symbol.weight is None],
+            weights=[symbol for symbol in arguments if symbol.weight is not None],
+            outputs=results,
+        )
 
 
 def _kernel_call(record: _Record) -> KernelCall:
@@ -385,16 +442,31 @@ def _kernel_call(record: _Record) -> KernelCall:
 
 
 def _close(run: list[_Record], users: Mapping[int, int]) -> SegmentCall:
-    """A run of segment ops as a segment in local numbers, and its place in the program."""
-    made = {symbol.id for record in run for symbol in record.outputs}
+    """A run of segment ops as a segment, and its place in the program."""
+    made = [symbol for record in run for symbol in record.outputs]
+    own = {symbol.id for symbol in made}
     used = [argument for record in run for argument in record.arguments if argument is not None]
-    outside = {symbol.id: symbol for symbol in used if symbol.id not in made}
-    inputs = [symbol for symbol in outside.values() if symbol.weight is None]
-    weights = [symbol for symbol in outside.values() if symbol.weight is not None]
+    outside = list({symbol.id: symbol for symbol in used if symbol.id not in own}.values())
+    inputs = [symbol for symbol in outside if symbol.weight is None]
+    weights = [symbol for symbol in outside if symbol.weight is not None]
+    inner = _count(used)
+    outputs = [symbol for symbol in made if users.get(symbol.id, 0) > inner.get(symbol.id, 0)]
+    return SegmentCall(
+        _segment(run, inputs, weights, outputs),
+        inputs=tuple(symbol.id for symbol in inputs),
+        weights=tuple(symbol.weight for symbol in weights if symbol.weight is not None),
+        outputs=tuple(symbol.id for symbol in outputs),
+    )
 
-    local: dict[int, int] = {}
-    for symbol in [*inputs, *weights]:
-        local[symbol.id] = len(local)
+
+def _segment(
+    run: Sequence[_Record],
+    inputs: Sequence[Symbol],
+    weights: Sequence[Symbol],
+    outputs: Sequence[Symbol],
+) -> Segment:
+    """A run of segment ops in local numbers."""
+    local = {symbol.id: index for index, symbol in enumerate([*inputs, *weights])}
     nodes = []
     for record in run:
         arguments = tuple(None if a is None else local[a.id] for a in record.arguments)
@@ -402,27 +474,23 @@ def _close(run: list[_Record], users: Mapping[int, int]) -> SegmentCall:
             local[symbol.id] = len(local)
         specs = tuple(symbol.spec for symbol in record.outputs)
         nodes.append(Node(record.op, arguments, record.attributes, specs))
-
-    inner: dict[int, int] = {}
-    for symbol in used:
-        inner[symbol.id] = inner.get(symbol.id, 0) + 1
-    outputs = [
-        symbol
-        for record in run
-        for symbol in record.outputs
-        if users.get(symbol.id, 0) > inner.get(symbol.id, 0)
-    ]
-    return SegmentCall(
-        Segment(
-            inputs=tuple(symbol.spec for symbol in inputs),
-            weights=tuple(symbol.spec for symbol in weights),
-            nodes=tuple(nodes),
-            outputs=tuple(local[symbol.id] for symbol in outputs),
-        ),
-        inputs=tuple(symbol.id for symbol in inputs),
-        weights=tuple(symbol.weight for symbol in weights if symbol.weight is not None),
-        outputs=tuple(symbol.id for symbol in outputs),
+    return Segment(
+        inputs=tuple(symbol.spec for symbol in inputs),
+        weights=tuple(symbol.spec for symbol in weights),
+        nodes=tuple(nodes),
+        outputs=tuple(local[symbol.id] for symbol in outputs),
     )
+
+
+def _count(symbols: Iterable[Symbol | None]) -> dict[int, int]:
+    """How many times each symbol occurs, by its id."""
+    return Counter(symbol.id for symbol in symbols if symbol is not None)
+
+
+def _check_norm(op: str, x: Symbol, *weights: Symbol) -> None:
+    for weight in weights:
+        if weight.shape != x.shape[-1:]:
+            raise ValueError(f"{op} of {x.shape} by {weight.shape}")
 
 
 _ELEMENTWISE = ("add", "sub", "mul")

@@ -39,10 +39,8 @@ def kernel(method: F) -> F:
     return method
 
 
-class Ops(Protocol):
-    """The op set. Every interpreter implements all of it."""
-
-    # --- segment ops ---------------------------------------------------------------------
+class SegmentOps(Protocol):
+    """The segment half of the op set: all that an interpreter of segments alone has to have."""
 
     @segment
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -98,7 +96,9 @@ class Ops(Protocol):
         """`x + delta` in the residual stream's dtype (float32 where float16 would overflow)."""
         ...
 
-    # --- kernel ops ----------------------------------------------------------------------
+
+class Ops(SegmentOps, Protocol):
+    """The op set. Every interpreter of definitions implements all of it."""
 
     @kernel
     def embedding(self, tokens: Tensor, table: Tensor, first_row: int = 0) -> Tensor:
