@@ -220,6 +220,7 @@ class _Task:
 def _tasks(weight: Weight, array: NDArray[Any], layout: Layout) -> Iterator[_Task]:
     """The reads that fill a weight, each of bounded size."""
     per_run = len(weight.parts) // (weight.stack or 1)
+    row = 0
     for i, part in enumerate(weight.parts):
         run, index = divmod(i, per_run)
         target = array if weight.stack is None else array[run]

@@ -176,7 +176,7 @@ def test_names_as_other_classes_saved_them(tmp_path: Path) -> None:
 
 
 def test_text_config_is_lifted_and_overrides_win() -> None:
-    config = {
+    config: dict[str, Any] = {
         "architectures": ["Gemma3ForConditionalGeneration"],
         "model_type": "gemma3",
         "eos_token_id": [1, 106],

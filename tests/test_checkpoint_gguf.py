@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from tensorray.builder.checkpoint import (
 )
 from tensorray.builder.checkpoint.gguf import read_metadata
 from tensorray.builder.load import load_weights
-from tensorray.builder.model import Layout, Model, ShardWeights
+from tensorray.builder.model import Layout, Model, ShardWeights, Weights
 from tensorray.builder.registry import resolve
 
 NAMES = [name for name in tiny_models.NAMES if name != "gemma3-multimodal"]
@@ -46,7 +47,8 @@ def load(path: Path, layout: Layout | None = None, **options: Any) -> tuple[Mode
 
 
 def arrays_of(weights: ShardWeights) -> dict[str, Any]:
-    groups = {"embed": weights.embed, **weights.layers, "head": weights.head}
+    groups: dict[str, Weights] = {"embed": weights.embed, "head": weights.head}
+    groups |= {str(layer): group for layer, group in weights.layers.items()}
     return {f"{g}.{n}": a for g, group in groups.items() for n, a in group.arrays.items()}
 
 
@@ -257,7 +259,7 @@ def test_read_metadata_gives_plain_values(tmp_path: Path) -> None:
     np.testing.assert_array_equal(metadata["floats"], [0.5, 1.5])
 
 
-DAMAGE = {
+DAMAGE: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "magic": (lambda data: b"GGUX" + data[4:], "not a GGUF file"),
     "empty": (lambda data: b"", "not a GGUF file"),
     "version": (lambda data: data[:4] + b"\x09\0\0\0" + data[8:], "version 9 is not supported"),
@@ -308,8 +310,27 @@ def test_unsupported_type_names_the_tensor(tmp_path: Path) -> None:
         open_checkpoint(str(tmp_path / "m.gguf"))
 
 
+def test_wrong_shapes_and_missing_tensors_name_the_file(tmp_path: Path) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
+    for key, value in llama_like("llama").items():
+        writer.add_uint32(key, value)
+    writer.add_float32("llama.attention.layer_norm_rms_epsilon", 1e-5)
+    writer.add_tensor("token_embd.weight", np.zeros((7, 512), np.float32))
+    finish(writer)
+    with pytest.raises(CheckpointError, match=r"m\.gguf: 19 tensors .*layers\.0\.input_layernorm"):
+        load(tmp_path / "m.gguf")
+    path = write_gguf(tmp_path / "n.gguf", tiny_models.directory("llama2"))
+    data = path.read_bytes()
+    name = b"blk.0.attn_q.weight" + (2).to_bytes(4, "little")
+    at = data.index(name) + len(name) + 8  # the rows, after the columns
+    path.write_bytes(data[:at] + (27).to_bytes(8, "little") + data[at + 8 :])
+    with pytest.raises(CheckpointError, match=r"n\.gguf: tensor '.*q_proj.*\[27, 32\].*\[32, 32\]"):
+        load(path)
+
+
 LOAD_SCRIPT = """
 import sys, time
+from collections.abc import Callable
 from pathlib import Path
 from tensorray.builder.checkpoint import open_checkpoint
 from tensorray.builder.load import load_weights, plan_bytes

@@ -239,8 +239,12 @@ def test_progress_is_shown_when_asked_for(hub: type[Hub], tmp_path: Path) -> Non
 
 
 def test_one_file_of_a_repository_of_gguf_files(hub: type[Hub], tmp_path: Path) -> None:
-    repository = {"model": "org/gguf"}
-    calls = [{"model": "org/gguf/tiny-Q8_0.gguf"}, repository, {**repository, "light": True}]
+    repository: dict[str, Any] = {"model": "org/gguf"}
+    calls: list[dict[str, Any]] = [
+        {"model": "org/gguf/tiny-Q8_0.gguf"},
+        repository,
+        {**repository, "light": True},
+    ]
     (path, *refusals), _ = run(hub, tmp_path / "cache", *calls)
     assert Path(path).name == "tiny-Q8_0.gguf"
     for refusal in refusals:
@@ -248,7 +252,7 @@ def test_one_file_of_a_repository_of_gguf_files(hub: type[Hub], tmp_path: Path) 
     assert hub.requested == ["tiny-Q8_0.gguf"]
 
 
-ERRORS = [
+ERRORS: list[tuple[dict[str, Any], list[str]]] = [
     ({"model": "org/absent"}, ["no such local path", "no such model on the Hub", "token"]),
     ({"model": "org/gated"}, ["gated", "accept its terms", "--hf-token"]),
     ({"model": "org/tiny", "revision": "v9"}, ["revision v9", "no such revision"]),

@@ -273,7 +273,7 @@ before = peak()
 weights = load(sys.argv[2], Toy(**BIG))
 print(peak() - before, plan_bytes(Toy(**BIG)))
 """
-BIG = {"vocab": 100_000, "hidden": 512}
+BIG: dict[str, Any] = {"vocab": 100_000, "hidden": 512}
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's peak memory")

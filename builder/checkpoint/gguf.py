@@ -7,7 +7,7 @@ quantized weights are dequantized a piece at a time, on read.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -27,6 +27,7 @@ from tensorray.builder.checkpoint.tensor import DataFile, FileTensor, TensorChec
 
 __all__ = ["is_first_part", "open_gguf", "read_configs", "read_metadata"]
 
+_IN_LAYER = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
 _PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
 
 _PLAIN: Mapping[GGMLQuantizationType, np.dtype[Any]] = {
@@ -185,9 +186,56 @@ def _decode(type_: GGMLQuantizationType, data: NDArray[np.uint8]) -> NDArray[Any
     return dequantize(grouped, type_).reshape(len(data), -1)
 
 
-def _minus_one(tensor: FileTensor) -> FileTensor:
-    decode = tensor.decode
-    return replace(tensor, decode=lambda data: decode(data).astype(np.float32) - np.float32(1))
+def _renamed(
+    tensors: Mapping[str, FileTensor], config: Mapping[str, Any]
+) -> Iterator[tuple[str, FileTensor]]:
+    """Tensors under Hugging Face's names, laid out as there; unknown ones keep their name."""
+    for name, tensor in tensors.items():
+        known = _known_name(name, config["model_type"])
+        tensor = _known_layout(name, tensor, config)
+        if "{}" in known and len(tensor.stored) == 3:
+            for expert in range(tensor.stored[0]):
+                yield known.format(expert), tensor.slab(expert)
+        else:
+            yield known, tensor
+
+
+def _known_name(name: str, model_type: str) -> str:
+    """Hugging Face's name; of stacked experts, with {} for the expert's index."""
+    in_layer = _IN_LAYER.fullmatch(name)
+    if in_layer:
+        layer, part, kind = in_layer.groups()
+        known = _LAYERS.get(model_type, _LAYER).get(part)
+        prefix = "transformer.h" if model_type == "gpt2" else "model.layers"
+        return f"{prefix}.{layer}.{known}.{kind}" if known else name
+    part, _, kind = name.rpartition(".")
+    known = (_GPT2_TOP if model_type == "gpt2" else _TOP).get(part)
+    return f"{known}.{kind}" if known else name
+
+
+def _known_layout(name: str, tensor: FileTensor, config: Mapping[str, Any]) -> FileTensor:
+    """Undo what llama.cpp's converter does to some tensors' values."""
+    model_type = config["model_type"]
+    if model_type == "gpt2":
+        in_layer = name.startswith("blk.") and len(tensor.stored) == 2
+        return replace(tensor, transposed=True) if in_layer else tensor
+    if model_type.startswith("gemma") and name.endswith("norm.weight"):
+        return replace(tensor, decode=partial(_decode_minus_one, tensor.decode))
+    # llama.cpp's architecture "llama" is the only one with q and k permuted.
+    if model_type in ("llama", "mistral", "mixtral"):
+        rows = tensor.stored[0]
+        for part, key in (("q", "num_attention_heads"), ("k", "num_key_value_heads")):
+            if f".attn_{part}." in name and rows % (2 * config[key]) == 0:
+                return replace(tensor, order=_half_rotation_order(rows, config[key]))
+    return tensor
+
+
+def _decode_minus_one(
+    decode: Callable[[NDArray[np.uint8]], NDArray[Any]], data: NDArray[np.uint8]
+) -> NDArray[Any]:
+    """Gemma's norm weights: stored as the 1 + weight that is multiplied by."""
+    values: NDArray[Any] = decode(data).astype(np.float32) - np.float32(1)
+    return values
 
 
 def _half_rotation_order(rows: int, heads: int) -> NDArray[np.intp]:
@@ -195,43 +243,3 @@ def _half_rotation_order(rows: int, heads: int) -> NDArray[np.intp]:
     for rotary embeddings of adjacent pairs."""
     stored = np.arange(rows, dtype=np.intp).reshape(heads, rows // heads // 2, 2)
     return stored.swapaxes(1, 2).reshape(rows)
-
-
-def _renamed(
-    tensors: Mapping[str, FileTensor], config: Mapping[str, Any]
-) -> Iterator[tuple[str, FileTensor]]:
-    """Tensors under Hugging Face's names, laid out as there; unknown ones keep their name."""
-    model_type = config["model_type"]
-    is_gpt2, is_gemma = model_type == "gpt2", model_type.startswith("gemma")
-    layer_names = _LAYERS.get(model_type, _LAYER)
-    top_names = _GPT2_TOP if is_gpt2 else _TOP
-    # llama.cpp's architecture "llama": the only one with q and k permuted.
-    permuted = {}
-    if model_type in ("llama", "mistral", "mixtral"):
-        permuted["attn_q"] = config["num_attention_heads"]
-        permuted["attn_k"] = config["num_key_value_heads"]
-    for name, tensor in tensors.items():
-        layer = re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name)
-        if layer is None:
-            top, _, kind = name.rpartition(".")
-            known = f"{top_names[top]}.{kind}" if top in top_names else name
-            yield known, _minus_one(tensor) if is_gemma and top == "output_norm" else tensor
-            continue
-        index, part, kind = layer.groups()
-        if part not in layer_names:
-            yield name, tensor
-            continue
-        prefix = f"transformer.h.{index}" if is_gpt2 else f"model.layers.{index}"
-        known = f"{prefix}.{layer_names[part]}.{kind}"
-        if is_gpt2 and len(tensor.stored) == 2:
-            tensor = replace(tensor, transposed=True)
-        if is_gemma and part.endswith("norm"):
-            tensor = _minus_one(tensor)
-        if part in permuted:
-            order = _half_rotation_order(tensor.stored[0], permuted[part])
-            tensor = replace(tensor, order=order)
-        if part.endswith("_exps") and len(tensor.stored) == 3:
-            for expert in range(tensor.stored[0]):
-                yield known.format(expert), tensor.slab(expert)
-        else:
-            yield known, tensor

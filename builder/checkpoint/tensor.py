@@ -112,8 +112,9 @@ class StoredTensor(ABC):
             place = np.full(high - low, -1, np.intp)
             wanted = self.order[first:last] - low
             place[wanted] = np.arange(last - first)
-        # Multiples of 16 rows: the gguf library works on 16 groups at a time.
-        step = max(1, PIECE_VALUES // self.width // 16 * 16)
+        step = max(1, PIECE_VALUES // self.width)
+        if step > 16:  # the gguf library works on 16 rows at a time
+            step -= step % 16
         for start in range(low, high, step):
             stop = min(start + step, high)
             piece = self.fetch(start, stop)[:, columns]

@@ -109,7 +109,7 @@ def _add_metadata(writer: gguf.GGUFWriter, config: dict[str, Any]) -> None:
 def _converted(
     config: dict[str, Any], architecture: gguf.MODEL_ARCH, tensors: dict[str, Array]
 ) -> list[tuple[str, Array]]:
-    layers = config.get("num_hidden_layers", config.get("n_layer"))
+    layers = config["n_layer" if config["model_type"] == "gpt2" else "num_hidden_layers"]
     names = [gguf.get_tensor_name_map(architecture, layers)]
     if architecture is gguf.MODEL_ARCH.QWEN3MOE:  # dense layers among the sparse ones
         names.append(gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3, layers))
@@ -149,7 +149,8 @@ def _mapped(maps: list[gguf.TensorNameMap], name: str) -> str:
 def _interleave(tensor: Array, heads: int) -> Array:
     """Rows of q or k, from halves of each head to adjacent pairs."""
     halves = tensor.reshape(heads, 2, tensor.shape[0] // heads // 2, *tensor.shape[1:])
-    return halves.swapaxes(1, 2).reshape(tensor.shape)
+    pairs: Array = halves.swapaxes(1, 2).reshape(tensor.shape)
+    return pairs
 
 
 def llama3_divisors(
