@@ -192,6 +192,18 @@ def test_the_ends_of_the_unit_interval_take_the_first_and_last_possible_token(
     assert sampling.draw(row, draw, 1.0) == (1 if draw == 0 else vocab - 2)
 
 
+def test_rounding_at_a_block_border_never_draws_a_masked_token() -> None:
+    """A block's sum and its running sum may differ in the last bits; a draw can fall between."""
+    for seed in range(200):
+        row = np.random.default_rng(seed).normal(0, 8, 1500).astype(np.float32)
+        row[[511, 512, 1023, 1024]] = -np.inf
+        weights = np.exp(row - row.max())
+        border = weights[:512].sum(dtype=np.float64) / weights.sum(dtype=np.float64)
+        for ulps in range(-8, 9):
+            token = sampling.draw(row, border + ulps * np.spacing(border), 1.0)
+            assert row[token] > -np.inf
+
+
 @settings(max_examples=200, deadline=None)
 @given(
     seed=st.integers(0, 2**32),
