@@ -389,7 +389,7 @@ def _parallel_llama(config: dict[str, Any], w: ShardWeights, prompt: Any) -> Any
 
 
 def test_every_op_has_a_kind_that_the_interpreter_keeps() -> None:
-    ops = [name for name in vars(Ops) if not name.startswith("_")]
+    ops = [name for name in dir(Ops) if not name.startswith("_")]
     kinds = {name: getattr(Ops, name).op_kind for name in ops}
     assert kinds["linear"] == "segment"
     assert kinds["attention"] == "kernel"
@@ -402,7 +402,7 @@ def test_rope_tables_stop_where_sequences_do() -> None:
     bounded = PagedRun(model, weights, make_ops=lambda kv: ArrayOps(np, kv, max_positions=3))
     whole = PagedRun(model, weights)
     np.testing.assert_array_equal(bounded.step([("a", prompt)])[0], whole.step([("a", prompt)])[0])
-    with pytest.raises(IndexError):
+    with pytest.raises((IndexError, ValueError)):  # NumPy's word, and the native kernel's
         bounded.step([("a", prompt)])
 
 
