@@ -24,7 +24,7 @@ from tensorray.actors.protocol import (
     StepPlan,
     StepResult,
 )
-from tensorray.actors.sampler import Sampler
+from tensorray.actors.sampler import Sampler, SamplingError
 from tensorray.builder.array_ops import ArrayOps
 from tensorray.builder.checkpoint import open_checkpoint
 from tensorray.builder.load import load_weights, plan_bytes
@@ -199,7 +199,7 @@ class Shard:
         counts = np.array(plan.counts, np.int32)
         batch, sampling, scored = self._pack(plan.seqs, rows, counts)
         hidden = self._forward(batch)
-        prompt_logprobs = self._score_prompts(batch, hidden, scored)
+        prompt_logprobs, unscored = self._score_prompts(batch, hidden, scored)
         batch.logit_rows = batch.query_starts[1:][sampling] - 1
         table.computed[rows] += counts
 
@@ -213,7 +213,7 @@ class Shard:
             table.last_token[rows[sampling]] = tokens
             for seq in seqs:
                 table.prefill.pop(seq, None)
-        if failed:
+        if failed := failed | unscored:
             kept = [index for index, seq in enumerate(seqs) if seq not in failed]
             seqs, tokens = [seqs[i] for i in kept], [tokens[i] for i in kept]
         return StepResult(
@@ -289,20 +289,25 @@ class Shard:
 
     def _score_prompts(
         self, batch: Batch, hidden: Any, scored: list[tuple[int, _Prefill, int, int]]
-    ) -> dict[int, list[Logprobs]]:
-        """Log-probabilities of prompt tokens 1.. whose predecessors ran in this step."""
+    ) -> tuple[dict[int, list[Logprobs]], dict[int, str]]:
+        """Log-probabilities of prompt tokens 1.. whose predecessors ran in this step, and the
+        sequences that have none, with the reason."""
         found: dict[int, list[Logprobs]] = {}
+        failed: dict[int, str] = {}
         for packed, prefill, begin, count in scored:
             start = prefill.start
+            top = start.sampling.prompt_logprobs or 0
             count = min(count, start.prompt_len - 1 - begin)
             entries: list[Logprobs] = []
-            for done in range(0, count, _PROMPT_LOGIT_ROWS):
-                rows = np.arange(done, min(done + _PROMPT_LOGIT_ROWS, count), dtype=np.int32)
-                batch.logit_rows = packed + rows
-                targets = start.tokens[begin + done + 1 : begin + done + 1 + len(rows)]
-                top = start.sampling.prompt_logprobs
-                assert top is not None
-                logits = self._logits(batch, hidden)
-                entries += self._sampler.prompt_logprobs(targets, logits, top)
-            found[start.seq] = entries
-        return found
+            try:
+                for done in range(0, count, _PROMPT_LOGIT_ROWS):
+                    rows = np.arange(done, min(done + _PROMPT_LOGIT_ROWS, count), dtype=np.int32)
+                    batch.logit_rows = packed + rows
+                    targets = start.tokens[begin + done + 1 : begin + done + 1 + len(rows)]
+                    logits = self._logits(batch, hidden)
+                    entries += self._sampler.prompt_logprobs(targets, logits, top)
+            except SamplingError as error:
+                failed[start.seq] = str(error)
+            else:
+                found[start.seq] = entries
+        return found, failed

@@ -62,15 +62,16 @@ def test_a_preempted_sequence_goes_on_as_if_nothing_had_happened():
     assert redone == tokens[3:]
 
 
-def test_logits_that_are_not_finite_fail_their_sequence_alone():
+@pytest.mark.parametrize("asked", [{}, {"prompt_logprobs": 1}])
+def test_logits_that_are_not_finite_fail_their_sequence_alone(asked):
     class Poisoned(Shard):
         def _logits(self, batch, hidden):
             logits = super()._logits(batch, hidden).copy()
-            logits[0, 3] = np.nan
+            logits[batch.logit_rows < 10, 3] = np.nan  # the first sequence's rows
             return logits
 
     shard = make_shard(MODEL, kind=Poisoned)
-    greedy = Sampling(temperature=0.0)
+    greedy = Sampling(temperature=0.0, **asked)
     plan = StepPlan(0, [0, 1], [10, 10], starts=[start(0, greedy), start(1, greedy)])
     result = shard.execute(plan)
     assert result.seqs == [1]
