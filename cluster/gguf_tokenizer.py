@@ -191,6 +191,8 @@ class _Vocabulary:
                 f"tokenizer.ggml.token_type has {len(self.types)} entries for "
                 f"{len(self.tokens)} tokens"
             )
+        if unknown := set(self.types) - set(PieceType):
+            raise TokenizerError(f"tokenizer.ggml.token_type {min(unknown)} is not known")
 
     def get(self, key: str, default: Any = None) -> Any:
         return self._metadata.get(f"tokenizer.ggml.{key}", default)
@@ -259,9 +261,12 @@ class _Vocabulary:
 
 def _byte_level_bpe(file: _Vocabulary, pre: PreTokenizer) -> Backend:
     vocab = {token: id for id, token in reversed(list(enumerate(file.tokens)))}
-    backend = Backend(
-        models.BPE(vocab=vocab, merges=file.merges(), ignore_merges=pre.ignore_merges)
-    )
+    merges = file.merges()
+    try:
+        model = models.BPE(vocab=vocab, merges=merges, ignore_merges=pre.ignore_merges)
+    except Exception as error:  # the library raises bare Exception
+        raise TokenizerError(f"tokenizer.ggml.merges does not fit the tokens: {error}") from error
+    backend = Backend(model)
     if pre.normalizer is not None:
         backend.normalizer = pre.normalizer()
     backend.pre_tokenizer = pre_tokenizers.Sequence(

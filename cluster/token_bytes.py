@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from tokenizers import Tokenizer as Backend
@@ -33,6 +33,10 @@ class TokenBytes(dict[int, bytes]):
         super().__init__()
         self._backend = backend
         self._rules = _Rules(backend)
+        # Added tokens are text already, whatever alphabet the others are spelled in.
+        self._added = {
+            id: token.content for id, token in backend.get_added_tokens_decoder().items()
+        }
 
     def __missing__(self, token: int) -> bytes:
         value = self[token] = self._bytes(token, self._rules.to_bytes)
@@ -47,7 +51,16 @@ class TokenBytes(dict[int, bytes]):
         """How many spaces the decoder takes off the start of a whole text."""
         return self._rules.leading_spaces
 
+    def of_text(self, tokens: Sequence[int]) -> bytes:
+        """The bytes of a whole text."""
+        data = self.first(tokens[0]) if tokens else b""
+        data += b"".join([self[token] for token in tokens[1:]])
+        spaces = min(len(data) - len(data.lstrip(b" ")), self.leading_spaces)
+        return data[spaces:]
+
     def _bytes(self, token: int, to_bytes: Callable[[str], bytes]) -> bytes:
+        if self._rules.byte_level and token in self._added:
+            return self._added[token].encode()
         text = self._backend.id_to_token(token)
         return b"" if text is None else to_bytes(text)
 
@@ -56,7 +69,7 @@ class _Rules:
     """The decoder's steps, sorted into per-token ones and what happens at the start of a text."""
 
     def __init__(self, backend: Backend) -> None:
-        self._byte_level = False
+        self.byte_level = False
         self._byte_fallback = False
         self._replace: list[tuple[str, str]] = []
         self._dropped_first: str | None = None
@@ -65,7 +78,7 @@ class _Rules:
         for step in _steps(backend):
             kind = step["type"]
             if kind == "ByteLevel":
-                self._byte_level = True
+                self.byte_level = True
             elif kind == "ByteFallback":
                 self._byte_fallback = True
             elif kind == "Fuse":
@@ -85,7 +98,7 @@ class _Rules:
                 )
 
     def to_bytes(self, token: str) -> bytes:
-        if self._byte_level:
+        if self.byte_level:
             return _from_byte_level(token)
         for old, new in self._replace:
             token = token.replace(old, new)
@@ -124,8 +137,7 @@ _BYTE_OF = {char: byte for byte, char in byte_level_alphabet().items()}
 
 
 def _from_byte_level(token: str) -> bytes:
-    # Added tokens are plain text; one with a character outside the alphabet shows itself so.
     try:
         return bytes(_BYTE_OF[char] for char in token)
-    except KeyError:
+    except KeyError:  # a token with a character outside the alphabet shows itself
         return token.encode()

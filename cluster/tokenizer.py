@@ -222,7 +222,7 @@ class Tokenizer:
         See `Detokenizer` for text that comes bit by bit.
         """
         ids = [id for id in tokens if not (skip_special_tokens and id in self._special)]
-        return self._backend.decode(ids, skip_special_tokens=False)
+        return self._bytes.of_text(ids).decode("utf-8", "replace")
 
 
 class _ControlFinder:
