@@ -74,10 +74,6 @@ def _gpt2(vocab: Path, merges: Path, config: Mapping[str, Any]) -> Backend:
     prefix = bool(config.get("add_prefix_space", False))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix)
     backend.decoder = decoders.ByteLevel()
-    names = _special_tokens(vocab.parent, config)
-    backend.add_special_tokens(
-        [AddedToken(token, special=True, normalized=False) for token in names.values()]
-    )
     return backend
 
 
@@ -99,6 +95,9 @@ def _add_tokens(backend: Backend, directory: Path, config: Mapping[str, Any]) ->
                 f"added token {token.content!r} has id {id} in tokenizer_config.json or "
                 f"added_tokens.json, but {backend.token_to_id(token.content)} in the vocabulary"
             )
+    for token in _special_tokens(directory, config).values():
+        if backend.token_to_id(token) is not None:
+            backend.add_special_tokens([AddedToken(token, special=True, normalized=False)])
 
 
 def _with_conventions(backend: Backend, directory: Path, config: Mapping[str, Any]) -> Tokenizer:

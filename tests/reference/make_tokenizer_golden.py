@@ -25,10 +25,20 @@ import xllamacpp
 from tokenizers import Tokenizer, models, trainers
 
 FIXTURES = Path(__file__).parent.parent / "fixtures" / "tokenizers"
-PRE_TOKENIZERS = (
-    "default llama-bpe chatglm-bpe qwen2 stablelm2 gpt-2 smollm tekken gpt-4o deepseek-llm "
-    "deepseek-coder deepseek-v3"
-).split()
+PRE_TOKENIZERS = [
+    "default",
+    "llama-bpe",
+    "chatglm-bpe",
+    "qwen2",
+    "stablelm2",
+    "gpt-2",
+    "smollm",
+    "tekken",
+    "gpt-4o",
+    "deepseek-llm",
+    "deepseek-coder",
+    "deepseek-v3",
+]
 TEXTS = [
     "Hello, world! Hello world",
     "   leading and trailing   ",
