@@ -182,7 +182,12 @@ class Engine:
         return stream
 
     async def cancel(self, request_id: str, index: int | None = None) -> None:
-        """End a request, or one of its sequences, now. Unknown or finished ones are ignored."""
+        """End a request, or one of its sequences, now. Unknown or finished ones are ignored.
+
+        A reader ends one sequence because its text has come to a stop string, and the whole
+        request because nobody waits for it any more; metrics count the former as stopped.
+        """
+        outcome: FinishReason = "abort" if index is None else "stop"
         stream = self._streams.get(request_id)
         if stream is None:
             return
@@ -190,7 +195,8 @@ class Engine:
             tracked = self._tracked.get(seq)
             if tracked is not None:
                 self.scheduler.cancel(seq)
-                self._finish(seq, tracked, Delta(tracked.index, [], finish_reason="abort"))
+                delta = Delta(tracked.index, [], finish_reason="abort")
+                self._finish(seq, tracked, delta, outcome)
         self._wake.set()  # the shard hears of it in the next plan
 
     async def _run(self) -> None:
@@ -246,7 +252,9 @@ class Engine:
         else:
             self._finish(seq, tracked, delta)
 
-    def _finish(self, seq: int, tracked: _Tracked, delta: Delta) -> None:
+    def _finish(
+        self, seq: int, tracked: _Tracked, delta: Delta, outcome: FinishReason | None = None
+    ) -> None:
         del self._tracked[seq]
         stream = tracked.stream
         stream.push(delta)
@@ -254,7 +262,7 @@ class Engine:
             self._streams.pop(stream.request.request_id, None)
         assert delta.finish_reason is not None
         self._observer.finished(
-            delta.finish_reason,
+            outcome or delta.finish_reason,
             len(stream.request.prompt),
             tracked.generated,
             time.perf_counter() - tracked.arrival,

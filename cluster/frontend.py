@@ -54,7 +54,8 @@ class EngineClient(Protocol):
         ...
 
     async def cancel(self, request_id: str, index: int | None = None) -> None:
-        """End one sequence of a request, or all of them. Unknown or ended ones are ignored."""
+        """End one sequence of a request, whose text is complete, or all of them. Unknown or
+        ended ones are ignored."""
         ...
 
 
@@ -319,9 +320,8 @@ class Frontend:
         try:
             async for deltas in arriving:
                 output, stopped = assembler.add(deltas)
-                if not output.finished:
-                    for index in stopped:
-                        await client.cancel(request_id, index)
+                for index in stopped:
+                    await client.cancel(request_id, index)
                 if output.outputs or output.prompt_logprobs is not None:
                     yield output
                 if output.finished:
