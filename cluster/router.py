@@ -58,6 +58,10 @@ class Router:
         """A Prometheus scrape."""
         return self._metrics.text()
 
+    async def shards(self) -> list[dict[str, int]]:
+        """Each shard's process id and peak memory; see ShardActor.describe."""
+        return [await self._shard.actor.describe.remote()]
+
     async def check_health(self) -> None:
         """Serve calls this; an exception has the replica replaced."""
         if self._engine.failure is not None:

@@ -1,0 +1,223 @@
+"""The whole service: OpenAI's client over HTTP, Ray Serve, router and shard, with a null device."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import openai
+import pytest
+import ray
+from prometheus_client.parser import text_string_to_metric_families
+from ray import serve
+
+from tensorray.cluster import app
+from tensorray.cluster.config import EngineConfig
+from tests.helpers.null_engine import write_model
+
+pytestmark = pytest.mark.ray
+
+STEP_MS = 20.0
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+    """Where the service listens; two ingress replicas before one router."""
+    ray.init(address="local", include_dashboard=False, log_to_driver=False)
+    port = free_port()
+    config = EngineConfig(
+        model=str(write_model(tmp_path_factory.mktemp("models") / "tiny")),
+        device="null",
+        null_step_ms=STEP_MS,
+        num_ingress_replicas=2,
+        max_num_seqs=8,
+        max_waiting=8,
+    )
+    app.run(config, port=port, blocking=False)
+    yield port
+    app.stop(own_cluster=True)
+
+
+@pytest.fixture(scope="module")
+def client(port: int) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="-", max_retries=0)
+
+
+def completion(client: openai.OpenAI, **fields: Any) -> Any:
+    fields = {"model": "tiny", "prompt": "Hello", "max_tokens": 6, "seed": 1, **fields}
+    return client.completions.create(**fields)
+
+
+def get(port: int, path: str) -> tuple[int, str]:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+    connection.request("GET", path)
+    answer = connection.getresponse()
+    return answer.status, answer.read().decode()
+
+
+def scrape(port: int) -> dict[str, float]:
+    status, text = get(port, "/metrics")
+    assert status == 200
+    return {
+        sample.name.removeprefix("tensorray:"): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+
+
+def until_idle(port: int, seconds: float = 10) -> dict[str, float]:
+    deadline = time.monotonic() + seconds
+    while (seen := scrape(port))["num_requests_running"] or seen["num_requests_waiting"]:
+        assert time.monotonic() < deadline, "requests still run"
+    return seen
+
+
+def test_whole_and_streamed(client: openai.OpenAI) -> None:
+    whole = completion(client, max_tokens=20)
+    assert (whole.model, whole.choices[0].finish_reason) == ("tiny", "length")
+    assert whole.usage.completion_tokens == 20
+    options = {"include_usage": True}
+    *chunks, last = completion(client, max_tokens=20, stream=True, stream_options=options)
+    assert "".join(chunk.choices[0].text for chunk in chunks) == whole.choices[0].text
+    assert last.usage.completion_tokens == 20
+
+
+def test_tokens_come_as_they_are_made(client: openai.OpenAI) -> None:
+    began = time.monotonic()
+    arrivals = [time.monotonic() - began for _ in completion(client, max_tokens=40, stream=True)]
+    assert arrivals[0] < arrivals[-1] - 20 * STEP_MS / 1e3
+    assert len(arrivals) > 10
+
+
+def test_chat_with_choices_and_logprobs(client: openai.OpenAI) -> None:
+    answer = client.chat.completions.create(
+        model="tiny",
+        messages=[{"role": "user", "content": "Hello"}],
+        max_tokens=5,
+        n=2,
+        logprobs=True,
+        top_logprobs=1,
+        seed=3,
+    )
+    assert [choice.index for choice in answer.choices] == [0, 1]
+    for choice in answer.choices:
+        assert choice.message.role == "assistant"
+        assert len(choice.logprobs.content) == 5
+    assert answer.usage.completion_tokens == 10
+
+
+def test_a_stop_string_ends_the_answer(client: openai.OpenAI, port: int) -> None:
+    text = completion(client, max_tokens=60).choices[0].text
+    at = next(i for i in range(5, 60) if text[i : i + 2].isascii())
+    (choice,) = completion(client, max_tokens=200, stop=text[at : at + 2]).choices
+    assert (choice.text, choice.finish_reason) == (text[: text.index(text[at : at + 2])], "stop")
+    until_idle(port)
+
+
+def test_errors_have_their_status(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.NotFoundError, match="no model 'gpt'"):
+        completion(client, model="gpt")
+    with pytest.raises(openai.BadRequestError, match="too long"):
+        completion(client, prompt="x" * 300)
+    with pytest.raises(openai.BadRequestError, match="temperature"):
+        completion(client, temperature=-1)
+    with pytest.raises(openai.BadRequestError, match="tool calls are not supported"):
+        client.chat.completions.create(
+            model="tiny",
+            messages=[{"role": "user", "content": "Hi"}],
+            tools=[{"type": "function", "function": {"name": "f", "parameters": {}}}],
+        )
+
+
+def test_a_full_queue_is_429(client: openai.OpenAI, port: int) -> None:
+    with ThreadPoolExecutor(24) as pool:
+        answers = [pool.submit(completion, client, max_tokens=30) for _ in range(24)]
+        errors = [answer.exception() for answer in answers]
+    refused = [error for error in errors if error is not None]
+    assert len(refused) >= 4
+    assert all(isinstance(error, openai.RateLimitError) for error in refused)
+    assert all(int(error.response.headers["retry-after"]) >= 1 for error in refused)  # type: ignore[attr-defined]
+    until_idle(port)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_hanging_up_cancels(port: int, stream: bool) -> None:
+    before = until_idle(port)
+    body = json.dumps({"prompt": "Hello", "max_tokens": 200, "stream": stream, "n": 2})
+    with socket.create_connection(("127.0.0.1", port)) as connection:
+        connection.sendall(
+            b"POST /v1/completions HTTP/1.1\r\nHost: test\r\nContent-Length: %d\r\n\r\n%s"
+            % (len(body), body.encode())
+        )
+        while scrape(port)["num_requests_running"] != 2:
+            pass
+        steps = scrape(port)["batch_size_count"]
+    seen = until_idle(port)
+    assert seen["kv_cache_usage_perc"] == 0
+    # Two steps, and what the way of the news from a socket to the engine takes.
+    assert seen["batch_size_count"] - steps <= 2 + 200 / STEP_MS
+    assert seen["generation_tokens_total"] - before["generation_tokens_total"] < 200
+
+
+def test_models_health_version(port: int) -> None:
+    assert json.loads(get(port, "/v1/models")[1])["data"][0]["id"] == "tiny"
+    assert get(port, "/health") == (200, '{"status":"ok"}')
+    assert json.loads(get(port, "/version")[1])["version"]
+    status, body = get(port, "/v1/nothing")
+    assert (status, json.loads(body)["error"]["type"]) == (404, "invalid_request_error")
+
+
+def test_every_ingress_tells_the_same_figures(client: openai.OpenAI, port: int) -> None:
+    until_idle(port)
+    before = scrape(port)["generation_tokens_total"]
+    for _ in range(6):
+        completion(client)
+    assert {scrape(port)["generation_tokens_total"] for _ in range(6)} == {before + 36}
+
+
+def test_handle(port: int) -> None:
+    handle = serve.get_app_handle(app.APP_NAME)
+    whole = handle.generate.remote("Hello", max_tokens=6, seed=1).result()
+    assert whole["outputs"][0]["finish_reason"] == "length"
+    assert len(whole["outputs"][0]["token_ids"]) == 6
+    deltas = list(
+        handle.options(stream=True).stream.remote(
+            messages=[{"role": "user", "content": "Hi"}], max_tokens=6
+        )
+    )
+    assert sum(len(output["token_ids"]) for delta in deltas for output in delta["outputs"]) == 6
+    assert deltas[-1]["finished"]
+    with pytest.raises(Exception, match="tokens are 0 to 258"):
+        handle.generate.remote([999]).result()
+
+
+def test_a_killed_shard_is_told_and_replaced(client: openai.OpenAI, port: int) -> None:
+    router = serve.get_deployment_handle("Router", app.APP_NAME)
+    (shard,) = router.shards.remote().result()
+    stream = completion(client, max_tokens=200, stream=True)
+    next(stream)
+    os.kill(shard["pid"], signal.SIGKILL)
+    with pytest.raises(openai.APIError, match="shard"):
+        list(stream)
+    status, body = get(port, "/health")
+    assert (status, json.loads(body)["error"]["code"]) == (503, "engine_unavailable")
+    with pytest.raises(openai.InternalServerError, match="not available"):
+        completion(client)
+    deadline = time.monotonic() + 90
+    while get(port, "/health")[0] != 200:
+        assert time.monotonic() < deadline, "no new router"
+        time.sleep(0.2)
+    assert completion(client).usage.completion_tokens == 6
