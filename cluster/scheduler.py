@@ -178,8 +178,6 @@ class Scheduler:
         starts: list[SequenceStart] = []
         reached: list[tuple[Sequence, int]] = []
         for s, count in chunks:
-            if s.status is not Status.RUNNING:  # preempted for one of the later chunks
-                continue
             if s.first_step == NEVER:
                 s.first_step = self._step
                 starts.append(
@@ -188,7 +186,7 @@ class Scheduler:
                         tokens=s.tokens.copy(),
                         prompt_len=s.prompt_len,
                         computed=s.computed,
-                        blocks=[table.copy() for table in s.tables],
+                        blocks=self.blocks.block_tables(s),
                         sampling=s.sampling,
                     )
                 )
@@ -425,8 +423,8 @@ class Scheduler:
         """Extend its tables to `upto` tokens, at the cost of sequences that rank after it."""
         while (added := self.blocks.grow(s, upto)) is None:
             self._short_of_blocks = True
-            victim = max(self._preemptible(), key=_rank, default=None)
-            if victim is None or _rank(victim) <= _rank(s):
+            victim = max(self._preemptible(), key=_rank)
+            if victim is s:
                 return False
             self._preempt(victim)
         if s.first_step != NEVER and any(added):  # else its start will carry the whole tables
@@ -490,8 +488,8 @@ class Scheduler:
             raise RequestRefused(
                 f"{s.prompt_len} prompt tokens and up to {min(s.max_len, limit) - s.prompt_len} "
                 f"generated ones need {needed} KV blocks and the cache has {self.blocks.total}, "
-                f"room for {self.blocks.longest() + 1} tokens in all; shorten the prompt, lower "
-                "max_tokens, or serve with a larger KV cache (kv_cache_memory_bytes or "
+                f"room for {self.blocks.longest(cached) + 1} tokens in all; shorten the prompt, "
+                "lower max_tokens, or serve with a larger KV cache (kv_cache_memory_bytes or "
                 "num_kv_blocks)"
             )
 

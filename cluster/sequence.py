@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import sys
 from enum import Enum
+from typing import TYPE_CHECKING
 
 from tensorray.actors.protocol import Sampling
 from tensorray.cluster.request import GenerationRequest
+
+if TYPE_CHECKING:
+    from tensorray.cluster.blocks import Table
 
 #: A step that never comes: `first_step` of a sequence the shard does not hold.
 NEVER = sys.maxsize
@@ -49,7 +53,6 @@ class Sequence:
         "tables",
         "target",
         "tokens",
-        "trimmed",
     )
 
     def __init__(self, seq: int, request: GenerationRequest, sampling: Sampling) -> None:
@@ -76,11 +79,10 @@ class Sequence:
         self.prompt_rows_given = 0  # and passed on, over all restarts
 
         # The block manager's own.
-        self.tables: list[list[int]] = []  # per KV group; 0 where a block fell out of the window
-        self.trimmed: list[int] = []  # per KV group, leading blocks that fell out of the window
-        self.keys: list[bytes] = []  # content keys of its leading full blocks
-        self.registered = 0  # leading blocks offered for reuse
-        self.promised = 0  # leading blocks that others may wait for
+        self.tables: list[Table] = []  # one per kind of KV group, while it runs
+        self.keys: list[bytes] = []  # content keys of its leading full pages
+        self.registered = 0  # leading pages offered for reuse
+        self.promised = 0  # leading pages that others may wait for
 
     @property
     def rank(self) -> tuple[int, int]:
