@@ -12,7 +12,7 @@ import asyncio
 import signal
 import threading
 from collections.abc import AsyncIterator
-from contextlib import aclosing, nullcontext
+from contextlib import aclosing, nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
@@ -232,8 +232,7 @@ def connect() -> bool:
 
 def stop(own_cluster: bool) -> None:
     """Take the application down, and the cluster it was started with."""
-    if own_cluster:
-        serve.shutdown()
-        ray.shutdown()
-    else:
+    with suppress(RayServeException):  # it may have failed before Serve was up
         serve.delete(APP_NAME)
+    if own_cluster:
+        ray.shutdown()  # Serve's own processes go with it

@@ -46,18 +46,18 @@ def run(port: int, *, once: bool, prompt: str, max_tokens: int) -> None:
     from tensorray.cluster import app
 
     url = f"http://{HOST}:{port}"
+    began = time.perf_counter()
+    with console.status("Starting Ray ..."):
+        # A cluster of its own, whatever else runs here.
+        ray.init(
+            address="local",
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
     try:
-        with console.status("Starting Ray ...") as status:
-            began = time.perf_counter()
-            # A cluster of its own, whatever else runs here.
-            ray.init(
-                address="local",
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-            )
+        with console.status("Starting Ray Serve, loading the model ..."):
             logging.getLogger("ray.serve").setLevel(logging.WARNING)
-            status.update("Starting Ray Serve, loading the model ...")
             app.run(config, HOST, port, blocking=False)
             wait_until_healthy(url)
         console.print(f"Healthy on {url} after {time.perf_counter() - began:.1f} s\n")
