@@ -40,13 +40,13 @@ clean:
 
 $(VENV)/.installed-demo: $(VENV)/bin/python $(BUILD_INPUTS)
 	@echo "Installing tensorray and the demo model into $(VENV) (a few minutes the first time) ..."
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[demo]'
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --editable '.[demo]'
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/bin/python $(BUILD_INPUTS)
 	@echo "Installing tensorray, the demo model and the test tools into $(VENV)" \
 		"(a few minutes the first time) ..."
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[demo,dev]'
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --editable '.[demo,dev]'
 	@touch $@ $(VENV)/.installed-demo
 
 $(VENV)/bin/python:
