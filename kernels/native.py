@@ -4,8 +4,9 @@ Each kernel has a NumPy twin (`*_numpy`, same signature). The public function ta
 way for float32 NumPy arrays when there is one, and the twin otherwise.
 
 What holds for native results: a row's bits don't depend on the rows that share its batch, on the
-number of threads, or on how a prompt is cut into chunks; they do depend on the instruction set
-(AVX-512, AVX2 or the baseline, whichever the machine has).
+number of threads, or, in attention, on how a prompt is cut into chunks. They do depend on the
+instruction set (AVX-512, AVX2 or the baseline, whichever the machine has), and products of many
+rows go to BLAS (see linear.py).
 """
 
 from __future__ import annotations

@@ -13,8 +13,6 @@
 #else
 #define MAX_ROWS 3
 #endif
-/* From here on a weight block is reused from the cache, so all of it visits each tile of rows. */
-#define MANY_ROWS 32
 /* Floats in a cache line. */
 #define LINE 16
 
@@ -25,7 +23,7 @@ INLINE void dot_tile(const float *x, long x_stride, const float *w, long w_strid
                      const float *bias, float *out, long out_stride, const int rows,
                      const int columns, const float *fetch, long lines)
 {
-    vec acc[MAX_ROWS][8];
+    vec acc[MAX_ROWS][4];
     long i = 0;
 #pragma GCC unroll 8
     for (int m = 0; m < rows; m++)
@@ -33,7 +31,7 @@ INLINE void dot_tile(const float *x, long x_stride, const float *w, long w_strid
         for (int n = 0; n < columns; n++)
             acc[m][n] = (vec){0};
     for (; i + LANES <= depth; i += LANES) {
-        vec weight[8];
+        vec weight[4];
 #pragma GCC unroll 8
         for (int n = 0; n < columns; n++)
             weight[n] = load(w + n * w_stride + i);
@@ -78,27 +76,25 @@ INLINE void dot_tile(const float *x, long x_stride, const float *w, long w_strid
 #define TILE(ROWS, COLUMNS)                                                                       \
     dot_tile(x, x_stride, w, w_stride, depth, bias, out, out_stride, ROWS, COLUMNS, fetch, lines)
 
-/* One to MAX_ROWS rows against 1, 4 or (up to two rows) 8 weight rows. */
+/* One to MAX_ROWS rows against 1 or 4 weight rows. */
 KERNEL void dot_rows(const float *x, long x_stride, const float *w, long w_stride, long depth,
                      const float *bias, float *out, long out_stride, long rows, long columns,
                      const float *fetch, long lines)
 {
-    switch (rows * 16 + columns) {
-    case 1 * 16 + 1: TILE(1, 1); break;
-    case 1 * 16 + 4: TILE(1, 4); break;
-    case 1 * 16 + 8: TILE(1, 8); break;
-    case 2 * 16 + 1: TILE(2, 1); break;
-    case 2 * 16 + 4: TILE(2, 4); break;
-    case 3 * 16 + 1: TILE(3, 1); break;
-    case 3 * 16 + 4: TILE(3, 4); break;
+    switch (rows * 8 + columns) {
+    case 1 * 8 + 1: TILE(1, 1); break;
+    case 1 * 8 + 4: TILE(1, 4); break;
+    case 2 * 8 + 1: TILE(2, 1); break;
+    case 2 * 8 + 4: TILE(2, 4); break;
+    case 3 * 8 + 1: TILE(3, 1); break;
+    case 3 * 8 + 4: TILE(3, 4); break;
 #if MAX_ROWS > 3
-    case 2 * 16 + 8: TILE(2, 8); break;
-    case 4 * 16 + 1: TILE(4, 1); break;
-    case 4 * 16 + 4: TILE(4, 4); break;
-    case 5 * 16 + 1: TILE(5, 1); break;
-    case 5 * 16 + 4: TILE(5, 4); break;
-    case 6 * 16 + 1: TILE(6, 1); break;
-    case 6 * 16 + 4: TILE(6, 4); break;
+    case 4 * 8 + 1: TILE(4, 1); break;
+    case 4 * 8 + 4: TILE(4, 4); break;
+    case 5 * 8 + 1: TILE(5, 1); break;
+    case 5 * 8 + 4: TILE(5, 4); break;
+    case 6 * 8 + 1: TILE(6, 1); break;
+    case 6 * 8 + 4: TILE(6, 4); break;
 #endif
     }
 }
@@ -110,34 +106,17 @@ INLINE long tile_rows(long rows, long m)
     return (left + tiles - 1) / tiles;
 }
 
-INLINE long tile_columns(long rows, long left)
-{
-    if (rows <= (MAX_ROWS > 3 ? 2 : 1) && left >= 8)
-        return 8;
-    return left >= 4 ? 4 : 1;
-}
-
+/* Weights stream from memory; each block of them visits all rows. */
 KERNEL void linear(const linear_args *a, long begin, long end)
 {
     const float *bias = a->bias;
-    long step;
-    if (a->rows > MANY_ROWS) {
-        for (long m = 0, rows; m < a->rows; m += rows) {
-            rows = tile_rows(a->rows, m);
-            for (long n = begin; n < end; n += step) {
-                step = tile_columns(rows, end - n);
-                dot_rows(a->x + m * a->x_stride, a->x_stride, a->weight + n * a->in, a->in, a->in,
-                         bias ? bias + n : NULL, a->y + m * a->out + n, a->out, rows, step, NULL, 0);
-            }
-        }
-        return;
-    }
-    for (long n = begin; n < end; n += step) {
-        long first = tile_rows(a->rows, 0);
-        step = tile_columns(first, end - n);
+    for (long n = begin, step; n < end; n += step) {
+        step = end - n >= 4 ? 4 : 1;
         /* The next block is step * in floats; each of the tiles below turns in / LANES times. */
         long tiles = (a->rows + MAX_ROWS - 1) / MAX_ROWS;
         long lines = (step * LANES + tiles * LINE - 1) / (tiles * LINE);
+        if (a->rows == 1)
+            lines = 0; /* the loop is a mere stream, which the hardware foresees better */
         const float *fetch = a->weight + (n + step) * a->in;
         for (long m = 0, rows; m < a->rows; m += rows) {
             rows = tile_rows(a->rows, m);
@@ -360,7 +339,7 @@ KERNEL void attention(const attention_args *a, const attention_tile *tile, float
             for (long r = 0, some; r < rows; r += some) {
                 some = tile_rows(rows, r);
                 for (long i = 0, step; i < run; i += step) {
-                    step = tile_columns(some, run - i);
+                    step = run - i >= 4 ? 4 : 1;
                     dot_rows(queries + r * depth, depth, a->keys + at + i * depth, depth, depth,
                              NULL, scores + r * KEYS + key + i, KEYS, some, step, NULL, 0);
                 }
