@@ -102,8 +102,11 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         _check_time()
-        name = getattr(__obj, "__name__", "")
-        _check_arguments(name, [getattr(__obj, "__self__", None), *args, *kwargs.values()])
+        method = getattr(__obj, "__wrapped__", __obj)  # the sandbox wraps str.format
+        _check_arguments(
+            getattr(method, "__name__", ""),
+            [getattr(method, "__self__", None), *args, *kwargs.values()],
+        )
         return _bounded(super().call(__context, __obj, *args, **kwargs))
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
