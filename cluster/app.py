@@ -9,6 +9,7 @@ fields under `args`. On the command line: `serve run tensorray.cluster.app:build
 # No `from __future__ import annotations`: Serve reads build_app's annotation to check its argument.
 
 import asyncio
+import os
 import signal
 import threading
 from collections.abc import AsyncIterator
@@ -176,7 +177,7 @@ def run(
     *,
     blocking: bool = True,
 ) -> None:
-    """Serve a model on this machine's Ray cluster, or on a new one, and return once it is healthy.
+    """Serve a model, on the cluster that RAY_ADDRESS names or a new one; return once it is healthy.
 
     With `blocking` it shows what it does, then serves until Ctrl-C or SIGTERM and takes down what
     it started. Raises the loader's errors for a model that can't be served, and RuntimeError when
@@ -218,16 +219,21 @@ def run(
 
 
 def connect() -> bool:
-    """Connect to the Ray cluster that this machine is in, or start one; whether one was started."""
+    """Connect to the cluster that RAY_ADDRESS names, or start one; whether one was started.
+
+    A cluster is joined only by name: Ray's note of the last one on this machine may be stale, and
+    looking for that one ends the process.
+    """
     if ray.is_initialized():
         return False
-    options: dict[str, Any] = {"log_to_driver": False, "logging_level": "WARNING"}
-    try:
-        ray.init(address="auto", **options)
-        return False
-    except ConnectionError:
-        ray.init(address="local", include_dashboard=False, **options)
-        return True
+    named = "RAY_ADDRESS" in os.environ
+    ray.init(
+        address=None if named else "local",
+        log_to_driver=False,
+        logging_level="WARNING",
+        **({} if named else {"include_dashboard": False}),
+    )
+    return not named
 
 
 def stop(own_cluster: bool) -> None:
