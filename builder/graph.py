@@ -32,6 +32,27 @@ Shape = tuple[int, ...]
 # (float32 where the compute dtype would overflow); a program is bound to concrete ones at build.
 DType = Literal["compute", "residual", "float32", "int32"]
 
+#: What "compute" and "residual" may be bound to.
+FLOATS = ("bfloat16", "float16", "float32")
+
+
+@dataclass(frozen=True)
+class DTypes:
+    """The dtypes a program is bound to when it is built."""
+
+    compute: str = "bfloat16"
+    residual: str = "bfloat16"
+
+    def __post_init__(self) -> None:
+        for name in (self.compute, self.residual):
+            if name not in FLOATS:
+                raise ValueError(f"dtype {name}: must be one of {', '.join(FLOATS)}")
+
+    def of(self, dtype: DType) -> str:
+        if dtype == "compute":
+            return self.compute
+        return self.residual if dtype == "residual" else dtype
+
 
 @dataclass(frozen=True)
 class Spec:
