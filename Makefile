@@ -46,7 +46,7 @@ $(VENV)/.installed-demo: $(VENV)/bin/python $(BUILD_INPUTS)
 $(VENV)/.installed-dev: $(VENV)/bin/python $(BUILD_INPUTS)
 	@echo "Installing tensorray, the demo model and the test tools into $(VENV)" \
 		"(a few minutes the first time) ..."
-	@$(BIN)/python -m pip install -qq --disable-pip-version-check --editable '.[demo,dev]'
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --editable '.[demo,dev,rtx]'
 	@touch $@ $(VENV)/.installed-demo
 
 $(VENV)/bin/python:
