@@ -231,7 +231,8 @@ class _Sequence:
                 )
             output.text = prompt + output.text
         if output.logprobs is not None:
-            output.logprobs = [*prompt_logprobs, *output.logprobs]
+            unknown = [None] * (len(tokens) - len(prompt_logprobs))
+            output.logprobs = [*prompt_logprobs, *unknown, *output.logprobs]
 
 
 def spell_logprob(tokenizer: Tokenizer, entry: Logprobs) -> TokenLogprob:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers import tokenizers as small
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -14,7 +15,6 @@ from tensorray.cluster import template_sandbox
 from tensorray.cluster.bad_request import BadRequest
 from tensorray.cluster.chat import ChatTemplate, ChatTemplateError, check_messages
 from tensorray.cluster.tokenizer import Tokenizer
-from tests.helpers import tokenizers as small
 
 Messages = list[dict[str, Any]]
 

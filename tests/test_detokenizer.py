@@ -5,12 +5,12 @@ from __future__ import annotations
 import itertools
 
 import pytest
+from helpers import tokenizers as small
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tensorray.cluster.detokenizer import Detokenizer, OutputText, StopStrings
 from tensorray.cluster.tokenizer import Tokenizer
-from tests.helpers import tokenizers as small
 
 TOKENIZERS = {
     "byte level": small.byte_level(),

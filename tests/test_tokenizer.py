@@ -8,11 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from helpers import tokenizers as small
 
 from tensorray.cluster.demo import model_path
 from tensorray.cluster.tokenizer import InvalidText, Tokenizer
 from tensorray.cluster.tokenizer_files import load_tokenizer
-from tests.helpers import tokenizers as small
 
 GOLDEN = Path(__file__).parent / "fixtures" / "tokenizers"
 TEXTS = ["Hello world", "the end", " two  spaces ", "naïve 世界 😀", "<|im_end|> x", "é", "a\n\n\n"]

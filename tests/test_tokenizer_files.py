@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers import tokenizers as small
 from tokenizers import Tokenizer as Backend
 from tokenizers import processors
 
 from tensorray.cluster.tokenizer import Tokenizer, TokenizerError
 from tensorray.cluster.tokenizer_files import load_tokenizer
-from tests.helpers import tokenizers as small
 
 SENTENCES = [
     "The quick brown fox jumps over the lazy dog.",
