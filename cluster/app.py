@@ -9,6 +9,7 @@ fields under `args`. On the command line: `serve run tensorray.cluster.app:build
 # No `from __future__ import annotations`: Serve reads build_app's annotation to check its argument.
 
 import asyncio
+import logging
 import os
 import signal
 import threading
@@ -44,7 +45,7 @@ _ROUTER_SECONDS = 5.0
 class RouterClient(EngineLink):
     """The router as an ingress sees it: a Backend. Serve finds it, the link carries requests."""
 
-    def __init__(self, router: DeploymentHandle) -> None:
+    def __init__(self, router: "DeploymentHandle[Any]") -> None:
         super().__init__(self._endpoint)
         self._router = router
 
@@ -84,7 +85,7 @@ class Ingress:
     _here: "Ingress"
 
     async def __init__(  # type: ignore[misc]
-        self, config: EngineConfig, router: DeploymentHandle
+        self, config: EngineConfig, router: "DeploymentHandle[Any]"
     ) -> None:
         info = await router.info.remote()
         config = config.model_copy(update={"max_model_len": info.max_model_len})
@@ -136,38 +137,57 @@ def _http() -> FastAPI:
 
 
 def build_app(args: EngineConfig) -> serve.Application:
-    """The application for a config. Local paths are made absolute: replicas start elsewhere."""
-    config = args.model_copy(
-        update={
-            "served_model_name": args.names(),
-            **{name: _absolute(getattr(args, name)) for name in ("model", "tokenizer")},
-        }
-    )
-    # Above what the engine itself lets in, so that it is the one to say 429.
+    """The application for a config."""
+    config = settled(args)
+    # Above what the engine itself lets in, so that it is the one to say 429. The service's own
+    # processes wait and copy; CPUs are for shards to claim.
     ongoing = 2 * (config.max_num_seqs + config.max_waiting) + 1000
-    common = {"max_ongoing_requests": ongoing, "ray_actor_options": {"num_cpus": 0}}
-    router = serve.deployment(
-        Router,
-        name="Router",
-        health_check_period_s=2,
-        health_check_timeout_s=10,
-        graceful_shutdown_timeout_s=30,
-        **common,
-    ).bind(config)
-    ingress = serve.deployment(
-        serve.ingress(_http)(Ingress),
+    common: dict[str, Any] = {
+        "max_ongoing_requests": ongoing,
+        "graceful_shutdown_timeout_s": 30,
+        "ray_actor_options": {"num_cpus": 0},
+    }
+    deployment = cast(Any, serve.deployment)
+    router = deployment(
+        Router, name="Router", health_check_period_s=2, health_check_timeout_s=10, **common
+    )
+    ingress = deployment(
+        cast(Any, serve.ingress(_http))(Ingress),
         name="Ingress",
         num_replicas=config.num_ingress_replicas,
-        graceful_shutdown_timeout_s=30,
         **common,
     )
-    return ingress.bind(config, router)
+    return cast(serve.Application, ingress.bind(config, router.bind(config)))
+
+
+def build_demo(args: dict[str, Any]) -> serve.Application:
+    """The application for the demo model; `args` are further fields of EngineConfig."""
+    from tensorray.cluster import demo
+
+    defaults = {"model": str(demo.model_path()), "served_model_name": [demo.MODEL_NAME]}
+    return build_app(EngineConfig(**{**defaults, **args}))
+
+
+def settled(config: EngineConfig) -> EngineConfig:
+    """The config as replicas get it, who start in another directory: with the model's name, and
+    with local paths made absolute."""
+    changes: dict[str, Any] = {"served_model_name": config.names()}
+    for name in ("model", "tokenizer", "chat_template", "generation_config", "download_dir"):
+        changes[name] = _absolute(getattr(config, name))
+    if config.model_class is not None:
+        file, _, kind = config.model_class.rpartition(":")
+        changes["model_class"] = f"{_absolute(file)}:{kind}"
+    return config.model_copy(update=changes)
 
 
 def _absolute(path: str | None) -> str | None:
-    if path is not None and Path(path).expanduser().exists():
-        return str(Path(path).expanduser().resolve())
-    return path
+    if path is None:
+        return None
+    try:
+        found = Path(path).expanduser()
+        return str(found.resolve()) if found.exists() else path
+    except OSError:  # an inline template is no file's name
+        return path
 
 
 def run(
@@ -229,9 +249,9 @@ def connect() -> bool:
     named = "RAY_ADDRESS" in os.environ
     ray.init(
         address=None if named else "local",
+        include_dashboard=None if named else False,
         log_to_driver=False,
-        logging_level="WARNING",
-        **({} if named else {"include_dashboard": False}),
+        logging_level=logging.WARNING,
     )
     return not named
 
