@@ -6,6 +6,7 @@ own tool, so that a broken install can still be diagnosed.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -19,13 +20,13 @@ from typing import Any
 # Features a float32 product on a CPU profits from, as Linux names them (x86 and ARM).
 CPU_FEATURES = ("avx2", "fma", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve", "bf16", "i8mm")
 REQUIRED = ("ray", "numpy", "tokenizers", "safetensors", "gguf", "huggingface_hub")
-GPU_PACKAGES = (
-    "cupy-cuda13x",
-    "cupy-cuda12x",
-    "cuda-python",
-    "tensorrt",
-    "tensorrt_rtx",
-)
+# By what any of the distributions that bring it are called.
+GPU_PACKAGES = {
+    "cupy": ("cupy-cuda13x", "cupy-cuda12x", "cupy"),
+    "cuda-python": ("cuda-python",),
+    "tensorrt": ("tensorrt", "tensorrt-cu13", "tensorrt-cu12"),
+    "tensorrt-rtx": ("tensorrt-rtx-cu13-bindings", "tensorrt-rtx"),
+}
 # Kept by hand, and only for what has been run: a claim here needs a test behind it.
 TESTED = {
     "CPU, x86-64 with AVX-512, Linux, float32, one shard": "by the test suite",
@@ -74,7 +75,7 @@ def report() -> dict[str, Any]:
         "kernels": _kernels(),
         "gpus": {
             "devices": _gpus(),
-            **{name: _version(name) for name in GPU_PACKAGES},
+            **{name: _version(*names) for name, names in GPU_PACKAGES.items()},
         },
         "can_run": {
             "models on the CPU": not problems,
@@ -129,15 +130,22 @@ def _gib(size: int | None) -> float | None:
     return None if size is None else round(size / 2**30, 1)
 
 
-def _version(distribution: str) -> str | None:
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return None
+def _version(*distributions: str) -> str | None:
+    """The version of the first of these that is installed."""
+    for distribution in distributions:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            return metadata.version(distribution)
+    return None
 
 
 def _kernels() -> dict[str, str]:
-    return {"cpu": "NumPy"}
+    try:
+        from tensorray.kernels import native
+    except ImportError as error:
+        return {"cpu": f"can't be imported: {error}"}
+    if not native.native_available():
+        return {"cpu": "NumPy (slower; the C kernels were not compiled: install with a compiler)"}
+    return {"cpu": f"C, for {native.library.instruction_set()}"}
 
 
 def _gpus() -> list[str]:
