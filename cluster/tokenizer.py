@@ -8,7 +8,6 @@ a user is encoded with `parse_special=False`, a template's own markup with `pars
 from __future__ import annotations
 
 import re
-import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -62,7 +61,6 @@ class Tokenizer:
         backend.no_truncation()
         backend.no_padding()
         self._backend = backend
-        self._lock = threading.Lock()
         self.bos_id = bos_id
         self.eos_ids = tuple(eos_ids)
         self.prefix_ids = list(prefix_ids)
@@ -89,9 +87,8 @@ class Tokenizer:
         # Any text may hold what the vocabulary does not know, so the unknown token is no forgery.
         unknown = backend.token_to_id(self.special_tokens.get("unk_token", "<unk>"))
         self._forgeable = frozenset(control) - {unknown}
-        self._pre_tokenizer = backend.pre_tokenizer
-        self._later_pre_tokenizer = _pre_tokenizer_after_start(backend)
-        backend.encode_special_tokens = True
+        backend.encode_special_tokens = True  # control tokens are put in by encode_around alone
+        self._later_backend = _for_later_text(backend)
         try:
             self._bytes = TokenBytes(backend)
         except UnsupportedDecoder as error:
@@ -147,7 +144,8 @@ class Tokenizer:
 
         Raises InvalidText for a text with an unpaired surrogate.
         """
-        ids = self._run(text, parse_special=True) if parse_special else self._encode_literally(text)
+        controls = self.find_control_tokens(text) if parse_special else []
+        ids = self.encode_around(text, controls)
         return [*self.prefix_ids, *ids, *self.suffix_ids] if add_special_tokens else ids
 
     def find_control_tokens(self, text: str) -> list[ControlToken]:
@@ -160,11 +158,7 @@ class Tokenizer:
         The text between two of them is encoded as a whole, so tokens cross every other border
         just as they do in `encode`. `control_tokens` are in the order of the text.
         """
-        if control_tokens == self.find_control_tokens(text):
-            ids = self._run(text, parse_special=True)
-            if self._controls_in(ids) == self._controls_in(token.id for token in control_tokens):
-                return ids
-        ids = []
+        ids: list[int] = []
         start = 0
         for token in control_tokens:
             flags = self._control[token.id]
@@ -191,26 +185,10 @@ class Tokenizer:
             start = token.start + 1
         return ids + self._run(text[start:], at_start=at_start and start == 0)
 
-    def _controls_in(self, ids: Iterable[int]) -> list[int]:
-        return [id for id in ids if id in self._forgeable]
-
-    def _run(self, text: str, *, parse_special: bool = False, at_start: bool = True) -> list[int]:
-        backend = self._backend
-        continues = not at_start and self._later_pre_tokenizer is not None
+    def _run(self, text: str, *, at_start: bool) -> list[int]:
+        backend = self._backend if at_start else self._later_backend
         try:
-            # One backend serves all modes: a second one costs hundreds of megabytes.
-            with self._lock:
-                if parse_special:
-                    backend.encode_special_tokens = False
-                if continues:
-                    backend.pre_tokenizer = self._later_pre_tokenizer
-                try:
-                    return backend.encode(text, add_special_tokens=False).ids
-                finally:
-                    if parse_special:
-                        backend.encode_special_tokens = True
-                    if continues:
-                        backend.pre_tokenizer = self._pre_tokenizer
+            return backend.encode(text, add_special_tokens=False).ids
         except TypeError as error:
             raise InvalidText("the text is not valid Unicode: an unpaired surrogate") from error
 
@@ -256,14 +234,16 @@ class _ControlFinder:
                     break
 
 
-def _pre_tokenizer_after_start(backend: Backend) -> pre_tokenizers.PreTokenizer | None:
-    """The pre-tokenizer for text that goes on, where it differs: no space put in front."""
-    if backend.pre_tokenizer is None:
-        return None
-    state = backend.pre_tokenizer.__getstate__()
-    later = state.replace(b'"prepend_scheme":"first"', b'"prepend_scheme":"never"')
-    if later == state:
-        return None
-    copy = pre_tokenizers.Sequence([])
-    copy.__setstate__(later)
-    return copy
+def _for_later_text(backend: Backend) -> Backend:
+    """The backend for text that goes on, where it differs: no space is put in front."""
+    scheme = b'"prepend_scheme":"first"'
+    if backend.pre_tokenizer is None or scheme not in backend.pre_tokenizer.__getstate__():
+        return backend
+    pre_tokenizer = pre_tokenizers.Sequence([])
+    pre_tokenizer.__setstate__(
+        backend.pre_tokenizer.__getstate__().replace(scheme, b'"prepend_scheme":"never"')
+    )
+    later = Backend.from_str(backend.to_str())
+    later.pre_tokenizer = pre_tokenizer
+    later.encode_special_tokens = True
+    return later

@@ -95,9 +95,14 @@ def _add_tokens(backend: Backend, directory: Path, config: Mapping[str, Any]) ->
                 f"added token {token.content!r} has id {id} in tokenizer_config.json or "
                 f"added_tokens.json, but {backend.token_to_id(token.content)} in the vocabulary"
             )
-    for token in _special_tokens(directory, config).values():
-        if backend.token_to_id(token) is not None:
-            backend.add_special_tokens([AddedToken(token, special=True, normalized=False)])
+    named = _special_tokens(directory, config).values()
+    backend.add_special_tokens(
+        [
+            AddedToken(name, special=True, normalized=False)
+            for name in named
+            if backend.token_to_id(name) is not None
+        ]
+    )
 
 
 def _with_conventions(backend: Backend, directory: Path, config: Mapping[str, Any]) -> Tokenizer:
