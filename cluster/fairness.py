@@ -2,8 +2,8 @@
 
 A user's account counts the tokens computed for them, generated ones double: the virtual token
 counter of Sheng et al., "Fairness in Serving Large Language Models" (OSDI 2024). The user with the
-smallest account goes next, so one user's thousand requests do not hold up another's one. Whoever
-comes back from a pause starts no lower than the account admitted last: idleness saves up nothing.
+smallest account goes next, so one user's thousand requests do not hold up another's one. Who
+comes back from a pause starts no lower than the lowest of those waiting: idleness saves up nothing.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from tensorray.cluster.sequence import Sequence
 
 PROMPT_TOKEN_COST = 1
 OUTPUT_TOKEN_COST = 2
+#: Accounts of users with nobody waiting that are kept at least.
+_KEPT_ACCOUNTS = 512
 
 
 class _Level:
@@ -33,9 +35,8 @@ class AdmissionQueue:
     def __init__(self) -> None:
         self._levels: dict[int, _Level] = {}
         self._accounts: dict[str, int] = {}
-        self._floor = 0  # the account of the user admitted last, never falling
+        self._last_admitted = ""
         self._size = 0
-        self._accounts_limit = 1024
 
     def __len__(self) -> int:
         return self._size
@@ -45,10 +46,10 @@ class AdmissionQueue:
         user = s.request.user
         queues = self._level(s).queues
         if user not in queues:
+            self._accounts[user] = max(self._accounts.get(user, 0), self._floor(queues))
             queues[user] = OrderedDict()
-            self._accounts[user] = max(self._accounts.get(user, 0), self._floor)
-            if len(self._accounts) > self._accounts_limit:
-                self._drop_settled_accounts()
+            if len(self._accounts) > 2 * (self._size + _KEPT_ACCOUNTS):
+                self._drop_accounts()
         queues[user][s.seq] = s
         self._size += 1
 
@@ -89,9 +90,8 @@ class AdmissionQueue:
 
     def charge_admission(self, s: Sequence, tokens: int) -> None:
         """The sequence was admitted, with that many prompt tokens to compute."""
-        account = self._accounts.setdefault(s.request.user, self._floor)
-        self._floor = max(self._floor, account)
-        self._accounts[s.request.user] = account + PROMPT_TOKEN_COST * tokens
+        user = self._last_admitted = s.request.user
+        self._accounts[user] = self._accounts.get(user, 0) + PROMPT_TOKEN_COST * tokens
 
     def charge_output(self, s: Sequence) -> None:
         """Charge what the sequence generated since it was charged last."""
@@ -99,18 +99,20 @@ class AdmissionQueue:
         if tokens:
             s.charged += tokens
             user = s.request.user
-            account = self._accounts.get(user, self._floor)
-            self._accounts[user] = account + OUTPUT_TOKEN_COST * tokens
+            self._accounts[user] = self._accounts.get(user, 0) + OUTPUT_TOKEN_COST * tokens
 
     def _level(self, s: Sequence) -> _Level:
         return self._levels.setdefault(s.level, _Level())
 
-    def _drop_settled_accounts(self) -> None:
-        """Forget users whose account says no more than the floor would on their return."""
+    def _floor(self, queues: dict[str, OrderedDict[int, Sequence]]) -> int:
+        """Where a user who did not wait until now starts at least."""
+        if not queues:
+            return self._accounts.get(self._last_admitted, 0)
+        return min(self._accounts[user] for user in queues)
+
+    def _drop_accounts(self) -> None:
+        """Forget the lowest accounts of users with nobody waiting: they say the least."""
         waiting = {user for level in self._levels.values() for user in level.queues}
-        self._accounts = {
-            user: account
-            for user, account in self._accounts.items()
-            if account > self._floor or user in waiting
-        }
-        self._accounts_limit = max(1024, 2 * len(self._accounts))
+        others = sorted(self._accounts.keys() - waiting, key=self._accounts.__getitem__)
+        for user in others[:-_KEPT_ACCOUNTS]:
+            del self._accounts[user]

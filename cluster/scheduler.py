@@ -160,7 +160,7 @@ class Scheduler:
         for s in self._prefilling:
             self.blocks.trim(s)
         resting = self._extend_decodes()
-        if len(self._waiting) and not self._short_of_blocks:
+        if len(self._waiting) and (self._priorities or not self._short_of_blocks):
             self._admit()
         decodes = len(self._decoding) - len(resting)
         chunks = self._share_out(self._max_num_batched_tokens - decodes) if self._prefilling else []
@@ -476,6 +476,8 @@ class Scheduler:
             raise ValueError(f"sequence id {s.seq} is in use")
         if not s.prompt_len:
             raise RequestRefused("the prompt is empty; it must have at least one token")
+        if min(s.request.prompt) < 0 or max(s.request.prompt) >= 2**32:
+            raise RequestRefused("the prompt has token ids outside 0 to 2**32 - 1")
         if s.prompt_len >= limit:
             raise RequestRefused(
                 f"the prompt has {s.prompt_len} tokens; with max_model_len {limit} it can have "

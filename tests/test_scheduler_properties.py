@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -44,10 +45,14 @@ REQUESTS = st.fixed_dictionaries(
 @st.composite
 def rigs(draw: st.DrawFn) -> Rig:
     max_num_seqs = draw(st.integers(1, 6))
+    windows = draw(WINDOWS)
+    block_size = draw(st.sampled_from([1, 2, 4]))
+    # From room for one middling sequence to room for several long ones.
+    room = draw(st.integers(15, 120))
     return Rig(
-        draw(WINDOWS),
-        num_blocks=draw(st.integers(12, 60)),
-        block_size=draw(st.sampled_from([1, 2, 4])),
+        windows,
+        num_blocks=2 + len(windows) * room // block_size,
+        block_size=block_size,
         max_model_len=draw(st.sampled_from([20, 45])),
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_seqs + draw(st.sampled_from([0, 1, 5, 30])),
@@ -68,10 +73,8 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @rule(request=REQUESTS)
     def add(self, request: dict[str, Any]) -> None:
-        try:
+        with suppress(RequestRefused):
             self.rig.add(**request)
-        except RequestRefused:
-            self.rig.sequences.popitem()
 
     @precondition(lambda self: self.rig.scheduler.unfinished)
     @rule(data=st.data())
@@ -126,10 +129,8 @@ def test_every_accepted_request_ends_with_its_own_tokens(
     rig: Rig, requests: list[dict[str, Any]]
 ) -> None:
     for request in requests:
-        try:
+        with suppress(RequestRefused):
             rig.add(**request)
-        except RequestRefused:
-            rig.sequences.popitem()
     most = sum(len(s.tokens) + s.request.max_tokens for s in rig.sequences.values())
     rig.run(limit=20 * most + 10)
     rig.check_outputs()

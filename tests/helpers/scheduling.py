@@ -9,7 +9,7 @@ from typing import Any
 from helpers.content_shard import ContentShard, generate_alone
 from tensorray.actors.protocol import KVGroups, Sampling, StepPlan, StepResult
 from tensorray.cluster.blocks import Page
-from tensorray.cluster.request import GenerationRequest
+from tensorray.cluster.request import GenerationRequest, RequestRefused
 from tensorray.cluster.scheduler import Progress, Scheduler
 from tensorray.cluster.sequence import Sequence, Status
 
@@ -58,7 +58,11 @@ class Rig:
 
     def add(self, prompt: Iterable[int], max_tokens: int = 8, **fields: Any) -> int:
         s = self.sequence(prompt, max_tokens, **fields)
-        self.scheduler.add(s)
+        try:
+            self.scheduler.add(s)
+        except RequestRefused:
+            del self.sequences[s.seq]
+            raise
         self.outputs[s.seq] = []
         return s.seq
 
