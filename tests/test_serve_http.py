@@ -10,6 +10,7 @@ import socket
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import openai
@@ -33,20 +34,28 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-@pytest.fixture(scope="module")
-def port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
-    """Where the service listens; two ingress replicas before one router."""
-    ray.init(address="local", include_dashboard=False, log_to_driver=False)
-    port = free_port()
-    config = EngineConfig(
-        model=str(write_model(tmp_path_factory.mktemp("models") / "tiny")),
+def config(model: Path, step_ms: float = STEP_MS) -> EngineConfig:
+    return EngineConfig(
+        model=str(model),
         device="null",
-        null_step_ms=STEP_MS,
+        null_step_ms=step_ms,
         num_ingress_replicas=2,
         max_num_seqs=8,
         max_waiting=8,
     )
-    app.run(config, port=port, blocking=False)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def port(model: Path) -> Iterator[int]:
+    """Where the service listens; two ingress replicas before one router."""
+    ray.init(address="local", include_dashboard=False, log_to_driver=False)
+    port = free_port()
+    app.run(config(model), port=port, blocking=False)
     yield port
     app.stop(own_cluster=True)
 
@@ -168,7 +177,7 @@ def test_hanging_up_cancels(port: int, stream: bool) -> None:
     seen = until_idle(port)
     assert seen["kv_cache_usage_perc"] == 0
     # Two steps, and what the way of the news from a socket to the engine takes.
-    assert seen["batch_size_count"] - steps <= 2 + 200 / STEP_MS
+    assert seen["batch_size_count"] - steps <= 2 + 100 / STEP_MS
     assert seen["generation_tokens_total"] - before["generation_tokens_total"] < 200
 
 
@@ -202,6 +211,17 @@ def test_handle(port: int) -> None:
     assert deltas[-1]["finished"]
     with pytest.raises(Exception, match="tokens are 0 to 258"):
         handle.generate.remote([999]).result()
+
+
+def test_a_redeploy_lets_streams_end(client: openai.OpenAI, port: int, model: Path) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        stream = completion(client, max_tokens=200, stream=True)
+        first = next(stream)
+        rest = pool.submit(list, stream)
+        app.run(config(model, step_ms=STEP_MS + 1), port=port, blocking=False)
+        assert rest.result()[-1].choices[0].finish_reason == "length"
+    assert first.choices[0].finish_reason is None
+    assert completion(client).usage.completion_tokens == 6
 
 
 def test_a_killed_shard_is_told_and_replaced(client: openai.OpenAI, port: int) -> None:
