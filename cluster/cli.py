@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import typer
 from pydantic import BaseModel, ValidationError
 
+from tensorray.cluster.build_config import BuildConfig
 from tensorray.cluster.config import EngineConfig
 from tensorray.cluster.flags import Given, UsageError, explain, with_flags
 from tensorray.cluster.sampling_params import SamplingParams
@@ -252,6 +253,32 @@ def bench_serve(
         seed=seed,
         as_json=as_json,
     )
+
+
+@command(app, config=BuildConfig)
+def build(
+    config: Given,
+    path: Annotated[str | None, typer.Argument(metavar="[MODEL]", help="Same as --model.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compile a model's engines for GPU architectures, on a Ray cluster, ahead of serving.
+
+    Only what the store lacks is compiled, on nodes that can: one with a GPU of the architecture
+    for tensorrt, any with a CPU for tensorrt_rtx. Exit status: 0 when every plan is in the store,
+    1 when a segment failed to compile (the others are stored) or the store failed, 2 when what is
+    asked for can't be built, 143 when stopped.
+    """
+    if path is not None:
+        if "model" in config:
+            raise UsageError("the model is given twice: as an argument and as --model")
+        config["model"] = path
+    if "model" not in config:
+        raise UsageError("which model? Give a GGUF file, a directory, or a Hub id")
+    settings = BuildConfig(**config)
+
+    from tensorray.cluster import build_command
+
+    build_command.run(settings, as_json=as_json)
 
 
 @command(app)
