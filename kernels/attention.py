@@ -23,9 +23,10 @@ def append_kv(k: Any, v: Any, k_pages: Any, v_pages: Any, slots: Any) -> None:
     a token.
     """
     if not native.takes(k):
-        return append_kv_numpy(k, v, k_pages, v_pages, slots)
+        append_kv_numpy(k, v, k_pages, v_pages, slots)
+        return
     slots = np.ascontiguousarray(slots, np.int64)
-    return native.library.append_kv(k, v, k_pages, v_pages, slots)
+    native.library.append_kv(k, v, k_pages, v_pages, slots)
 
 
 def append_kv_numpy(k: Any, v: Any, k_pages: Any, v_pages: Any, slots: Any) -> None:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from tensorray import kernels
 from tensorray.kernels import activation, attention, linear, moe, native, norm, rope
+from tensorray.kernels import threads as threads_module
 
 Floats = NDArray[np.float32]
 
@@ -33,6 +34,12 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iter
     native.library.use_instruction_set(request.param)
     yield request.param
     native.library.use_instruction_set(before)
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    yield
+    kernels.set_num_threads(1)
 
 
 def normal(rng: np.random.Generator, *shape: int) -> Floats:
@@ -67,7 +74,7 @@ def test_the_native_kernels_are_compiled_and_in_use(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("inner", [1, 15, 16, 17, 64, 100, 640])
-@pytest.mark.parametrize("rows", [0, 1, 2, 3, 4, 5, 6, 7, 13, 16, 32, 33, 70])
+@pytest.mark.parametrize("rows", [0, 1, 2, 3, 4, 5, 6, 7, 13, 16, 32, 33, 96, 97])
 def test_linear(way: str, rows: int, inner: int) -> None:
     rng = np.random.default_rng(rows * 1000 + inner)
     for out in (1, 3, 4, 7, 8, 13, 150):
@@ -92,7 +99,7 @@ def test_linear_rows_do_not_depend_on_their_batch(way: str) -> None:
     rng = np.random.default_rng(2)
     x, weight = normal(rng, 70, 333), normal(rng, 1003, 333)
     alone = np.concatenate([linear.linear(x[i : i + 1], weight) for i in range(len(x))])
-    for rows in (2, 3, 5, 8, 16, 31, 32, 33, 64):
+    for rows in (2, 3, 5, 8, 16, 31, 32, 33, 70):
         assert np.array_equal(linear.linear(x[:rows], weight), alone[:rows]), rows
 
 
@@ -107,6 +114,34 @@ def test_linear_refuses_what_does_not_fit() -> None:
         native.library.linear(x, weight, None, y)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="another shape"):
         native.library.linear(x, weight, None, np.zeros((2, 5), np.float32))
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.usefixtures("threads")
+def test_products_of_many_rows_are_shared_among_threads(way: str, count: int) -> None:
+    kernels.set_num_threads(count)
+    rng = np.random.default_rng(15)
+    x, weight, bias = normal(rng, 130, 256), normal(rng, 1003, 256), normal(rng, 1003)
+    exact = x.astype(np.float64) @ weight.T.astype(np.float64) + bias
+    np.testing.assert_allclose(linear.linear(x, weight, bias), exact, rtol=1e-4, atol=1e-4)
+    wide = linear.linear(x.astype(np.float64), weight, bias)
+    assert wide.dtype == np.float64
+    np.testing.assert_allclose(wide, exact, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.usefixtures("threads")
+def test_an_error_on_another_thread_is_raised_here() -> None:
+    kernels.set_num_threads(3)
+    here = threading.get_ident()
+    started = threading.Barrier(3)
+
+    def work() -> None:
+        started.wait(10)
+        if threading.get_ident() != here:
+            raise ArithmeticError("on a helper")
+
+    with pytest.raises(ArithmeticError, match="on a helper"):
+        threads_module.on_all_threads(work)
 
 
 # --- elementwise, norms, rope -----------------------------------------------------------------
@@ -130,15 +165,18 @@ def test_rms_norm_survives_large_activations(way: str) -> None:
     np.testing.assert_allclose(norm.rms_norm(x, np.ones(640, np.float32), 1e-6), 1.0, rtol=1e-6)
 
 
+def assert_near(got: Floats, want: NDArray[np.float64]) -> None:
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("shape", [(7,), (4, 33), (3, 5, 16), (64, 2048)])
 def test_activations(way: str, shape: tuple[int, ...]) -> None:
     x = normal(np.random.default_rng(4), *shape) * 8
     wide = x.astype(np.float64)
-    near = {"rtol": 1e-5, "atol": 1e-6}
-    np.testing.assert_allclose(activation.silu(x), wide / (1 + np.exp(-wide)), **near)
+    assert_near(activation.silu(x), wide / (1 + np.exp(-wide)))
     inner = math.sqrt(2 / math.pi) * (wide + 0.044715 * wide**3)
-    np.testing.assert_allclose(activation.gelu_tanh(x), 0.5 * wide * (1 + np.tanh(inner)), **near)
-    np.testing.assert_allclose(activation.softcap(x, 5.0), 5 * np.tanh(wide / 5), **near)
+    assert_near(activation.gelu_tanh(x), 0.5 * wide * (1 + np.tanh(inner)))
+    assert_near(activation.softcap(x, 5.0), 5 * np.tanh(wide / 5))
 
 
 @pytest.mark.filterwarnings("error")
@@ -241,9 +279,9 @@ class Scene:
 
     def slots(self, s: int, begin: int, end: int) -> NDArray[np.int64]:
         at = np.arange(begin, end)
-        return self.table[s, at // self.block_size].astype(np.int64) * self.block_size + (
-            at % self.block_size
-        )
+        blocks = self.table[s, at // self.block_size].astype(np.int64)
+        slots: NDArray[np.int64] = blocks * self.block_size + at % self.block_size
+        return slots
 
     def append(self, s: int, begin: int, end: int) -> None:
         attention.append_kv(
@@ -406,12 +444,6 @@ def test_experts(way: str) -> None:
 # --- threads ----------------------------------------------------------------------------------
 
 needs_native = pytest.mark.skipif(not native.native_available(), reason="native kernels only")
-
-
-@pytest.fixture
-def threads() -> Iterator[None]:
-    yield
-    kernels.set_num_threads()
 
 
 @needs_native
