@@ -44,7 +44,7 @@ def piece_bpe(
     backend = Backend(
         models.BPE(
             vocab=vocab,
-            merges=_merges(pieces, scores, types),
+            merges=normal_merges(pieces, scores, types),
             unk_token=unknown,
             fuse_unk=True,
             byte_fallback=PieceType.BYTE in types,
@@ -83,7 +83,7 @@ def add_marked_tokens(backend: Backend, tokens: Sequence[str], types: Iterable[i
     backend.add_tokens(found[False])
 
 
-def _merges(
+def normal_merges(
     pieces: Sequence[str], scores: Sequence[float], types: Sequence[int]
 ) -> list[tuple[str, str]]:
     """The merges, best first: every way to make a normal piece out of two.

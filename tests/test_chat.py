@@ -302,6 +302,8 @@ def test_a_model_without_template() -> None:
 HUGE = "range(99999)"
 UNBOUNDED = {
     "nested loops": f"{{% for i in {HUGE} %}}{{% for j in {HUGE} %}}{{% endfor %}}{{% endfor %}}",
+    "loops alone": f"{{% set r = {HUGE} | list %}}"
+    "{% for i in r %}{% for j in r %}{% for k in r %}{% endfor %}{% endfor %}{% endfor %}",
     "loops of sums": f"{{% for i in {HUGE} %}}{{% set x = {HUGE} | sum %}}{{% endfor %}}",
     "recursion": "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}"
     "{{ f(60) }}",

@@ -243,3 +243,13 @@ def test_the_token_that_ends_the_text_is_known(count: int) -> None:
         output.push(tokens[start : start + count])
         taken += output.taken
     assert [tokenizer.id_to_token(token) for token in tokens[:taken]][-1] == "Ġworld"
+
+
+@pytest.mark.parametrize("count", [1, 7])
+def test_stop_strings_count_after_min_tokens(count: int) -> None:
+    tokenizer = small.byte_level()
+    tokens = tokenizer.encode("Hello world the world", add_special_tokens=False)
+    output = OutputText(tokenizer, prompt=[1], stop=["world"], min_tokens=2)
+    pushes = [tokens[start : start + count] for start in range(0, len(tokens), count)]
+    assert "".join(map(output.push, pushes)) == "Hello world the "
+    assert output.stopped() == "world"

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tensorray.cluster.gguf_tokenizer import PRE_TOKENIZERS, from_metadata
-from tensorray.cluster.sentencepiece_tokenizer import PieceType
+from tensorray.cluster.sentencepiece_tokenizer import PieceType, normal_merges
 from tensorray.cluster.token_bytes import byte_level_alphabet
 from tensorray.cluster.tokenizer import Tokenizer, TokenizerError
 
@@ -146,6 +146,13 @@ def test_sentencepiece_joins_the_best_pair_first() -> None:
     assert cut("<s>") == ["▁", "<s", ">"]  # never the control token, though its parts are there
     assert cut("é") == ["▁", "<0xC3>", "<0xA9>"]
     assert tokenizer.encode("a")[0] == 1
+
+
+def test_merges_have_the_published_order() -> None:
+    # As in the tokenizer.json of models that were converted from such pieces.
+    tokens = ["a", "b", "c", "ab", "bc", "abc"]
+    merges = normal_merges(tokens, [-9.0, -9.0, -9.0, -2.0, -3.0, -1.0], [PieceType.NORMAL] * 6)
+    assert merges == [("ab", "c"), ("a", "bc"), ("a", "b"), ("b", "c")]
 
 
 def test_sentencepiece_space_prefix_is_the_files_choice() -> None:
