@@ -40,6 +40,9 @@ VERSION = version("tensorray")
 # Bodies above this are turned into tokens on another thread: running streams must not wait.
 _LARGE_BODY = 1 << 15
 
+# What a template is given already, or what would be another feature.
+_RESERVED = {"self", "messages", "tools", "documents", "add_generation_prompt"}
+
 R = TypeVar("R", bound=api.ApiRequest)
 T = TypeVar("T")
 
@@ -159,9 +162,17 @@ class _Service:
         return self._respond(request, [prepared], answer, headers)
 
     def _rendered(self, request: api.ChatRequest | api.TokenizeRequest) -> list[int]:
+        arguments = request.chat_template_kwargs or {}
+        if reserved := _RESERVED & arguments.keys():
+            raise bad_request(
+                f"chat_template_kwargs: {min(reserved)} is not the request's to set there; "
+                "leave it out",
+                "chat_template_kwargs",
+            )
         return self._frontend.chat(
             request.messages or [],
             add_generation_prompt=request.add_generation_prompt is not False,
+            **arguments,
         )
 
     def _respond(

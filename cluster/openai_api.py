@@ -48,10 +48,13 @@ _REFUSED: dict[str, tuple[tuple[object, ...], str]] = {
     "prompt_embeds": (_OFF, "prompts are text or token ids"),
     "truncate_prompt_tokens": (_OFF, "shorten the prompt before sending it"),
     "chat_template": (_OFF, "the template is the server's (--chat-template)"),
-    "chat_template_kwargs": (_OFF, "the template takes no further arguments"),
     "documents": (_OFF, "put documents into the messages"),
     "continue_final_message": (_OFF, "the answer is always a new message"),
     "return_token_ids": (_OFF, "use /tokenize"),
+    "return_tokens_as_token_ids": (_OFF, "use /tokenize"),
+    "early_stopping": (_OFF, "beam search is not supported"),
+    "echo": (_OFF, "only completions can echo"),
+    "add_special_tokens": (_OFF, "chat templates write special tokens by themselves"),
 }
 
 
@@ -214,93 +217,10 @@ class CompletionRequest(GenerateRequest):
         return fields
 
 
-_ROLES = ("system", "developer", "user", "assistant", "tool", "function")
-_MEDIA = {
-    "image_url": "images are",
-    "input_image": "images are",
-    "image": "images are",
-    "input_audio": "audio is",
-    "audio_url": "audio is",
-    "video_url": "video is",
-    "file": "files are",
-}
-
-
-def _check_messages(value: object) -> object:
-    """Messages as the templates take them: contents as one string each."""
-
-    def wrong(where: str, what: str) -> PydanticCustomError:
-        return PydanticCustomError("messages", "{where} {what}", {"where": where, "what": what})
-
-    if not isinstance(value, list) or not value:
-        raise wrong("messages", "must be a list of at least one message")
-    messages = []
-    for i, message in enumerate(value):
-        here = f"messages[{i}]"
-        if not isinstance(message, dict):
-            raise wrong(here, "must be an object with role and content")
-        if message.get("role") not in _ROLES:
-            raise wrong(f"{here}.role", f"must be one of {', '.join(_ROLES)}")
-        content = message.get("content")
-        if isinstance(content, list):
-            content = "\n".join(
-                _text_of(part, f"{here}.content[{j}]") for j, part in enumerate(content)
-            )
-        elif content is None and message["role"] == "assistant" and message.get("tool_calls"):
-            content = ""
-        elif not isinstance(content, str):
-            raise wrong(f"{here}.content", "must be a string or a list of text parts")
-        messages.append({**message, "content": content})
-    return messages
-
-
-def _text_of(part: object, here: str) -> str:
-    kind = part.get("type") if isinstance(part, dict) else None
-    if kind in _MEDIA:
-        raise PydanticCustomError(
-            "messages",
-            "{here}: {media} not supported; this server takes text only",
-            {"here": here, "media": _MEDIA[kind]},
-        )
-    text = part.get("text") if isinstance(part, dict) else None
-    if kind != "text" or not isinstance(text, str):
-        raise PydanticCustomError(
-            "messages", "{here} must be an object with type 'text' and a text", {"here": here}
-        )
-    return text
-
-
-Messages = Annotated[
-    list[dict[str, Any]],
-    BeforeValidator(_check_messages),
-    Field(
-        json_schema_extra={
-            "minItems": 1,
-            "items": {
-                "type": "object",
-                "required": ["role"],
-                "properties": {
-                    "role": {"enum": list(_ROLES)},
-                    "content": {
-                        "anyOf": [
-                            {"type": "string"},
-                            {
-                                "type": "array",
-                                "items": {
-                                    "type": "object",
-                                    "required": ["type", "text"],
-                                    "properties": {
-                                        "type": {"const": "text"},
-                                        "text": {"type": "string"},
-                                    },
-                                },
-                            },
-                        ]
-                    },
-                },
-            },
-        }
-    ),
+# What messages hold is checked where they are rendered (chat.py), for the handle and `LLM` too.
+Messages = Annotated[list[dict[str, Any]], Field(min_length=1)]
+TemplateArguments = Annotated[
+    dict[str, Any] | None, Field(description="variables of the chat template (vLLM)")
 ]
 
 
@@ -312,6 +232,7 @@ class ChatRequest(GenerateRequest):
     logprobs: bool | None = False
     top_logprobs: int | None = None
     add_generation_prompt: bool | None = True
+    chat_template_kwargs: TemplateArguments = None
 
     @model_validator(mode="after")
     def _consistent(self) -> ChatRequest:
@@ -336,6 +257,7 @@ class TokenizeRequest(ApiRequest):
     messages: Messages | None = None
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = True
+    chat_template_kwargs: TemplateArguments = None
     return_token_strs: bool | None = False
 
     @model_validator(mode="after")

@@ -312,6 +312,12 @@ async def test_text_parts_are_one_text(client: Client) -> None:
     assert split.usage.prompt_tokens == joined.usage.prompt_tokens
 
 
+async def test_template_arguments_reach_the_template(client: Client) -> None:
+    plain = await chat(client)
+    longer = await chat(client, extra_body={"chat_template_kwargs": {"suffix": "12345"}})
+    assert longer.usage.prompt_tokens == plain.usage.prompt_tokens + 5
+
+
 async def test_max_completion_tokens_wins(client: Client) -> None:
     answer = await chat(client, max_tokens=9, max_completion_tokens=4)
     assert answer.usage.completion_tokens == 4

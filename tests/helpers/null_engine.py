@@ -29,7 +29,7 @@ CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
     "{% if message.content == 'fail' %}{{ raise_exception('this template fails') }}{% endif %}"
     "<{{ message.role }}>{{ message.content }}\n{% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{% endif %}"
+    "{{ suffix }}{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 
 
