@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,11 @@ from tensorray.cluster import template_sandbox
 from tensorray.cluster.bad_request import BadRequest
 from tensorray.cluster.chat import ChatTemplate, ChatTemplateError, check_messages
 from tensorray.cluster.tokenizer import Tokenizer
+from tensorray.cluster.tokenizer_files import load_tokenizer
 
 Messages = list[dict[str, Any]]
+FIXTURES = Path(__file__).parent / "fixtures"
+GOLDEN = json.loads((FIXTURES / "chat.json").read_text("utf-8"))
 
 CHATML = (
     "{{ bos_token }}{% for message in messages %}"
@@ -54,6 +58,26 @@ def controls(tokenizer: Tokenizer, tokens: list[int]) -> list[str | None]:
 
 
 # --- rendering --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", GOLDEN["templates"])
+def test_conversations_are_rendered_and_encoded_as_transformers_does(name: str) -> None:
+    tokenizer = load_tokenizer(FIXTURES / GOLDEN["model"])
+    template = ChatTemplate(tokenizer, GOLDEN["templates"][name])
+    cases = [case for case in GOLDEN["cases"] if case["template"] == name]
+    assert any(case["ids"] for case in cases)
+    for case in cases:
+        arguments: dict[str, Any] = {
+            "messages": GOLDEN["conversations"][case["conversation"]],
+            "tools": GOLDEN["tools"] if case["tools"] else None,
+            "add_generation_prompt": case["add_generation_prompt"],
+        }
+        if case["text"] is None:
+            with pytest.raises(ChatTemplateError):
+                template.encode(**arguments)
+        else:
+            assert template.render(**arguments) == case["text"]
+            assert template.encode(**arguments) == case["ids"]
 
 
 def test_a_conversation_becomes_tokens() -> None:
