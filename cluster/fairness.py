@@ -112,7 +112,8 @@ class AdmissionQueue:
 
     def _drop_accounts(self) -> None:
         """Forget the lowest accounts of users with nobody waiting: they say the least."""
-        waiting = {user for level in self._levels.values() for user in level.queues}
-        others = sorted(self._accounts.keys() - waiting, key=self._accounts.__getitem__)
+        needed = {user for level in self._levels.values() for user in level.queues}
+        needed.add(self._last_admitted)
+        others = sorted(self._accounts.keys() - needed, key=self._accounts.__getitem__)
         for user in others[:-_KEPT_ACCOUNTS]:
             del self._accounts[user]

@@ -126,8 +126,8 @@ class Scheduler:
         room = self._max_waiting + self._max_num_seqs - self._running - len(self._waiting)
         if len(sequences) > room:
             raise QueueFull(
-                f"{len(self._waiting)} sequences wait already and at most {self._max_waiting} may "
-                "(max_waiting); try again later"
+                f"{len(self._waiting)} sequences wait already and {len(sequences)} more would "
+                f"exceed max_waiting ({self._max_waiting}); try again later"
             )
         for s in sequences:
             s.max_len = min(s.max_len, self._max_model_len)
@@ -162,13 +162,10 @@ class Scheduler:
         resting = self._extend_decodes()
         if len(self._waiting) and (self._priorities or not self._short_of_blocks):
             self._admit()
-        decodes = len(self._decoding) - len(resting)
-        chunks = self._share_out(self._max_num_batched_tokens - decodes) if self._prefilling else []
+        chunks = self._share_out(resting) if self._prefilling else []
 
         # From here on nothing is preempted any more.
-        decoding = self._decoding
-        if resting:
-            decoding = [s for s in decoding if s not in resting]
+        decoding = _without(self._decoding, resting)
         seqs = [s.seq for s in decoding]
         counts = [1] * len(seqs)
         for s in decoding:
@@ -374,13 +371,14 @@ class Scheduler:
 
     def _make_way(self, s: Sequence) -> bool:
         """Preempt running sequences of lower priority, if that lets a waiting one in."""
-        if not self._priorities:
+        lower = [other for other in self._preemptible() if other.level > s.level]
+        if not lower:
             return False
         missing = self.blocks.shortfall(s, self._reserve())
         slots = self._max_num_seqs - self._running
         victims: list[Sequence] = []
-        for victim in sorted(self._preemptible(), key=_rank, reverse=True):
-            if (slots > 0 and missing <= 0) or victim.level <= s.level:
+        for victim in sorted(lower, key=_rank, reverse=True):
+            if slots > 0 and missing <= 0:
                 break
             victims.append(victim)
             slots += 1
@@ -393,8 +391,9 @@ class Scheduler:
 
     # --- prefills ----------------------------------------------------------------------------
 
-    def _share_out(self, budget: int) -> list[tuple[Sequence, int]]:
+    def _share_out(self, resting: set[Sequence]) -> list[tuple[Sequence, int]]:
         """Chunks for the prefilling sequences, by rank; blocks for them are taken."""
+        budget = self._max_num_batched_tokens - len(_without(self._decoding, resting))
         by_rank = sorted(self._prefilling, key=_rank)
         chunk = dict.fromkeys(by_rank, 0)
         for_oldest = (budget + 1) // 2
@@ -423,6 +422,8 @@ class Scheduler:
         """Extend its tables to `upto` tokens, at the cost of sequences that rank after it."""
         while (added := self.blocks.grow(s, upto)) is None:
             self._short_of_blocks = True
+            if not self.blocks.trim(s):
+                return False  # blocks of its own come free with the results on the way
             victim = max(self._preemptible(), key=_rank)
             if victim is s:
                 return False
@@ -508,6 +509,10 @@ class Scheduler:
             if len(rows) > known:
                 gained[seq] = rows[known:]
         return gained
+
+
+def _without(sequences: list[Sequence], left_out: set[Sequence]) -> list[Sequence]:
+    return [s for s in sequences if s not in left_out] if left_out else sequences
 
 
 def _rank(s: Sequence) -> tuple[int, int]:

@@ -353,6 +353,20 @@ def test_tokens_on_the_way_at_a_preemption_are_not_counted_twice() -> None:
     rig.check_outputs()
 
 
+def test_a_chunk_of_the_life_before_confirms_nothing() -> None:
+    rig = Rig(depth=2, max_num_seqs=2, max_num_batched_tokens=16)
+    seq = rig.add(tokens(1, 40))
+    rig.schedule()
+    rig.scheduler._preempt(rig.sequences[seq])
+    rig.schedule()
+    rig.update()
+    assert rig.sequences[seq].registered == 0  # its new blocks wait for the second result
+    rig.update()
+    assert rig.sequences[seq].registered == 4
+    rig.run()
+    rig.check_outputs()
+
+
 def test_one_whose_last_token_is_on_the_way_is_not_preempted() -> None:
     rig = Rig(num_blocks=1 + 5, depth=2, max_num_seqs=2, max_num_batched_tokens=32)
     first = rig.add(tokens(1, 7), max_tokens=9)
@@ -438,8 +452,9 @@ def test_a_long_chunk_gives_its_pages_back_with_its_first_decodes(depth: int) ->
     rig.check_outputs()
 
 
-def test_a_prefill_takes_smaller_chunks_rather_than_others_blocks() -> None:
-    rig = Rig([None, 8], num_blocks=1 + 50, max_num_seqs=4, max_num_batched_tokens=256)
+@pytest.mark.parametrize("depth", [1, 2])
+def test_a_prefill_takes_smaller_chunks_rather_than_others_blocks(depth: int) -> None:
+    rig = Rig([None, 8], num_blocks=1 + 50, depth=depth)
     first = rig.add(tokens(1, 8), max_tokens=20)
     rig.step()
     long = rig.add(tokens(2, 120), max_tokens=2)

@@ -22,15 +22,18 @@ from tensorray.cluster.request import RequestRefused
 WINDOWS = st.sampled_from(
     [(None,), (None, 6), (None, 1, 9), (5,), (None, 8, 8, 17), (3, None), (None, None)]
 )
-# Prompts from few pieces, so that prefixes are shared often.
-PIECES = [[1, 2, 3, 4], [5, 6, 7, 8], [1, 1, 1], [9]]
-PROMPTS = st.lists(st.sampled_from(PIECES), min_size=1, max_size=9).map(
-    lambda pieces: [token for piece in pieces for token in piece]
+# Prompts share prefixes often: the start of one of two texts, then perhaps something of their own.
+TEXTS = [list(range(30)), [*range(12), *range(100, 118)]]
+PROMPTS = st.builds(
+    lambda text, length, own: text[:length] + own,
+    st.sampled_from(TEXTS),
+    st.integers(1, 30),
+    st.lists(st.integers(200, 203), max_size=3),
 )
 REQUESTS = st.fixed_dictionaries(
     {
         "prompt": PROMPTS,
-        "max_tokens": st.integers(1, 14),
+        "max_tokens": st.integers(1, 16),
         "seed": st.integers(0, 2),
         "stop_token_ids": st.sampled_from([[], [], list(range(0, 50, 7))]),
         "min_tokens": st.sampled_from([0, 0, 1, 3]),
@@ -47,8 +50,8 @@ def rigs(draw: st.DrawFn) -> Rig:
     max_num_seqs = draw(st.integers(1, 6))
     windows = draw(WINDOWS)
     block_size = draw(st.sampled_from([1, 2, 4]))
-    # From room for one middling sequence to room for several long ones.
-    room = draw(st.integers(15, 120))
+    # In tokens, from less than a long sequence to several of them.
+    room = draw(st.integers(20, 90))
     return Rig(
         windows,
         num_blocks=2 + len(windows) * room // block_size,
@@ -71,10 +74,11 @@ class SchedulerMachine(RuleBasedStateMachine):
     def start(self, rig: Rig) -> None:
         self.rig = rig
 
-    @rule(request=REQUESTS)
-    def add(self, request: dict[str, Any]) -> None:
-        with suppress(RequestRefused):
-            self.rig.add(**request)
+    @rule(requests=st.lists(REQUESTS, min_size=1, max_size=4))
+    def add(self, requests: list[dict[str, Any]]) -> None:
+        for request in requests:
+            with suppress(RequestRefused):
+                self.rig.add(**request)
 
     @precondition(lambda self: self.rig.scheduler.unfinished)
     @rule(data=st.data())
@@ -118,13 +122,13 @@ class SchedulerMachine(RuleBasedStateMachine):
 
 
 SchedulerMachine.TestCase.settings = settings(
-    max_examples=120, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
+    max_examples=60, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
 )
 TestAnyOrder = pytest.mark.filterwarnings("ignore")(SchedulerMachine.TestCase)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
-@given(rig=rigs(), requests=st.lists(REQUESTS, min_size=1, max_size=25))
+@settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
+@given(rig=rigs(), requests=st.lists(REQUESTS, min_size=5, max_size=25))
 def test_every_accepted_request_ends_with_its_own_tokens(
     rig: Rig, requests: list[dict[str, Any]]
 ) -> None:
