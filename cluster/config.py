@@ -30,9 +30,13 @@ class EngineConfig(BaseModel):
     model_class: str | None = Field(
         None, description="Your own definition, as pkg.module:Class or path/to/file.py:Class"
     )
-    tokenizer: str | None = Field(None, description="Tokenizer's path or Hub id, if not the model's")
+    tokenizer: str | None = Field(
+        None, description="Tokenizer's path or Hub id, if not the model's"
+    )
     revision: str | None = Field(None, description="Branch, tag or commit on the Hub")
-    hf_token: str | None = Field(None, description="Hub token (default: the environment's)", repr=False)
+    hf_token: str | None = Field(
+        None, description="Hub token (default: the environment's)", repr=False
+    )
     download_dir: str | None = Field(None, description="Hub cache directory")
     offline: bool = Field(False, description="Use the Hub cache only")
     load_format: Literal["auto", "safetensors", "gguf", "dummy"] = Field(
@@ -54,7 +58,9 @@ class EngineConfig(BaseModel):
     num_threads: int | None = Field(None, ge=1, description="CPU threads (default: all cores)")
     null_step_ms: float = Field(0.0, ge=0, description="Step time of the null device")
     # --- memory and batching ---
-    max_model_len: int | None = Field(None, ge=1, description="Context length (default: the model's)")
+    max_model_len: int | None = Field(
+        None, ge=1, description="Context length (default: the model's)"
+    )
     block_size: int = Field(16, ge=1, le=1024, description="Tokens per KV block")
     kv_cache_memory_bytes: int | None = Field(
         None, ge=1, description="Size of the KV cache (default: from the free memory)"
@@ -64,7 +70,9 @@ class EngineConfig(BaseModel):
     max_num_batched_tokens: int = Field(
         512, ge=1, description="Tokens a step may run; more prefill faster and stall decodes longer"
     )
-    max_waiting: int = Field(4096, ge=0, description="Requests that may wait before new ones get 429")
+    max_waiting: int = Field(
+        4096, ge=0, description="Requests that may wait before new ones get 429"
+    )
     enable_prefix_caching: bool = Field(True, description="Reuse KV blocks of equal prefixes")
     scheduling_policy: Literal["fcfs", "priority"] = "fcfs"
     # --- limits of the API ---

@@ -1,4 +1,4 @@
-"""`tensorray models`: the architectures there are definitions for, or what one model resolves to."""
+"""`tensorray models`: the architectures with definitions, or what one model resolves to."""
 
 from __future__ import annotations
 

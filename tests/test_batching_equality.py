@@ -14,6 +14,7 @@ from helpers.running import Arrival, Outcome, RecordingShard, make_shard, run
 from helpers.tiny_models import directory
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
+
 from tensorray.actors.protocol import Sampling
 from tensorray.cluster.scheduler import Scheduler
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 
 import pytest
+
 from tensorray.actors.link import LocalLink, ShardError
 from tensorray.actors.null_shard import NullShard
 from tensorray.actors.protocol import KVGroups, Sampling, ShardInfo, StepPlan, StepResult

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+
 from tensorray.actors.kv_cache import KVCache, KVCacheError, choose_num_blocks, plan_groups
 from tensorray.builder.model import KVSpec
 

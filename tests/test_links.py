@@ -8,6 +8,7 @@ import secrets
 import socket
 
 import pytest
+
 from tensorray.actors.link import LocalLink, ShardError, ShardLink
 from tensorray.actors.null_shard import NullShard
 from tensorray.actors.protocol import KVGroups, Sampling, SequenceStart, ShardInfo, StepPlan

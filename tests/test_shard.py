@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from helpers.running import RecordingShard, make_shard
 from helpers.tiny_models import directory
+
 from tensorray.actors.config import ShardConfig
 from tensorray.actors.kv_cache import KVCacheError
 from tensorray.actors.protocol import Sampling, SequenceStart, StepPlan

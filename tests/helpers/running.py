@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from tensorray.actors.kv_cache import KVCache, plan_groups
 from tensorray.actors.protocol import Sampling, StepResult
 from tensorray.actors.shard import Shard
