@@ -5,8 +5,8 @@
 The reference interpreter needs torch and transformers (tests/reference/bench_transformers.py);
 without one, only the project's own figures are printed. Both sides load once, in processes of
 their own, and are then asked in turn, so that a busy machine is busy for both; figures are medians
-over the rounds. Everything is greedy and in float32; transformers runs static batches of equal
-lengths, which is the best case for it.
+over the rounds, and the best round, which other work disturbs least. Everything is greedy and in
+float32; transformers runs static batches of equal lengths, which is the best case for it.
 
 Memory is the peak resident size of a shard actor that ran the 16 streams, with a KV cache as large
 as they need, over the bytes of its weights and cache.
@@ -31,7 +31,7 @@ from tensorray.cluster.demo import model_path
 REFERENCE = Path(__file__).parent.parent / "reference" / "bench_transformers.py"
 INPUT_LEN = 64
 # Name -> streams, new tokens each, the least ratio to transformers that counts as reached.
-SCENARIOS = {"1 stream": (1, 128, 1.3), "16 streams": (16, 64, 1.0)}
+SCENARIOS = {"1 stream": (1, 64, 1.3), "16 streams": (16, 48, 1.0)}
 MEMORY_GOAL = 1.3
 
 
@@ -97,20 +97,26 @@ def compare(ours: Side, reference: Side | None, rounds: int) -> dict[str, dict[s
             tokens = {}
             # Whoever goes second may find the machine in another state: take turns.
             for side in list(rates)[:: 1 if round_ % 2 else -1]:
-                rate, tokens[side] = side.run(prompts, new_tokens)
+                rate, tokens[side] = side.run(prompts, new_tokens if round_ else 8)
                 if round_:  # the first is for warming up
                     rates[side].append(rate)
+                print(f"{name}, round {round_}: {rate:.1f} tok/s", file=sys.stderr)
             if reference is not None:
                 agreeing += map(_same, tokens[ours], tokens[reference])
-        results[name] = {"tokens_per_second": round(median(rates[ours]), 2)}
+        results[name] = _figures("tokens_per_second", rates[ours])
         if reference is not None:
             results[name] |= {
-                "transformers": round(median(rates[reference]), 2),
+                **_figures("transformers", rates[reference]),
                 "ratio": round(median(rates[ours]) / median(rates[reference]), 2),
+                "ratio_of_best": round(max(rates[ours]) / max(rates[reference]), 2),
                 "goal": goal,
                 "same_tokens": round(sum(agreeing) / len(agreeing), 3),
             }
     return results
+
+
+def _figures(name: str, rates: list[float]) -> dict[str, float]:
+    return {name: round(median(rates), 2), f"{name}_best": round(max(rates), 2)}
 
 
 def _same(ours: list[int], theirs: list[int]) -> float:
