@@ -14,7 +14,7 @@ import itertools
 import queue
 import threading
 from collections.abc import Callable, Coroutine, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from tensorray.actors.link import LocalLink
 from tensorray.actors.shard_actor import load_executor
@@ -63,9 +63,7 @@ class LLM:
         `on_finished` is called, on the engine's thread, as each prompt finishes. Raises
         BadRequest for a prompt or parameter the model can't take, before anything runs.
         """
-        listed: list[Prompt] = (
-            [prompts] if isinstance(prompts, str) or _is_tokens(prompts) else list(prompts)  # type: ignore[list-item]
-        )
+        listed = _prompts(prompts)
         if sampling_params is None or isinstance(sampling_params, SamplingParams):
             each = [sampling_params or self.frontend.params()] * len(listed)
         else:
@@ -87,8 +85,9 @@ class LLM:
         **template_arguments: Any,
     ) -> list[RequestOutput]:
         """Answer one conversation, or several in one batch, through the model's chat template."""
-        conversations: list[list[dict[str, Any]]] = (
-            [messages] if messages and isinstance(messages[0], dict) else list(messages)  # type: ignore[list-item,arg-type]
+        several = not (messages and isinstance(messages[0], dict))
+        conversations = cast(
+            "list[list[dict[str, Any]]]", list(messages) if several else [messages]
         )
         prompts = [self.frontend.chat(each, **template_arguments) for each in conversations]
         return self.generate(prompts, sampling_params, on_finished=on_finished)
@@ -168,5 +167,8 @@ class LLM:
             raise
 
 
-def _is_tokens(prompts: Prompt | Sequence[Prompt]) -> bool:
-    return bool(prompts) and isinstance(prompts[0], int)
+def _prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """One prompt or several, as several."""
+    if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
+        return [cast(Prompt, prompts)]
+    return list(cast(Sequence[Prompt], prompts))

@@ -83,7 +83,8 @@ def largest(scores: Row, k: int) -> TokenIds:
     falling = np.where(bits >> np.uint32(31), bits, bits ^ np.uint32(0x7FFFFFFF))
     keys = falling.astype(np.uint64) << np.uint64(32) | ids.astype(np.uint64)
     keys.sort()
-    return (keys[:k] & np.uint64(0xFFFFFFFF)).astype(np.int64)
+    best: NDArray[np.int64] = (keys[:k] & np.uint64(0xFFFFFFFF)).astype(np.int64)
+    return best
 
 
 @np.errstate(over="ignore")  # of differences over a tiny temperature to -inf, which weighs 0

@@ -242,4 +242,5 @@ def _half_rotation_order(rows: int, heads: int) -> NDArray[np.intp]:
     """Where llama.cpp stores each row of Llama's q or k: it interleaves the halves of each head,
     for rotary embeddings of adjacent pairs."""
     stored = np.arange(rows, dtype=np.intp).reshape(heads, rows // heads // 2, 2)
-    return stored.swapaxes(1, 2).reshape(rows)
+    order: NDArray[np.intp] = stored.swapaxes(1, 2).reshape(rows)
+    return order
