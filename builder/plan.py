@@ -117,6 +117,10 @@ class Binding:
     shape: Shape  # ROWS where the number of rows goes
     dtype: str
 
+    def at(self, rows: int) -> Shape:
+        """Its shape with the number of rows filled in."""
+        return tuple(rows if size == ROWS else size for size in self.shape)
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -207,15 +211,12 @@ def _bindings(prefix: str, specs: Sequence[Spec], dtypes: DTypes) -> tuple[Bindi
 
 
 def _shapes(inputs: Sequence[Binding], profiles: ProfileSet) -> list[dict[str, ShapeRange]]:
-    def at(shape: Shape, rows: int) -> Shape:
-        return tuple(rows if size == ROWS else size for size in shape)
-
     return [
         {
             binding.name: (
-                at(binding.shape, profile.smallest),
-                at(binding.shape, profile.best),
-                at(binding.shape, profile.largest),
+                binding.at(profile.smallest),
+                binding.at(profile.best),
+                binding.at(profile.largest),
             )
             for binding in inputs
         }

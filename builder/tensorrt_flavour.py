@@ -365,7 +365,7 @@ def _capability_name(architecture: str) -> str:
 
 @cache
 def _messages(module: Any) -> Any:
-    """The process's one logger for a TensorRT: keeps errors until they are taken."""
+    """The process's one logger for a TensorRT: keeps what went wrong until it is taken."""
     severity = module.ILogger.Severity
     levels = {
         severity.INTERNAL_ERROR: logging.ERROR,
@@ -378,6 +378,7 @@ def _messages(module: Any) -> Any:
         def __init__(self) -> None:
             module.ILogger.__init__(self)
             self._errors: list[str] = []
+            self._warnings: list[str] = []
 
         def log(self, severity: Any, message: str) -> None:
             level = levels.get(severity)
@@ -385,13 +386,16 @@ def _messages(module: Any) -> Any:
                 return
             if level == logging.ERROR:
                 self._errors.append(message)
+            elif level == logging.INFO:
+                self._warnings.append(message)
             logger.log(min(level, logging.INFO), "TensorRT: %s", message)
 
         def take(self) -> str:
-            """The errors since they were last taken, each once."""
-            errors = list(dict.fromkeys(self._errors))
+            """The errors since they were last taken, each once; warnings if there were none."""
+            said = list(dict.fromkeys(self._errors or self._warnings))
             self._errors.clear()
-            return "; ".join(errors) or "TensorRT gave no reason"
+            self._warnings.clear()
+            return "; ".join(said) or "TensorRT gave no reason"
 
     return Messages()
 

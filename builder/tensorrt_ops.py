@@ -17,7 +17,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from tensorray.builder.graph import ROWS, DTypes, Shape, Spec
@@ -26,14 +25,6 @@ from tensorray.builder.tensorrt_flavour import Flavour, TensorRTError
 
 #: Goes into plans' keys: raise it when the same segment becomes other layers than before.
 LOWERING = 1
-
-_NUMPY = {
-    "bfloat16": np.dtype(ml_dtypes.bfloat16),
-    "float16": np.dtype(np.float16),
-    "float32": np.dtype(np.float32),
-    "int32": np.dtype(np.int32),
-    "int64": np.dtype(np.int64),
-}
 
 
 @dataclass(frozen=True)
@@ -263,13 +254,12 @@ class TensorRTOps(SegmentOps):
         return self._value(kind.lower(), layer, x.shape, x.dtype)
 
     def _constant(self, value: float | Sequence[int], shape: Shape, dtype: str) -> Value:
-        array = np.full(shape, value, _NUMPY[dtype])
+        if dtype == "bfloat16":  # which NumPy has not
+            return self._cast(self._constant(value, shape, "float32"), dtype)
+        array = np.full(shape, value, dtype)
         self._constants.append(array)
-        kind = self._flavour.data_type(dtype)
-        weights = self._trt.Weights(kind, array.ctypes.data, array.size)
-        return self._value(
-            "constant", self._network.add_constant(shape, weights), shape, dtype, typed=False
-        )
+        layer = self._network.add_constant(shape, self._trt.Weights(array))
+        return self._value("constant", layer, shape, dtype, typed=False)
 
     def _slice(self, x: Value, start: int, size: int) -> Value:
         """Part of the last axis. The shape is computed, as the number of rows is not known."""
