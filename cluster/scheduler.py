@@ -106,7 +106,6 @@ class Scheduler:
         # For the plan in the making.
         self._ends: list[int] = []
         self._new_blocks: dict[int, list[list[int]]] = {}
-        self._short_of_blocks = False
 
         self._prefix_queries = 0
         self._prefix_hits = 0
@@ -156,12 +155,10 @@ class Scheduler:
         with the next plan that runs something.
         """
         self._new_blocks = {}
-        self._short_of_blocks = False
         for s in self._prefilling:
             self.blocks.trim(s)
         resting = self._extend_decodes()
-        if len(self._waiting) and (self._priorities or not self._short_of_blocks):
-            self._admit()
+        self._admit()
         chunks = self._share_out(resting) if self._prefilling else []
 
         # From here on nothing is preempted any more.
@@ -421,7 +418,6 @@ class Scheduler:
     def _extend(self, s: Sequence, upto: int) -> bool:
         """Extend its tables to `upto` tokens, at the cost of sequences that rank after it."""
         while (added := self.blocks.grow(s, upto)) is None:
-            self._short_of_blocks = True
             if not self.blocks.trim(s):
                 return False  # blocks of its own come free with the results on the way
             victim = max(self._preemptible(), key=_rank)

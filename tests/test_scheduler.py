@@ -397,6 +397,16 @@ def test_the_last_in_rank_stands_still_rather_than_start_over() -> None:
     rig.check_outputs()
 
 
+def test_the_last_block_goes_to_the_first_in_rank() -> None:
+    rig = Rig(num_blocks=1 + 5, max_num_seqs=2, max_num_batched_tokens=32)
+    first, second = (rig.add(tokens(i, 8), max_tokens=5) for i in range(2))
+    assert counts(rig.schedule()) == {first: 8, second: 8}
+    rig.update()
+    rig.scheduler._decoding.reverse()  # as if the second's prompt had been through earlier
+    assert counts(rig.schedule()) == {first: 1}
+    assert rig.scheduler.stats().preemptions == 0
+
+
 def test_newcomers_leave_room_for_those_who_run() -> None:
     rig = Rig(num_blocks=1 + 20, max_num_seqs=8, max_num_batched_tokens=64)
     for i in range(8):
@@ -453,9 +463,10 @@ def test_a_long_chunk_gives_its_pages_back_with_its_first_decodes(depth: int) ->
 
 
 @pytest.mark.parametrize("depth", [1, 2])
-def test_a_prefill_takes_smaller_chunks_rather_than_others_blocks(depth: int) -> None:
+@pytest.mark.parametrize("length", [5, 6, 7, 8])
+def test_a_prefill_takes_smaller_chunks_rather_than_others_blocks(depth: int, length: int) -> None:
     rig = Rig([None, 8], num_blocks=1 + 50, depth=depth)
-    first = rig.add(tokens(1, 8), max_tokens=20)
+    first = rig.add(tokens(1, length), max_tokens=20)
     rig.step()
     long = rig.add(tokens(2, 120), max_tokens=2)
     rig.run()
@@ -496,6 +507,17 @@ def test_siblings_compute_their_prompt_once(depth: int) -> None:
     assert rig.first_token_step[short] <= 3  # it does not wait behind those who wait
     assert max(rig.first_token_step[seq] for seq in siblings) <= 200 // 44 + 2 + depth
     rig.check_outputs()
+
+
+def test_those_who_wait_for_a_prefix_keep_their_places() -> None:
+    rig = Rig(max_num_seqs=3, max_num_batched_tokens=16)
+    rig.add(tokens(1, 60))
+    siblings = [rig.add(tokens(1, 60)) for _ in range(2)]
+    passing = [rig.add(tokens(2 + i, 5), max_tokens=60) for i in range(2)]
+    behind = rig.add(tokens(4, 5))
+    rig.run()
+    seqs = [*passing, *siblings, behind]
+    assert sorted(seqs, key=rig.first_token_step.__getitem__) == seqs
 
 
 def test_nobody_waits_for_a_prefill_that_stands_still() -> None:
@@ -551,6 +573,20 @@ def test_users_get_equal_service_not_equal_turns() -> None:
                 turns[s.request.user] += 1
     assert abs(served["ann"] - served["bob"]) <= 40 + 2 * 40
     assert 15 <= turns["bob"] <= 25
+
+
+def test_what_still_runs_counts_for_its_user() -> None:
+    rig = Rig(max_num_seqs=2)
+    rig.add(tokens(1, 5), max_tokens=500, user="ann")
+    rig.step()
+    for i in range(30):
+        for user in ("ann", "bob"):
+            rig.add(tokens(2 + 2 * i + (user == "bob"), 5), max_tokens=5, user=user)
+    order: list[str] = []
+    while len(order) < 24:
+        order += [gain.sequence.request.user for gain in rig.step() if gain.finish_reason]
+    # Each takes 15 and lasts 5 steps, in which ann's long one takes 10: one of hers to five of his.
+    assert order.count("ann") <= 6
 
 
 def test_idleness_saves_up_nothing() -> None:
