@@ -217,12 +217,12 @@ class Engine:
                     self._advance(item, now)
                 self._observer.step(len(plan.seqs), sum(plan.counts), result.seconds)
         except ShardError as error:
-            self._fail(f"the shard failed: {error}")
+            self.fail(f"the shard failed: {error}")
         except asyncio.CancelledError:
             raise
         except Exception as error:
             logger.exception("the engine's loop failed")
-            self._fail(f"the engine's loop failed: {type(error).__name__}: {error}")
+            self.fail(f"the engine's loop failed: {type(error).__name__}: {error}")
 
     def _advance(self, item: Progress, now: float) -> None:
         """Pass on what a step brought one sequence."""
@@ -268,7 +268,10 @@ class Engine:
             time.perf_counter() - tracked.arrival,
         )
 
-    def _fail(self, reason: str) -> None:
+    def fail(self, reason: str) -> None:
+        """Stop for good: every stream ends with the reason, and new requests are refused by it."""
+        if self._task is not None and self._task is not asyncio.current_task():
+            self._task.cancel()
         self.failure = reason
         logger.error("%s", reason)
         self._end_all("error", reason)

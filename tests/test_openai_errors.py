@@ -245,7 +245,7 @@ async def test_a_failed_engine_is_unavailable(model: Path) -> None:
         while not backend.engine._tracked or backend.engine._tracked[1].generated < 2:
             await asyncio.sleep(0.001)
         assert (await http.get("/health")).status_code == 200
-        backend.engine._fail("the shard failed: out of luck")
+        backend.engine.fail("the shard failed: out of luck")
 
         # Taken before: the stream has begun, so it learns by an event.
         answer = await whole
