@@ -111,7 +111,7 @@ async def test_a_failed_engine_says_why() -> None:
     async with serving(step_ms=2) as (engine, _, link):
         stream = link.generate(request("doomed", tokens=200))
         await stream.__anext__()
-        engine._fail("the shard failed: out of luck")
+        engine.fail("the shard failed: out of luck")
         last = [delta async for deltas in stream for delta in deltas][-1]
         assert (last.finish_reason, last.error) == ("error", "the shard failed: out of luck")
         with pytest.raises(EngineFailed, match="out of luck"):

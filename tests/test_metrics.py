@@ -94,7 +94,7 @@ async def test_what_runs_and_waits_is_told(model: Path) -> None:
         seen = await scrape(http)
         assert (seen["num_requests_running"], seen["num_requests_waiting"]) == (2, 3)
         assert 0 < seen["kv_cache_usage_perc"] < 1
-        backend.engine._fail("over")
+        backend.engine.fail("over")
         assert (await scrape(http))["engine_up"] == 0
 
 
