@@ -30,9 +30,9 @@ typecheck: $(VENV)/.installed-dev
 pytest: $(VENV)/.installed-dev
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
 
+# REFERENCE_PYTHON=/path/to/python, one with torch and transformers, adds the comparison.
 bench: $(VENV)/.installed-demo
-	@$(BIN)/tensorray bench latency --demo
-	@$(BIN)/tensorray bench throughput --demo
+	@$(BIN)/python tests/benchmarks/bench_gemma.py
 
 clean:
 	rm -rf $(VENV) .typecheck build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
