@@ -82,7 +82,7 @@ def main() -> None:
     rng = np.random.default_rng(0)
     others = [way for way in ways if way != "ours"]
     print(f"{'':14}{'rows':>5}" + "".join(f"{way + ' ms':>13}" for way in ways), end="")
-    print(f"{'GB/s':>8}" + "".join(f"{way + '/ours':>13}" for way in others))
+    print(f"{'GB/s':>8}" + "".join(f"{way + '/ours':>14}" for way in others))
     for name, (out, inner) in SHAPES.items():
         copies = max(1, 300_000_000 // (out * inner * 4))
         weights = [rng.standard_normal((out, inner), np.float32) for _ in range(copies)]
@@ -102,7 +102,7 @@ def main() -> None:
                         best[way] = min(best[way], (clock() - begin) / len(some) * 1e3)
             print(f"{name:14}{rows:5}" + "".join(f"{best[way]:13.3f}" for way in ways), end="")
             rate = weights[0].nbytes / best["ours"] / 1e6
-            print(f"{rate:8.1f}" + "".join(f"{best[way] / best['C']:13.2f}" for way in others))
+            print(f"{rate:8.1f}" + "".join(f"{best[way] / best['ours']:14.2f}" for way in others))
 
 
 if __name__ == "__main__":
