@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shlex
 import signal
 import socket
@@ -47,6 +48,7 @@ def run(port: int, *, once: bool, prompt: str, max_tokens: int) -> None:
 
     url = f"http://{HOST}:{port}"
     began = time.perf_counter()
+    os.environ.setdefault("RAY_raylet_start_wait_time_s", "120")  # 30 is little on a busy machine
     with console.status("Starting Ray ..."):
         # A cluster of its own, whatever else runs here.
         ray.init(

@@ -33,7 +33,8 @@ TESTED = {
     "Python 3.11": "by the test suite",
     "Python 3.10, 3.12, 3.13": "not tested",
     "ARM CPUs, macOS, Windows": "not tested",
-    "NVIDIA GPUs": "not supported yet: models run on the CPU, and a GPU is left alone",
+    "TensorRT-RTX plans, built without a GPU": "by the test suite",
+    "serving from NVIDIA GPUs": "not supported yet: models run on the CPU, a GPU is left alone",
     "more than one shard or node": "not supported yet",
 }
 
