@@ -183,7 +183,7 @@ def _lacking(flavour: str, architecture: str, answers: dict[str, _Answer]) -> st
     if flavour == "tensorrt" and set(counts) <= {_NO_GPU}:
         return f"  tensorrt needs a node with an {architecture} GPU, and there is none"
     reasons = [f"{reason} ({n} node{'s' if n > 1 else ''})" for reason, n in counts.items()]
-    return f"  {flavour}: " + ("; ".join(reasons) or "no node has a CPU to build with")
+    return "  " + ("; ".join(reasons) or f"{flavour} needs a node with a CPU to build on")
 
 
 class RayWorkers:
@@ -250,8 +250,9 @@ class RayWorkers:
 
 @ray.remote(num_cpus=1, max_retries=MAX_RETRIES, scheduling_strategy="SPREAD")
 def _build(compile: Compile, request: PlanRequest) -> tuple[Plan, str]:
-    """A plan and the host that built it; runs on a node that can."""
-    return compile(request), socket.gethostname()
+    """A plan, and the host and node that built it; runs on a node that can."""
+    node: str = ray.get_runtime_context().get_node_id()
+    return compile(request), f"{socket.gethostname()}/{node[:8]}"
 
 
 def _reason(error: ray.exceptions.RayError) -> str:

@@ -122,8 +122,10 @@ class Claim:
 class PlanStore(ABC):
     """Plans by key, and manifests by name."""
 
-    #: Where it is, as a user would name it.
-    url: str
+    def __init__(self, url: str) -> None:
+        #: Where it is, as a user would name it.
+        self.url = url
+        self._distrusted: set[str] = set()
 
     def get(self, key: str) -> Plan | None:
         """The plan of a key; None if there is none that can be trusted, which is logged."""
@@ -133,9 +135,11 @@ class PlanStore(ABC):
         try:
             return decode(key, entry)
         except BadEntry as error:
-            logger.warning(
-                "plan %s in %s is not used, and will be built again: %s", key[:12], self.url, error
-            )
+            if key not in self._distrusted:  # said once, however often it is looked for
+                self._distrusted.add(key)
+                logger.warning(
+                    "plan %s in %s is not used, but built again: %s", key[:12], self.url, error
+                )
             return None
 
     def put(self, plan: Plan) -> None:
@@ -167,8 +171,8 @@ class DirectoryStore(PlanStore):
     """A directory, on this machine or shared between machines."""
 
     def __init__(self, root: Path) -> None:
+        super().__init__(str(root))
         self.root = root
-        self.url = str(root)
 
     def read(self, name: str) -> bytes | None:
         try:
@@ -247,7 +251,7 @@ class RemoteStore(PlanStore):
     """Files behind an fsspec URL: an object store, where one put is atomic."""
 
     def __init__(self, url: str, fs: Any, path: str) -> None:
-        self.url = url
+        super().__init__(url)
         self._fs = fs
         self._path = path.rstrip("/")
 

@@ -84,28 +84,50 @@ def build(
     ManifestError) when what is asked for can't be built, before anything is; StoreError when the
     store fails. A segment that TensorRT rejects is in the report.
     """
-    config = BuildConfig(**settings) if config is None else config
+    needs = examine(BuildConfig(**settings) if config is None else config)
+    with ray_cluster():
+        return build_needs(needs, progress=progress, compile=compile)
 
-    started = time.perf_counter()
+
+@dataclass(frozen=True)
+class Needs:
+    """What a job is about, as far as the config tells: everything but the targets' details."""
+
+    config: BuildConfig
+    files: ModelFiles
+    segments: list[NamedSegment]
+    dtypes: DTypes
+    store: PlanStore
+
+
+def examine(config: BuildConfig) -> Needs:
+    """The first half of `build`, which needs no cluster; raises its ValueErrors."""
     files = _open(config)
-    segments = _segments(config, files)
-    dtypes = _dtypes(config, files)
-    store = open_store(config.store)
-    with _ray_cluster():
-        dtype_names = list(dict.fromkeys((dtypes.compute, dtypes.residual)))
-        sites = find_sites(config.target, dtype_names, config.flavour)
-        profiles = {each.target: _profiles(config, each.target) for each in sites}
-        requests = [
-            PlanRequest(each.name, each.segment, dtypes, profiles[target], target)
-            for target in profiles
-            for each in segments
-        ]
-        manifest = _manifest(config, files, dtypes, profiles, segments, requests)
-        _refuse_newer(manifest, store)
-        if config.dry_run:
-            outcomes = look_up(requests, store)
-        else:
-            outcomes = fill(requests, store, RayWorkers(sites, compile), progress)
+    definition = resolve(files.config, config.model_class)
+    segments = find_segments(definition, files.config, tp_size=config.tp, pp_size=config.pp)
+    return Needs(config, files, segments, _dtypes(config, files), open_store(config.store))
+
+
+def build_needs(
+    needs: Needs, *, progress: Progress | None = None, compile: Compile = compile_plan
+) -> BuildReport:
+    """The second half of `build`, on the Ray cluster this process is connected to."""
+    started = time.perf_counter()
+    config, store, dtypes = needs.config, needs.store, needs.dtypes
+    names = list(dict.fromkeys((dtypes.compute, dtypes.residual)))
+    sites = find_sites(config.target, names, config.flavour)
+    profiles = {each.target: _profiles(config, each.target) for each in sites}
+    requests = [
+        PlanRequest(each.name, each.segment, dtypes, profiles[target], target)
+        for target in profiles
+        for each in needs.segments
+    ]
+    manifest = _manifest(needs, profiles, requests)
+    _refuse_newer(manifest, store)
+    if config.dry_run:
+        outcomes = look_up(requests, store)
+    else:
+        outcomes = fill(requests, store, RayWorkers(sites, compile), progress)
     where = None
     if all(outcome.state in ("reused", "compiled") for outcome in outcomes):
         if not config.dry_run:
@@ -115,7 +137,7 @@ def build(
 
 
 @contextmanager
-def _ray_cluster() -> Iterator[None]:
+def ray_cluster() -> Iterator[None]:
     """A connection to the Ray cluster there is, or to one of our own for as long as it takes."""
     if ray.is_initialized():
         yield
@@ -153,11 +175,6 @@ def _open(config: BuildConfig) -> ModelFiles:
     return files
 
 
-def _segments(config: BuildConfig, files: ModelFiles) -> list[NamedSegment]:
-    definition = resolve(files.config, config.model_class)
-    return find_segments(definition, files.config, tp_size=config.tp, pp_size=config.pp)
-
-
 def _dtypes(config: BuildConfig, files: ModelFiles) -> DTypes:
     compute: str = config.dtype
     if compute == "auto":
@@ -183,13 +200,9 @@ def _profiles(config: BuildConfig, target: Target) -> ProfileSet:
 
 
 def _manifest(
-    config: BuildConfig,
-    files: ModelFiles,
-    dtypes: DTypes,
-    profiles: dict[Target, ProfileSet],
-    segments: list[NamedSegment],
-    requests: list[PlanRequest],
+    needs: Needs, profiles: dict[Target, ProfileSet], requests: list[PlanRequest]
 ) -> Manifest:
+    config, files = needs.config, needs.files
     # A Hub model lies in …/snapshots/<commit>.
     commit = files.path.name if files.path.parent.name == "snapshots" else None
     keys = {(request.segment, request.target): request.key for request in requests}
@@ -202,7 +215,7 @@ def _manifest(
         ),
         tp_size=config.tp,
         pp_size=config.pp,
-        dtypes=dtypes,
+        dtypes=needs.dtypes,
         targets=tuple(PlannedTarget(target, each) for target, each in profiles.items()),
         segments=tuple(
             PlannedSegment(
@@ -210,7 +223,7 @@ def _manifest(
                 each.segment.digest(),
                 tuple(keys[each.segment, target] for target in profiles),
             )
-            for each in segments
+            for each in needs.segments
         ),
     )
 

@@ -15,24 +15,49 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 
 from tensorray.builder.build import Outcome, PlanRequest, Progress
-from tensorray.cluster.build import BuildReport, build
+from tensorray.cluster.build import BuildReport, build_needs, examine, ray_cluster
 from tensorray.cluster.build_config import BuildConfig
+from tensorray.cluster.generate import results_on_stdout
 
 
 def run(config: BuildConfig, *, as_json: bool) -> None:
     """Run the job, print what became of it; exit status 1 if a segment failed."""
-    # A job that is stopped lets go of the cluster; what was stored until then stays.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    with _progress() as progress:
-        report = build(config, progress=progress)
-    if as_json:
-        print(json.dumps(as_dict(report), indent=2))
-    else:
-        _print(report, config)
+    needs = examine(config)
+    with results_on_stdout() as results:  # Ray prints to stdout when it loses a node
+        with ray_cluster(), _stoppable(), _progress() as progress:
+            report = build_needs(needs, progress=progress)
+        if as_json:
+            print(json.dumps(as_dict(report), indent=2), file=results)
+        else:
+            _print(report, config, Console(file=results, highlight=False))
     for failure in report.failures:
         print(f"Error: {failure}", file=sys.stderr)
     if report.failures:
         sys.exit(1)
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """Leave by way of all `finally` clauses when told to stop, as `ray job stop` does.
+
+    Ray's own handler, which it installs as it connects, dumps a stack trace.
+    """
+    stopped = False
+
+    def stop(*_: object) -> None:
+        nonlocal stopped
+        stopped = True
+        sys.exit(143)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    except SystemExit:
+        if stopped:  # out of a wait of Ray's it comes with another status
+            sys.exit(143)
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def as_dict(report: BuildReport) -> dict[str, Any]:
@@ -60,7 +85,7 @@ def as_dict(report: BuildReport) -> dict[str, Any]:
     }
 
 
-def _print(report: BuildReport, config: BuildConfig) -> None:
+def _print(report: BuildReport, config: BuildConfig, console: Console) -> None:
     table = Table(title=f"Plans of {config.model}, tp {config.tp}, pp {config.pp}")
     table.add_column("target")
     headers = ["segments", "reused", "missing" if config.dry_run else "compiled", "failed"]
@@ -69,7 +94,7 @@ def _print(report: BuildReport, config: BuildConfig) -> None:
     groups: dict[str, list[Outcome]] = {}
     for outcome in report.outcomes:
         target = outcome.request.target
-        name = f"{target.gpu or target.architecture}, {target.flavour} {target.version}"
+        name = f"{target.gpu or target.architecture}, {target.flavour}"
         groups.setdefault(name, []).append(outcome)
     for name, outcomes in groups.items():
         states = [outcome.state for outcome in outcomes]
@@ -82,7 +107,6 @@ def _print(report: BuildReport, config: BuildConfig) -> None:
             f"{sum(outcome.seconds for outcome in outcomes):.1f}",
             f"{sum(outcome.bytes for outcome in outcomes) / 1e6:.1f}",
         )
-    console = Console(highlight=False)
     console.print(table)
     if config.dry_run:
         for outcome in report.outcomes:

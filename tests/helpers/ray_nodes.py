@@ -1,0 +1,150 @@
+"""A Ray cluster of several nodes on this machine, in a process of its own.
+
+`ray.cluster_utils.Cluster` writes to its process's environment and to the machine's "current
+cluster" file, so the process that runs the tests starts this module as a script and keeps its own
+connection to Ray, and a temporary directory of its own keeps other programs from joining.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+# A killed node is noticed within seconds rather than a quarter of a minute.
+_HEALTH_CHECKS = {
+    "health_check_initial_delay_ms": 0,
+    "health_check_period_ms": 500,
+    "health_check_timeout_ms": 2000,
+    "health_check_failure_threshold": 4,
+}
+
+
+class RayNodes:
+    """The cluster, as the tests see it: a head and further nodes, of one CPU each.
+
+    The last one it starts with seems to have an H200 and TensorRT (see fake_gpu).
+    """
+
+    def __init__(self, process: subprocess.Popen[str], started: dict[str, Any]) -> None:
+        self._process = process
+        self.address: str = started["address"]
+        self.dashboard: str = started["dashboard"]
+        #: Ray's ids of the nodes, the head first.
+        self.nodes: list[str] = started["nodes"]
+        self.gpu_node = self.nodes[-1]
+
+    def kill(self, node: str) -> None:
+        """End a node's processes with SIGKILL; it can't be the head."""
+        self._command("kill", node)
+        self.nodes.remove(node)
+
+    def add(self) -> None:
+        self.nodes.append(self._command("add"))
+
+    def environment(self, **more: str) -> dict[str, str]:
+        """What a program needs to run on this cluster."""
+        return {**os.environ, "RAY_ADDRESS": self.address, "OMP_NUM_THREADS": "1", **more}
+
+    def _command(self, *words: str) -> str:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        print(*words, file=self._process.stdin, flush=True)
+        return self._process.stdout.readline().strip()
+
+
+@contextlib.contextmanager
+def ray_nodes(count: int) -> Iterator[RayNodes]:
+    directory = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # paths of sockets have to be short
+    # Jobs run what is on the path: the commands of this very environment.
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "RAY_TMPDIR": directory, "PATH": path, "OMP_NUM_THREADS": "1"}
+    environment.pop("RAY_ADDRESS", None)
+    process = subprocess.Popen(
+        [sys.executable, __file__, str(count)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    try:
+        line = process.stdout.readline()
+        assert line, "the cluster did not start"
+        yield RayNodes(process, json.loads(line))
+    finally:
+        process.stdin.close()
+        process.wait(60)
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _main(count: int) -> None:
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # Ray prints to stdout too
+    from ray.cluster_utils import Cluster
+
+    port = _free_port()
+    cluster = Cluster(
+        initialize_head=True,
+        head_node_args={
+            "num_cpus": 1,
+            "include_dashboard": True,
+            "dashboard_port": port,
+            "dashboard_agent_listen_port": _free_port(),
+            "_system_config": _HEALTH_CHECKS,
+        },
+    )
+    nodes = [_add(cluster, wait=False) for _ in range(count - 2)]
+    nodes.append(
+        _add(
+            cluster,
+            wait=False,
+            num_gpus=1,
+            resources={"accelerator_type:H200": 1},
+            env_vars={"PYTHONPATH": str(Path(__file__).with_name("fake_gpu"))},
+        )
+    )
+    cluster.wait_for_nodes(60)
+    started = {
+        "address": cluster.address,
+        "dashboard": f"http://127.0.0.1:{port}",
+        "nodes": [node.node_id for node in (cluster.head_node, *nodes)],
+    }
+    print(json.dumps(started), file=answers, flush=True)
+    for line in sys.stdin:
+        command, *names = line.split()
+        answer = ""
+        if command == "kill":
+            (node,) = (node for node in nodes if node.node_id == names[0])
+            nodes.remove(node)
+            cluster.remove_node(node, allow_graceful=False)
+        elif command == "add":
+            nodes.append(_add(cluster))
+            answer = nodes[-1].node_id
+        print(answer, file=answers, flush=True)
+    cluster.shutdown()
+
+
+def _add(cluster: Any, **options: Any) -> Any:
+    # Jobs are submitted through a node's agent, whose usual port another cluster may have.
+    return cluster.add_node(num_cpus=1, dashboard_agent_listen_port=_free_port(), **options)
+
+
+if __name__ == "__main__":
+    _main(int(sys.argv[1]))
