@@ -78,8 +78,10 @@ class TensorRTOps(SegmentOps):
         if tensor is None:
             raise self._rejected(f"input {name} {spec}")
         value = Value(self, tensor, spec.shape, dtype)
-        if self._rows is None and spec.shape[0] == ROWS:
-            self._rows = self._first_dimension(value)
+        if spec.shape[0] == ROWS:
+            # One name, one number: else each input could have rows of its own, or broadcast.
+            tensor.set_dimension_name(0, "rows")
+            self._rows = self._rows or self._first_dimension(value)
         return value
 
     def output(self, name: str, value: Value) -> None:
