@@ -2,7 +2,7 @@
 
 - `tensorrt_rtx`: builds ahead of time, on any machine, for the GPU architectures it lists; kernels
   are made when a plan is loaded. Strongly typed networks.
-- `tensorrt` 10 and later: builds for the GPU of this machine, timing kernels on it. Strongly typed
+- `tensorrt` 10.1 and later: builds for the GPU of this machine, timing kernels on it. Strongly typed
   networks.
 - `tensorrt` 8.6: likewise, but weakly typed: the types a network asks for are set on each layer
   and TensorRT is told to obey them. No bfloat16.
@@ -94,11 +94,11 @@ def load_flavour(name: str) -> Flavour:
     if name == "tensorrt_rtx":
         return TensorRTRTX(module)
     major, minor = (int(part) for part in module.__version__.split(".")[:2])
-    if major >= 10:
+    if (major, minor) >= (10, 1):
         return TensorRT(module)
     if (major, minor) == (8, 6):
         return TensorRT8(module)
-    raise TargetError(f"tensorrt {module.__version__} is not supported; 8.6 and 10 or later are")
+    raise TargetError(f"tensorrt {module.__version__} is not supported; 8.6 and 10.1 or later are")
 
 
 @cache
@@ -193,12 +193,12 @@ class Flavour(ABC):
                 profile.set_shape(name, smallest, best, largest)
             if config.add_optimization_profile(profile) < 0:
                 raise TensorRTError(f"profile {dict(shapes)}: {self.messages.take()}")
-        if timing_cache is not None:
+        if timing_cache is not None and target.gpu is not None:
             config.set_timing_cache(config.create_timing_cache(timing_cache.data), False)
         plan = self.builder.build_serialized_network(network, config)
         if plan is None:
             raise TensorRTError(self.messages.take())
-        if timing_cache is not None:
+        if timing_cache is not None and target.gpu is not None:
             timing_cache.data = bytes(config.get_timing_cache().serialize())
         return bytes(plan)
 
@@ -310,7 +310,7 @@ class _Local(Flavour):
 
 
 class TensorRT(_Local, _StronglyTyped):
-    """TensorRT 10 and later."""
+    """TensorRT 10.1 and later."""
 
 
 class TensorRT8(_Local):
