@@ -2,8 +2,8 @@
 
 - `tensorrt_rtx`: builds ahead of time, on any machine, for the GPU architectures it lists; kernels
   are made when a plan is loaded. Strongly typed networks.
-- `tensorrt` 10.1 and later: builds for the GPU of this machine, timing kernels on it. Strongly typed
-  networks.
+- `tensorrt` 10.1 and later: builds for the GPU of this machine, timing kernels on it. Strongly
+  typed networks.
 - `tensorrt` 8.6: likewise, but weakly typed: the types a network asks for are set on each layer
   and TensorRT is told to obey them. No bfloat16.
 

@@ -50,6 +50,7 @@ from tensorray.builder.tensorrt_flavour import (
     Target,
     TargetError,
     TensorRTError,
+    TimingCache,
     load_flavour,
 )
 from tensorray.builder.tensorrt_ops import TensorRTOps
@@ -398,6 +399,20 @@ def test_targets_hold_the_builders_settings(flavour: Flavour) -> None:
     settings = dict(flavour.target("sm_89").settings)
     assert settings.keys() == {"flags", "optimization_level", "tactic_sources"}
     assert settings["flags"] & 1 << int(flavour.trt.BuilderFlag.TF32) == 0
+
+
+def test_nothing_is_timed_ahead_of_time(flavour: Flavour) -> None:
+    timing = TimingCache(b"of some GPU")
+    plan = build_plan(
+        MLP,
+        dtypes=DTypes(),
+        profiles=ONE_PROFILE,
+        target=flavour.target("sm_89"),
+        flavour=flavour,
+        timing_cache=timing,
+    )
+    assert plan.data
+    assert timing.data == b"of some GPU"
 
 
 def test_a_target_goes_with_its_flavour(flavour: Flavour) -> None:
