@@ -112,8 +112,8 @@ def _ask(
     """The answers of all nodes at once, by flavour and node."""
     answers: dict[str, dict[str, _Answer]] = {flavour: {} for flavour in flavours}
     tasks: dict[Any, tuple[str, str]] = {}
-    for node in ray.nodes():
-        if not node["Alive"] or node["Resources"].get("CPU", 0) < 1:
+    for node in _nodes():
+        if node["Resources"].get("CPU", 0) < 1:
             continue
         here = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
         gpus = _gpu_architectures(node, architectures)
@@ -129,19 +129,26 @@ def _ask(
     if tasks:
         ray.wait(list(tasks), num_returns=len(tasks), timeout=ANSWER_WITHIN)
     for task, (flavour, node_id) in tasks.items():
-        answers[flavour][node_id] = _answer(task, architectures)
+        answers[flavour][node_id] = _answer(task, flavour, architectures)
     return answers
 
 
-def _answer(task: Any, architectures: Sequence[str]) -> _Answer:
+def _nodes() -> list[dict[str, Any]]:
+    """The nodes that are there, as Ray describes them."""
+    return [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+
+
+def _answer(task: Any, flavour: str, architectures: Sequence[str]) -> _Answer:
     try:
         answer: _Answer = ray.get(task, timeout=0)
         return answer
     except ray.exceptions.GetTimeoutError:
         ray.cancel(task, force=True)
-        problem = f"no answer within {ANSWER_WITHIN:.0f} s; what it builds with may be in use"
+        problem = f"{flavour}: no answer within {ANSWER_WITHIN:.0f} s"
+        problem += "; all its GPUs may be in use" if flavour == "tensorrt" else ""
     except ray.exceptions.RayError as error:  # the node died, or lacks this package
-        problem = f"no answer: {_reason(error)}"
+        problem = f"{flavour}: no answer: {_reason(error)}"
+    logger.warning("a node is left out: %s", problem)
     return dict.fromkeys(architectures, problem)
 
 
@@ -234,7 +241,7 @@ class RayWorkers:
 
     def _stranded(self) -> list[Result]:
         """Give up what no node that is left can build; Ray would wait for one for ever."""
-        alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+        alive = {node["NodeID"] for node in _nodes()}
         used = {node for nodes in self._sites.values() for node in nodes}
         if lost := used - alive - self._lost:
             self._lost |= lost

@@ -6,8 +6,9 @@ read is checked: an entry that is truncated, corrupt or not ours counts as missi
 again and replaced. A plan's key is a digest of all it depends on, so deleting one is always safe.
 
 Builders that share a directory claim a key before they build it, so that no plan is built twice
-at the same time. Behind other URLs there are no claims: two builders may do the same work, and
-the later one's entry replaces an equal one.
+at the same time. (On a network file system that takes one where flock works between machines.)
+Behind other URLs there are no claims: two builders may do the same work, and the later one's entry
+replaces one that serves as well.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ import functools
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 import time
@@ -35,6 +36,7 @@ pytest.importorskip("tensorrt_rtx_bindings", reason="pip install 'tensorray[rtx]
 pytestmark = pytest.mark.ray
 
 MODEL = str(Path(__file__).parent / "fixtures" / "models" / "llama3")
+EXAMPLES = Path(__file__).parent.parent / "deploy" / "examples"
 #: Enough to have every plan of it built twice over in seconds.
 SMALL = ("build", MODEL, "--tp", "2", "--target", "sm_89,sm_120")
 PATIENCE = 120.0
@@ -142,6 +144,18 @@ def test_from_python(ray_cluster: None, tmp_path: Path) -> None:
     assert (plan.dtypes.compute, plan.dtypes.residual) == ("float16", "float32")
     assert plan.profiles.max_rows == 64
     assert {outcome.state for outcome in build(**settings).outcomes} == {"reused"}
+
+
+def test_the_example_builds_several_layouts(
+    ray_cluster: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("TENSORRAY_STORE", str(tmp_path))
+    example = runpy.run_path(str(EXAMPLES / "build_plans.py"))
+    assert example["main"](MODEL, "sm_89") == 0
+    assert re.search(r"^tp 1: (\d) plans of .*, \1 of them compiled", capsys.readouterr().out)
 
 
 def test_a_segment_that_fails_is_named_with_tensorrts_message_and_the_rest_lands(
@@ -410,17 +424,22 @@ def test_two_jobs_at_once_share_the_work(nodes: RayNodes, tmp_path: Path) -> Non
     assert all(opened.get(plan["key"]) for plan in first)
 
 
-def submit(nodes: RayNodes, *command: str) -> subprocess.CompletedProcess[str]:
-    submission = ("job", "submit", "--address", nodes.dashboard, "--", *command)
-    ray = Path(sys.executable).with_name("ray")
+def submit(nodes: RayNodes, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """`ray job submit -- tensorray build …`, as the example spells it."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     return subprocess.run(
-        [ray, *submission], capture_output=True, text=True, timeout=PATIENCE, check=False
+        [EXAMPLES / "build_job.sh", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+        env={**os.environ, "RAY_ADDRESS": nodes.dashboard, "PATH": path},
     )
 
 
 def test_a_submitted_job_says_how_it_went(nodes: RayNodes, tmp_path: Path) -> None:
     store = tmp_path / "store"
-    command = ("tensorray", *SMALL[:-1], "sm_89", "--store", str(store))
+    command = (*SMALL[1:-1], "sm_89", "--store", str(store))
     done = submit(nodes, *command)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "layers 0-1: o, for sm_89: " in done.stdout
@@ -446,7 +465,7 @@ def test_a_job_that_is_stopped_leaves_a_valid_store(
     config = PUBLISHED["gemma-3-27b"].config
     (tmp_path / "model" / "config.json").write_text(json.dumps(config))
     settings = ("--config-only", "--dtype", "float16", "--store", str(store))
-    targets = "sm_80,sm_86,sm_89,sm_120,sm_121"
+    targets = "sm_75,sm_80,sm_86,sm_89,sm_120,sm_121"
     client = JobSubmissionClient(nodes.dashboard)
     job = client.submit_job(
         entrypoint=" ".join(
