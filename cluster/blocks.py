@@ -136,8 +136,12 @@ class BlockManager:
         """Per group, the ids of the sequence's blocks; 0 where one fell out of the window."""
         ids: list[list[int]] = [[] for _ in range(self.num_groups)]
         for table in s.tables:
-            for member, group in enumerate(table.kind.groups):
-                ids[group] = [page.blocks[member] if page else 0 for page in table.pages]
+            kind = table.kind
+            gone = [0] * kind.size
+            columns = [page.blocks if page else gone for page in table.pages]
+            # Without columns there is nothing to transpose, and the lists stay empty.
+            for group, blocks in zip(kind.groups, zip(*columns, strict=True), strict=False):
+                ids[group] = list(blocks)
         return ids
 
     def _span(self, kind: Kind) -> int:
@@ -194,12 +198,13 @@ class BlockManager:
             return None
         added: list[list[int]] = [[] for _ in range(self.num_groups)]
         for table in s.tables:
-            kind, pages = table.kind, table.pages
-            while len(pages) < columns:
-                page = self._take(kind)
-                pages.append(page)
-                for group, block in zip(kind.groups, page.blocks, strict=True):
-                    added[group].append(block)
+            kind = table.kind
+            new = [self._take(kind) for _ in range(columns - len(table.pages))]
+            if new:
+                table.pages += new
+                by_group = zip(*[page.blocks for page in new], strict=True)
+                for group, blocks in zip(kind.groups, by_group, strict=True):
+                    added[group] += blocks
         return added
 
     def trim(self, s: Sequence) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tensorray.actors.protocol import KVGroups, Sampling
@@ -56,6 +56,7 @@ def ids(blocks: BlockManager, s: Sequence) -> list[list[int]]:
 # --- how much ------------------------------------------------------------------------------
 
 
+@settings(deadline=None)
 @given(
     windows=st.lists(st.none() | st.integers(1, 20), min_size=1, max_size=4),
     length=st.integers(1, 60),
@@ -98,6 +99,15 @@ def test_admission_takes_what_all_known_tokens_need_and_leaves_the_reserve() -> 
     assert blocks.grow(s, 16) == [[], []]  # its last page holds three more
     assert blocks.grow(s, 17) is None
     assert blocks.held(s) == 8
+
+
+def test_a_sequence_just_admitted_has_tables_to_show() -> None:
+    blocks = manager([None, 6, 6])
+    s = sequence(list(range(5)))
+    assert blocks.admit(s, 0)
+    full, *windowed = ids(blocks, s)
+    assert len(full) == 2
+    assert windowed == [[], []]  # a windowed group takes blocks chunk by chunk
 
 
 def test_a_window_frees_a_page_once_no_later_query_sees_it() -> None:

@@ -25,7 +25,7 @@ MODELS: dict[str, list[int | None]] = {
     "1 group": [None],
     "6 groups (Gemma 3 270M: 1 full, 5 of window 512)": [None, 512, 512, 512, 512, 512],
 }
-REPEATS = 5
+REPEATS = 3
 SAMPLING = Sampling(stop_token_ids=[1, 106])
 
 
@@ -89,7 +89,7 @@ def decode(windows: list[int | None], running: int, depth: int) -> list[float]:
         engine.add(sequence(seq, rng, rng.randrange(100, 700), 4000))
     while engine.stats().prefill_tokens or not engine.stats().decode_tokens:
         timed_step(engine, shard, results, depth)
-    return [timed_step(engine, shard, results, depth) for _ in range(1200)]
+    return [timed_step(engine, shard, results, depth) for _ in range(640)]
 
 
 def churn(windows: list[int | None], depth: int) -> list[float]:
@@ -101,7 +101,7 @@ def churn(windows: list[int | None], depth: int) -> list[float]:
     results: deque[StepResult] = deque()
     times = []
     seq = 0
-    for step in range(2500):
+    for step in range(1500):
         while engine.stats().waiting < 32:
             engine.add(sequence(seq, rng, rng.randrange(100, 1000), rng.randrange(50, 400)))
             seq += 1
