@@ -14,7 +14,8 @@ from ray.actor import ActorHandle
 from tensorray.actors.config import ShardConfig
 from tensorray.actors.link import ShardError, StepExecutor
 from tensorray.actors.null_shard import NullShard
-from tensorray.actors.tcp_link import Endpoint, ShardServer, TcpLink
+from tensorray.actors.tcp_link import ShardServer, TcpLink
+from tensorray.actors.wire import Endpoint
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +59,7 @@ class RunningShard:
         ray.kill(self.actor)
 
 
-async def start_shard(config: ShardConfig, *, num_cpus: float | None = None) -> RunningShard:
+async def start_shard(config: ShardConfig) -> RunningShard:
     """Start a shard actor and connect to it. Returns once it has loaded and can serve.
 
     Raises ShardError with the shard's own reason when it can't come up.
@@ -67,7 +68,7 @@ async def start_shard(config: ShardConfig, *, num_cpus: float | None = None) -> 
     actor: Any = (
         ray.remote(ShardActor)
         .options(
-            num_cpus=0 if config.device == "null" else (num_cpus or 1),
+            num_cpus=0 if config.device == "null" else 1,
             max_restarts=0,
             # Ray sets OMP_NUM_THREADS=1 for actors with few CPUs; the shard's threads are its own.
             runtime_env={"env_vars": {"OMP_NUM_THREADS": str(threads)}},

@@ -9,25 +9,26 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hmac
 import logging
-import secrets
 import socket
-import struct
 import threading
-from dataclasses import dataclass
 
 import msgspec
 
 from tensorray.actors.link import ShardError, StepExecutor
 from tensorray.actors.protocol import ShardInfo, StepPlan, StepResult
+from tensorray.actors.wire import (
+    HANDSHAKE_SECONDS,
+    LENGTH,
+    SECRET_BYTES,
+    Endpoint,
+    check_length,
+    dial,
+    frame,
+    read_frame,
+)
 
 logger = logging.getLogger(__name__)
-
-_LENGTH = struct.Struct("<I")
-_MAX_FRAME = 1 << 30
-_SECRET_BYTES = 32
-_HANDSHAKE_SECONDS = 10.0
 
 
 class StepFailed(msgspec.Struct, frozen=True, tag=True):
@@ -43,15 +44,6 @@ class StepDone(msgspec.Struct, frozen=True, tag=True):
 _Answer = StepFailed | StepDone
 
 
-@dataclass(frozen=True)
-class Endpoint:
-    """Where a shard listens, and the secret that opens it."""
-
-    host: str
-    port: int
-    secret: bytes
-
-
 class ShardServer:
     """Serves one executor to one router at a time, on a thread of its own.
 
@@ -61,9 +53,7 @@ class ShardServer:
     def __init__(self, executor: StepExecutor, host: str = "127.0.0.1") -> None:
         self._executor = executor
         self._listener = socket.create_server((host, 0))
-        self.endpoint = Endpoint(
-            host, self._listener.getsockname()[1], secrets.token_bytes(_SECRET_BYTES)
-        )
+        self.endpoint = Endpoint.new(host, self._listener.getsockname()[1])
         self._connection: socket.socket | None = None
         self._thread = threading.Thread(target=self._serve, name="shard-link", daemon=True)
         self._thread.start()
@@ -96,24 +86,24 @@ class ShardServer:
 
     def _serve_router(self, connection: socket.socket, peer: object) -> None:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        connection.settimeout(_HANDSHAKE_SECONDS)
-        if not hmac.compare_digest(_read(connection, _SECRET_BYTES), self.endpoint.secret):
+        connection.settimeout(HANDSHAKE_SECONDS)
+        if not self.endpoint.admits(_read(connection, SECRET_BYTES)):
             logger.warning("refused a connection from %s: wrong secret", peer)
             return
         connection.settimeout(None)
         decoder = msgspec.msgpack.Decoder(StepPlan)
         encoder = msgspec.msgpack.Encoder()
-        connection.sendall(_frame(encoder.encode(self._executor.info)))
+        connection.sendall(frame(encoder.encode(self._executor.info)))
         while True:
-            (length,) = _LENGTH.unpack(_read(connection, _LENGTH.size))
-            plan = decoder.decode(_read(connection, length))
+            (length,) = LENGTH.unpack(_read(connection, LENGTH.size))
+            plan = decoder.decode(_read(connection, check_length(length)))
             answer: _Answer
             try:
                 answer = StepDone(self._executor.execute(plan))
             except Exception as error:
                 logger.exception("step %d failed", plan.step)
                 answer = StepFailed(f"{type(error).__name__}: {error}")
-            connection.sendall(_frame(encoder.encode(answer)))
+            connection.sendall(frame(encoder.encode(answer)))
             if isinstance(answer, StepFailed):
                 return
 
@@ -134,7 +124,7 @@ class TcpLink:
     async def connect(cls, endpoint: Endpoint) -> TcpLink:
         """Connect and wait for the shard's info. Raises ShardError when it does not answer."""
         try:
-            reader, writer, info = await asyncio.wait_for(_open(endpoint), _HANDSHAKE_SECONDS)
+            reader, writer, info = await asyncio.wait_for(_open(endpoint), HANDSHAKE_SECONDS)
         except (OSError, asyncio.IncompleteReadError, asyncio.TimeoutError) as error:
             raise ShardError(
                 f"no shard answers at {endpoint.host}:{endpoint.port}: {error!r}"
@@ -144,11 +134,11 @@ class TcpLink:
     def send(self, plan: StepPlan) -> None:
         if self._writer.is_closing():
             raise ShardError("the shard's connection is closed")
-        self._writer.write(_frame(self._encoder.encode(plan)))
+        self._writer.write(frame(self._encoder.encode(plan)))
 
     async def receive(self) -> StepResult:
         try:
-            answer = self._decoder.decode(await _read_frame(self._reader))
+            answer = self._decoder.decode(await read_frame(self._reader))
         except (OSError, asyncio.IncompleteReadError) as error:
             raise ShardError(f"the shard's connection ended: {error!r}") from error
         if isinstance(answer, StepFailed):
@@ -164,26 +154,11 @@ class TcpLink:
 async def _open(
     endpoint: Endpoint,
 ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter, ShardInfo]:
-    reader, writer = await asyncio.open_connection(endpoint.host, endpoint.port)
-    writer.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    writer.write(endpoint.secret)
-    return reader, writer, msgspec.msgpack.decode(await _read_frame(reader), type=ShardInfo)
-
-
-def _frame(body: bytes) -> bytes:
-    return _LENGTH.pack(len(body)) + body
-
-
-async def _read_frame(reader: asyncio.StreamReader) -> bytes:
-    (length,) = _LENGTH.unpack(await reader.readexactly(_LENGTH.size))
-    if length > _MAX_FRAME:
-        raise ConnectionError(f"a frame of {length} bytes")
-    return await reader.readexactly(length)
+    reader, writer = await dial(endpoint)
+    return reader, writer, msgspec.msgpack.decode(await read_frame(reader), type=ShardInfo)
 
 
 def _read(connection: socket.socket, size: int) -> bytes:
-    if size > _MAX_FRAME:
-        raise ConnectionError(f"a frame of {size} bytes")
     buffer = bytearray(size)
     view = memoryview(buffer)
     while view:

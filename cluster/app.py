@@ -29,9 +29,10 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 from rich.console import Console
 
+from tensorray.actors.wire import Endpoint
 from tensorray.cluster.config import EngineConfig
 from tensorray.cluster.engine import EngineFailed
-from tensorray.cluster.engine_link import Endpoint, EngineLink
+from tensorray.cluster.engine_link import EngineLink
 from tensorray.cluster.frontend import Frontend, PreparedRequest
 from tensorray.cluster.ingress import create_app
 from tensorray.cluster.router import Router

@@ -13,35 +13,28 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hmac
 import logging
-import secrets
-import socket
-import struct
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Literal
 
 import msgspec
 
+from tensorray.actors.wire import (
+    HANDSHAKE_SECONDS,
+    SECRET_BYTES,
+    Endpoint,
+    dial,
+    frame,
+    no_delay,
+    read_frame,
+)
 from tensorray.cluster.engine import Engine, EngineFailed
 from tensorray.cluster.errors import InternalError
 from tensorray.cluster.request import Delta, GenerationRequest, QueueFull, RequestRefused
 
 logger = logging.getLogger(__name__)
 
-_LENGTH = struct.Struct("<I")
-_MAX_FRAME = 1 << 28
-_SECRET_BYTES = 32
-_HANDSHAKE_SECONDS = 10.0
 _HIGH_WATER = 1 << 18  # bytes on their way to an ingress before it counts as lagging
-
-
-class Endpoint(msgspec.Struct, frozen=True):
-    """Where a router listens, and the secret that opens it."""
-
-    host: str
-    port: int
-    secret: bytes
 
 
 class Submit(msgspec.Struct, frozen=True, tag=True):
@@ -94,21 +87,6 @@ class Item(msgspec.Struct, frozen=True, omit_defaults=True, array_like=True):
     failure: Failure | None = None
 
 
-def _framed(body: bytes) -> bytes:
-    return _LENGTH.pack(len(body)) + body
-
-
-async def _read_frame(reader: asyncio.StreamReader) -> bytes:
-    (length,) = _LENGTH.unpack(await reader.readexactly(_LENGTH.size))
-    if length > _MAX_FRAME:
-        raise ConnectionError(f"a frame of {length} bytes")
-    return await reader.readexactly(length)
-
-
-def _no_delay(writer: asyncio.StreamWriter) -> None:
-    writer.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-
-
 # --- the router's end -------------------------------------------------------------------------
 
 
@@ -125,7 +103,7 @@ class EngineServer:
         """Listen on a free port of `host`."""
         self._server = await asyncio.start_server(self._serve, host, 0)
         port = self._server.sockets[0].getsockname()[1]
-        self.endpoint = Endpoint(host, port, secrets.token_bytes(_SECRET_BYTES))
+        self.endpoint = Endpoint.new(host, port)
         return self.endpoint
 
     def running(self) -> int:
@@ -148,11 +126,11 @@ class EngineServer:
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         peer = writer.get_extra_info("peername")
         try:
-            secret = await asyncio.wait_for(reader.readexactly(_SECRET_BYTES), _HANDSHAKE_SECONDS)
-            if not hmac.compare_digest(secret, self.endpoint.secret):
+            secret = await asyncio.wait_for(reader.readexactly(SECRET_BYTES), HANDSHAKE_SECONDS)
+            if not self.endpoint.admits(secret):
                 logger.warning("refused a connection from %s: wrong secret", peer)
                 return
-            _no_delay(writer)
+            no_delay(writer)
             connection = _Connection(self._engine, reader, writer)
             self._connections.add(connection)
             try:
@@ -187,7 +165,7 @@ class _Connection:
         decoder = msgspec.msgpack.Decoder(Submit | Cancel)
         try:
             while True:
-                message = decoder.decode(await _read_frame(self._reader))
+                message = decoder.decode(await read_frame(self._reader))
                 if isinstance(message, Submit):
                     self._submit(message)
                 elif (request_id := self._ids.get(message.stream)) is not None:
@@ -239,7 +217,7 @@ class _Connection:
         items, self._outbox = self._outbox, []
         if self._writer.is_closing():
             return
-        self._writer.write(_framed(self._encoder.encode(items)))
+        self._writer.write(frame(self._encoder.encode(items)))
         if self._flowing.is_set() and self._writer.transport.get_write_buffer_size() > _HIGH_WATER:
             self._flowing.clear()
             task = asyncio.create_task(self._resume())
@@ -299,7 +277,7 @@ class _Line:
 
     def send(self, message: Submit | Cancel) -> None:
         if self.open:
-            self._writer.write(_framed(self._encoder.encode(message)))
+            self._writer.write(frame(self._encoder.encode(message)))
 
     def close(self) -> None:
         self._reading.cancel()
@@ -308,7 +286,7 @@ class _Line:
         decoder = msgspec.msgpack.Decoder(list[Item])
         try:
             while True:
-                for item in decoder.decode(await _read_frame(reader)):
+                for item in decoder.decode(await read_frame(reader)):
                     mailbox = self.mailboxes.get(item.stream)
                     if mailbox is not None:
                         mailbox.put(item)
@@ -330,7 +308,7 @@ class EngineLink:
     def __init__(self, find: Callable[[], Awaitable[Endpoint]]) -> None:
         self._find = find
         self._line: _Line | None = None
-        self._connecting = asyncio.Lock()
+        self._connecting: asyncio.Task[_Line] | None = None
         self._running: dict[str, tuple[_Line, int]] = {}  # by request id
         self._next = 0
 
@@ -360,25 +338,29 @@ class EngineLink:
             line.send(Cancel(number, index))
 
     async def close(self) -> None:
+        if self._connecting is not None:
+            self._connecting.cancel()
         if self._line is not None:
             self._line.close()
 
     async def _connected(self) -> _Line:
+        """The line; all who find it down wait for one attempt, and hear of its failure at once."""
         if self._line is not None and self._line.open:
             return self._line
-        async with self._connecting:
-            if self._line is None or not self._line.open:
-                self._line = await self._connect()
-            return self._line
+        if self._connecting is None:
+            self._connecting = asyncio.create_task(self._connect())
+            self._connecting.add_done_callback(self._attempted)
+        return await asyncio.shield(self._connecting)
+
+    def _attempted(self, attempt: asyncio.Task[_Line]) -> None:
+        self._connecting = None
+        if not attempt.cancelled() and attempt.exception() is None:
+            self._line = attempt.result()
 
     async def _connect(self) -> _Line:
         try:
-            endpoint = await asyncio.wait_for(self._find(), _HANDSHAKE_SECONDS)
-            reader, writer = await asyncio.wait_for(
-                asyncio.open_connection(endpoint.host, endpoint.port), _HANDSHAKE_SECONDS
-            )
+            endpoint = await asyncio.wait_for(self._find(), HANDSHAKE_SECONDS)
+            reader, writer = await asyncio.wait_for(dial(endpoint), HANDSHAKE_SECONDS)
         except (OSError, asyncio.TimeoutError) as error:
             raise EngineFailed(f"its router does not answer: {error!r}") from error
-        _no_delay(writer)
-        writer.write(endpoint.secret)
         return _Line(reader, writer)

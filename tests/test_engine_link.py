@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from tensorray.actors.protocol import Sampling
+from tensorray.actors.wire import Endpoint
 from tensorray.cluster.engine import Engine, EngineFailed
-from tensorray.cluster.engine_link import Endpoint, EngineLink, EngineServer
+from tensorray.cluster.engine_link import EngineLink, EngineServer
 from tensorray.cluster.request import Delta, GenerationRequest, QueueFull, RequestRefused
 from tests.helpers.null_engine import null_engine
 
@@ -173,3 +174,23 @@ async def test_drain_waits_for_what_runs() -> None:
         assert sum(map(len, tokens.values())) == 29
         await asyncio.wait_for(draining, 5)
         assert server.running() == 0
+
+
+async def test_all_who_wait_for_a_lost_router_share_one_attempt() -> None:
+    attempts = 0
+
+    async def find() -> Endpoint:
+        nonlocal attempts
+        attempts += 1
+        await asyncio.sleep(0.05)
+        raise EngineFailed("its router does not answer")
+
+    link = EngineLink(find)
+    answers = await asyncio.gather(
+        *[gather(link.generate(request(f"r{i}"))) for i in range(20)], return_exceptions=True
+    )
+    assert all(isinstance(answer, EngineFailed) for answer in answers)
+    assert attempts == 1
+    with pytest.raises(EngineFailed):  # who comes later tries again
+        await gather(link.generate(request("late")))
+    assert attempts == 2

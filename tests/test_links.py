@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import secrets
 import socket
 
+import msgspec
 import pytest
 
 from tensorray.actors.link import LocalLink, ShardError, ShardLink
@@ -93,7 +93,7 @@ async def test_a_new_router_finds_an_empty_shard(server):
 
 
 async def test_a_wrong_secret_is_turned_away_and_the_right_one_still_served(server):
-    forged = dataclasses.replace(server.endpoint, secret=secrets.token_bytes(32))
+    forged = msgspec.structs.replace(server.endpoint, secret=secrets.token_bytes(32))
     with pytest.raises(ShardError, match="no shard answers"):
         await TcpLink.connect(forged)
     link = await TcpLink.connect(server.endpoint)
@@ -105,4 +105,4 @@ async def test_nobody_at_the_address_is_a_shard_error(server):
     with socket.create_server(("127.0.0.1", 0)) as unused:
         port = unused.getsockname()[1]
     with pytest.raises(ShardError, match=str(port)):
-        await TcpLink.connect(dataclasses.replace(server.endpoint, port=port))
+        await TcpLink.connect(msgspec.structs.replace(server.endpoint, port=port))

@@ -1,0 +1,66 @@
+"""What both TCP links share: where a peer listens and the secret that opens it, and frames.
+
+A connection opens with the secret; then both sides send frames, a length and that many bytes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import secrets
+import socket
+import struct
+
+import msgspec
+
+SECRET_BYTES = 32
+HANDSHAKE_SECONDS = 10.0
+
+LENGTH = struct.Struct("<I")
+_MAX_FRAME = 1 << 30
+
+
+class Endpoint(msgspec.Struct, frozen=True):
+    """Where a peer listens, and the secret that opens it."""
+
+    host: str
+    port: int
+    secret: bytes
+
+    @classmethod
+    def new(cls, host: str, port: int) -> Endpoint:
+        """With a secret of its own."""
+        return cls(host, port, secrets.token_bytes(SECRET_BYTES))
+
+    def admits(self, secret: bytes) -> bool:
+        return hmac.compare_digest(secret, self.secret)
+
+
+def frame(body: bytes) -> bytes:
+    return LENGTH.pack(len(body)) + body
+
+
+def check_length(length: int) -> int:
+    """The length of a frame to come. Raises ConnectionError if nobody would send that much."""
+    if length > _MAX_FRAME:
+        raise ConnectionError(f"a frame of {length} bytes")
+    return length
+
+
+async def read_frame(reader: asyncio.StreamReader) -> bytes:
+    """The next frame's body. Raises OSError or IncompleteReadError when the peer is gone."""
+    (length,) = LENGTH.unpack(await reader.readexactly(LENGTH.size))
+    return await reader.readexactly(check_length(length))
+
+
+async def dial(endpoint: Endpoint) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """Connect, and say the secret. Raises OSError."""
+    reader, writer = await asyncio.open_connection(endpoint.host, endpoint.port)
+    no_delay(writer)
+    writer.write(endpoint.secret)
+    return reader, writer
+
+
+def no_delay(writer: asyncio.StreamWriter) -> None:
+    """Send small frames at once."""
+    writer.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
