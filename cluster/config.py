@@ -10,7 +10,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from tensorray.actors.config import ShardConfig
 from tensorray.actors.protocol import ShardInfo
@@ -56,6 +56,9 @@ class EngineConfig(BaseModel):
     dtype: Literal["auto", "float32"] = Field("auto", description="Weights and activations")
     kv_cache_dtype: Literal["auto", "float32"] = Field("auto", description="KV cache")
     num_threads: int | None = Field(None, ge=1, description="CPU threads (default: all cores)")
+    step_timeout_seconds: float = Field(
+        300.0, gt=0, description="When serving: a shard that takes longer over a step is replaced"
+    )
     null_step_ms: float = Field(0.0, ge=0, description="Step time of the null device")
     # --- memory and batching ---
     max_model_len: int | None = Field(
@@ -71,13 +74,13 @@ class EngineConfig(BaseModel):
         512, ge=1, description="Tokens a step may run; more prefill faster and stall decodes longer"
     )
     max_waiting: int = Field(
-        4096, ge=0, description="Requests that may wait before new ones get 429"
+        4096, ge=0, description="When serving: sequences that may wait before new ones get 429"
     )
     enable_prefix_caching: bool = Field(True, description="Reuse KV blocks of equal prefixes")
     scheduling_policy: Literal["fcfs", "priority"] = "fcfs"
     # --- limits of the API ---
     max_logprobs: int = Field(20, ge=-1, description="Most top-logprobs a request may ask; -1: any")
-    max_n: int = Field(128, ge=1, description="Most sequences a request may ask")
+    max_n: int = Field(128, ge=1, le=128, description="Most sequences a request may ask")
     max_body_bytes: int = Field(
         16 << 20, ge=1024, description="Largest request body the server reads"
     )
@@ -85,6 +88,15 @@ class EngineConfig(BaseModel):
         1, ge=1, description="Processes that speak HTTP and turn text into tokens and back"
     )
     seed: int | None = Field(None, description="Base seed for requests without one")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> EngineConfig:
+        if self.max_num_batched_tokens < self.max_num_seqs:  # said before weights are loaded
+            raise ValueError(
+                f"max_num_batched_tokens ({self.max_num_batched_tokens}) must be at least "
+                f"max_num_seqs ({self.max_num_seqs}), as every running sequence gets a token a step"
+            )
+        return self
 
     def names(self) -> list[str]:
         """What the API calls the model; the first is the one answers carry."""

@@ -143,6 +143,7 @@ class Engine:
         self._next_sequence = 0
         self._wake = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
+        self._waits_since: float | None = None  # for the shard, by time.monotonic()
 
     async def start(self) -> None:
         self._task = asyncio.create_task(self._run(), name="engine")
@@ -210,7 +211,9 @@ class Engine:
                     self._wake.clear()
                     await self._wake.wait()
                     continue
+                self._waits_since = time.monotonic()
                 result = await self._link.receive()
+                self._waits_since = None
                 now = time.perf_counter()
                 plan = in_flight.popleft()
                 for item in self.scheduler.update(result):
@@ -267,6 +270,15 @@ class Engine:
             tracked.generated,
             time.perf_counter() - tracked.arrival,
         )
+
+    def check(self, step_timeout: float) -> None:
+        """Raise EngineFailed if the engine can't serve; fail it if its shard has not answered for
+        `step_timeout` seconds. A dead shard ends its link; this finds one that hangs."""
+        since = self._waits_since
+        if self.failure is None and since is not None and time.monotonic() - since > step_timeout:
+            self.fail(f"the shard has not answered a step for {step_timeout:g} s")
+        if self.failure is not None:
+            raise EngineFailed(self.failure)
 
     def fail(self, reason: str) -> None:
         """Stop for good: every stream ends with the reason, and new requests are refused by it."""

@@ -12,9 +12,10 @@ import ray
 
 from tensorray.actors.protocol import ShardInfo
 from tensorray.actors.shard_actor import start_shard
+from tensorray.actors.wire import Endpoint
 from tensorray.cluster.config import EngineConfig
 from tensorray.cluster.engine import Engine
-from tensorray.cluster.engine_link import Endpoint, EngineServer
+from tensorray.cluster.engine_link import EngineServer
 from tensorray.cluster.metrics import EngineMetrics
 
 logger = logging.getLogger("ray.serve")
@@ -29,6 +30,7 @@ class Router:
         self._engine = Engine(shard.link, config.scheduler(shard.link.info), observer=self._metrics)
         self._metrics.watch(self._engine)
         self._shard = shard
+        self._step_timeout = config.step_timeout_seconds
         self._server = EngineServer(self._engine)
         await self._engine.start()
         await self._server.start(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
@@ -64,8 +66,7 @@ class Router:
 
     async def check_health(self) -> None:
         """Serve calls this; an exception has the replica replaced."""
-        if self._engine.failure is not None:
-            raise RuntimeError(self._engine.failure)
+        self._engine.check(self._step_timeout)
 
     async def __del__(self) -> None:
         # Serve calls this, and waits, when it retires the replica: let running streams end.

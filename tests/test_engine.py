@@ -207,3 +207,16 @@ async def test_a_link_that_breaks_at_send_is_a_failure_not_a_hang():
     deltas = await asyncio.wait_for(collect(engine.generate(request("a"))), 5)
     assert "the wire is cut" in deltas[-1].error
     await engine.close()
+
+
+async def test_a_shard_that_hangs_is_found_by_the_health_check():
+    engine = make_engine(inline=False, step_ms=300)
+    await engine.start()
+    engine.check(0.05)  # idle for any time is fine
+    stream = engine.generate(request("a"))
+    await asyncio.sleep(0.1)
+    engine.check(60.0)
+    with pytest.raises(EngineFailed, match="not answered a step"):
+        engine.check(0.05)
+    assert [delta.finish_reason for delta in await collect(stream)] == ["error"]
+    await engine.close()
