@@ -103,7 +103,8 @@ class Assembler:
             for i in range(prepared.request.n)
         ]
         if prepared.ranks:
-            merged.sort(key=_mean_logprob, reverse=True)
+            echoed = len(prepared.request.prompt) if prepared.echo else 0
+            merged.sort(key=lambda output: _mean_logprob(output, echoed), reverse=True)
             merged = merged[: prepared.params.n]
             for index, output in enumerate(merged):
                 output.index = index
@@ -269,8 +270,12 @@ def _merge(index: int, parts: Sequence[CompletionOutput]) -> CompletionOutput:
     return whole
 
 
-def _mean_logprob(output: CompletionOutput) -> float:
-    """Log-probability per generated token, OpenAI's measure for best_of."""
-    if not output.token_ids or output.cumulative_logprob is None:
+def _mean_logprob(output: CompletionOutput, echoed: int) -> float:
+    """Log-probability per generated token, OpenAI's measure for best_of.
+
+    The first `echoed` tokens are the prompt's, which `cumulative_logprob` does not count.
+    """
+    generated = len(output.token_ids) - echoed
+    if generated < 1 or output.cumulative_logprob is None:
         return float("-inf")
-    return output.cumulative_logprob / len(output.token_ids)
+    return output.cumulative_logprob / generated

@@ -197,7 +197,7 @@ def chat_logprobs(entries: Iterable[TokenLogprob | None], top: int) -> api.Choic
                 list(entry.bytes),
                 [
                     api.TopLogprob(other.text, _finite(other.logprob), list(other.bytes))
-                    for other in entry.top[:top]
+                    for other in _likeliest(entry, top)
                 ],
             )
             for entry in entries
@@ -234,7 +234,10 @@ class _Offsets:
                 shape.token_logprobs.append(None)
                 shape.top_logprobs.append(None)
                 continue
-            top = {other.text: _finite(other.logprob) for other in reversed(entry.top[: self._top])}
+            top = {
+                other.text: _finite(other.logprob)
+                for other in reversed(_likeliest(entry, self._top))
+            }
             top.setdefault(entry.text, _finite(entry.logprob))  # OpenAI reports the choice too
             shape.token_logprobs.append(_finite(entry.logprob))
             shape.top_logprobs.append(top)
@@ -250,10 +253,15 @@ def prompt_logprobs(
         if entry is None
         else {
             str(each.token_id): api.PromptLogprob(_finite(each.logprob), each.rank, each.text)
-            for each in (entry, *entry.top[:top])
+            for each in (entry, *_likeliest(entry, top))
         }
         for entry in entries
     ]
+
+
+def _likeliest(entry: TokenLogprob, top: int) -> tuple[TokenLogprob, ...]:
+    """The `top` likeliest tokens at the entry's position; -1: all that were reported."""
+    return entry.top if top < 0 else entry.top[:top]
 
 
 def _finite(logprob: float) -> float:

@@ -142,7 +142,12 @@ class GenerateRequest(ApiRequest):
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     user: str | None = None
-    priority: int | None = Field(None, description="lower runs first")
+    priority: int | None = Field(
+        None,
+        ge=-(2**31),
+        lt=2**31,
+        description="lower runs first, under --scheduling-policy priority",
+    )
     cache_salt: str | None = Field(None, description="share cached prompts under this salt only")
 
     def sampling(self) -> dict[str, Any]:

@@ -130,7 +130,7 @@ class SamplingParams(BaseModel):
         best_of = self.best_of or self.n
         return Sampling(
             temperature=self.temperature,
-            top_k=max(self.top_k, 0),
+            top_k=min(max(self.top_k, 0), vocab_size),
             top_p=self.top_p,
             min_p=self.min_p,
             repetition_penalty=self.repetition_penalty,

@@ -98,6 +98,7 @@ CASES = [
          body=b'{"prompt": "Hi", "temperature": 1e999}'),
     completion("top_p zero", "greater than 0", "top_p", top_p=0),
     completion("top_p over 1", "less than or equal to 1", "top_p", top_p=1.01),
+    completion("priority beyond any", "less than 2147483648", "priority", priority=2**70),
     completion("top_k too small", "greater than or equal to -1", "top_k", top_k=-2),
     completion("min_p over 1", "less than or equal to 1", "min_p", min_p=2),
     completion("n zero", "greater than or equal to 1", "n", n=0),
