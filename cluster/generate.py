@@ -40,7 +40,7 @@ def run(
     with results_on_stdout() as results, LLM(**dict(config)) as llm:
         each = [
             llm.frontend.params(
-                **sampling | ({"max_tokens": line.max_tokens} if line.max_tokens else {})
+                **sampling | ({} if line.max_tokens is None else {"max_tokens": line.max_tokens})
             )
             for line in lines
         ]

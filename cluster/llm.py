@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import queue
+import sys
 import threading
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from typing import Any, TypeVar, cast
@@ -43,7 +44,9 @@ class LLM:
         self.frontend = Frontend.load(self.config)
         executor = load_executor(self.config.shard())
         self.info = executor.info
-        self.engine = Engine(LocalLink(executor, inline=True), self.config.scheduler(executor.info))
+        # The queue's limit is for servers, who can turn clients away: a batch here may be any size.
+        endless = self.config.model_copy(update={"max_waiting": sys.maxsize})
+        self.engine = Engine(LocalLink(executor, inline=True), endless.scheduler(executor.info))
         self._ids = itertools.count()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="llm", daemon=True)
