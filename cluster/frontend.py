@@ -127,7 +127,7 @@ class Frontend:
         defaults = _generation_defaults(config, files.generation_config)
         return cls(
             tokenizer,
-            model_names=config.served_model_name or [_model_name(config.model)],
+            model_names=config.names(),
             max_model_len=max_model_len,
             vocab_size=model.vocab_size,
             eos_token_ids=list(dict.fromkeys(eos)),
@@ -330,12 +330,6 @@ class Frontend:
             close = getattr(arriving, "aclose", None)
             if close is not None:
                 await close()
-
-
-def _model_name(model: str) -> str:
-    """The name for a model that was given none: its Hub id, or its file's or directory's name."""
-    path = Path(model).expanduser()
-    return path.resolve().name.removesuffix(".gguf") if path.exists() else model
 
 
 def _tokenizer_path(config: EngineConfig, model: Path) -> Path:
