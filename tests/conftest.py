@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import settings
+
+# A busy machine is no failure; what a property finds wrong is.
+settings.register_profile("tensorray", deadline=None)
+# CI tries the same examples every time: a change fails on its own merits.
+settings.register_profile("ci", deadline=None, derandomize=True)
+settings.load_profile("ci" if os.environ.get("CI") else "tensorray")
 
 
 @pytest.fixture(scope="session")
