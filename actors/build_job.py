@@ -209,6 +209,7 @@ class RayWorkers:
         nodes = ",".join(sorted(self._sites[request.target]))
         task = _build.options(
             num_gpus=1 if request.target.flavour == "tensorrt" else 0,
+            max_retries=MAX_RETRIES,
             label_selector={"ray.io/node-id": f"in({nodes})"},
         ).remote(self._compile, request)
         self._tasks[task] = request
@@ -255,7 +256,7 @@ class RayWorkers:
         ]
 
 
-@ray.remote(num_cpus=1, max_retries=MAX_RETRIES, scheduling_strategy="SPREAD")
+@ray.remote(num_cpus=1, scheduling_strategy="SPREAD")
 def _build(compile: Compile, request: PlanRequest) -> tuple[Plan, str]:
     """A plan, and the host and node that built it; runs on a node that can."""
     node: str = ray.get_runtime_context().get_node_id()

@@ -21,14 +21,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
+from helpers.plans import TARGET, request
 from helpers.published_configs import PUBLISHED
 from helpers.ray_nodes import RayNodes, ray_nodes
 from ray.job_submission import JobStatus, JobSubmissionClient
 
+from tensorray.actors import build_job
+from tensorray.actors.build_job import RayWorkers, Sites, find_sites
 from tensorray.builder.build import PlanRequest, compile_plan
 from tensorray.builder.manifest import SCHEMA, read_manifest
 from tensorray.builder.plan import Plan
 from tensorray.builder.store import DirectoryStore, open_store
+from tensorray.builder.tensorrt_flavour import Target, TargetError
 from tensorray.cluster import build_command, cli
 from tensorray.cluster.build import build
 
@@ -181,6 +186,91 @@ def test_a_segment_that_fails_is_named_with_tensorrts_message_and_the_rest_lands
     monkeypatch.setenv("TENSORRAY_STORE", str(tmp_path / "store"))
     status, out, _ = tensorray(*SMALL, "--json")
     assert (status, states(out)) == (0, {"reused": 10, "compiled": 2})
+
+
+def test_a_build_that_crashes_is_tried_again_and_then_named(
+    ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def crash(request: PlanRequest) -> Plan:
+        if request.name == "layers 0-1: o":
+            with open(tmp_path / "tries", "a") as tries:
+                tries.write("x")
+            os._exit(11)
+        return compile_plan(request)
+
+    monkeypatch.setattr(build_job, "MAX_RETRIES", 1)
+    settings: dict[str, Any] = {"model": MODEL, "tp": 2, "target": "sm_89"}
+    report = build(**settings, store=str(tmp_path / "store"), compile=crash)
+    assert Counter(each.state for each in report.outcomes) == {"compiled": 5, "failed": 1}
+    assert (tmp_path / "tries").read_text() == "xx"
+    (failure,) = report.failures
+    assert re.match(r"layers 0-1: o, for sm_89: WorkerCrashedError: .*died", failure)
+
+
+def test_what_no_node_is_left_to_build_is_given_up(
+    ray_cluster: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(build_job, "_LOOK_EVERY", 0.2)
+    gone = ray.NodeID.from_random().hex()
+    workers = RayWorkers([Sites(TARGET, frozenset([gone]))])
+    workers.submit(request())
+    (result,) = workers.collect(None)
+    assert result.plan is None
+    assert "every node that could build it was lost" in result.error
+    assert "lost 1 of 1 nodes" in caplog.text
+    assert workers.collect(0.0) == []
+    workers.close()
+
+
+H100 = Target("tensorrt", "10.9", "sm_90", "NVIDIA H100 80GB HBM3", ())
+H200 = replace(H100, gpu="NVIDIA H200")
+RTX = replace(H100, flavour="tensorrt_rtx", gpu=None)
+
+
+@pytest.mark.parametrize(
+    ("tensorrt", "tensorrt_rtx", "chosen"),
+    [
+        ({"a": H100, "b": H200, "c": H200}, {}, {H100: "a", H200: "bc"}),
+        ({"a": H100, "b": "no such GPU"}, {"a": RTX, "b": RTX}, {H100: "a"}),
+        ({"a": "pip install tensorrt", "b": "no such GPU"}, {"a": "old", "b": RTX}, {RTX: "b"}),
+    ],
+    ids=[
+        "every GPU model",
+        "tensorrt where there is its GPU",
+        "tensorrt_rtx where it is installed",
+    ],
+)
+def test_what_builds_for_a_target(
+    tensorrt: dict[str, Target | str],
+    tensorrt_rtx: dict[str, Target | str],
+    chosen: dict[Target, str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    answers = {"tensorrt": tensorrt, "tensorrt_rtx": tensorrt_rtx}
+    by_node = {
+        flavour: {node: {"sm_90": answer} for node, answer in nodes.items()}
+        for flavour, nodes in answers.items()
+    }
+    monkeypatch.setattr(build_job, "_ask", lambda *_: by_node)
+    found = find_sites(["sm_90"], ["bfloat16"])
+    assert {each.target: "".join(sorted(each.nodes)) for each in found} == chosen
+
+
+def test_a_refusal_says_what_each_kind_of_node_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    nodes = {"a": "no such GPU", "b": "no such GPU", "c": "tensorrt can't be imported; pip install"}
+    rtx = dict.fromkeys(nodes, "tensorrt_rtx 1.7 has no target 'sm_90'")
+    by_node = {
+        flavour: {node: {"sm_90": answer} for node, answer in answers.items()}
+        for flavour, answers in {"tensorrt": nodes, "tensorrt_rtx": rtx}.items()
+    }
+    monkeypatch.setattr(build_job, "_ask", lambda *_: by_node)
+    with pytest.raises(TargetError) as refused:
+        find_sites(["sm_90"], ["bfloat16"])
+    assert str(refused.value).splitlines() == [
+        "no node can build for sm_90:",
+        "  no such GPU (2 nodes); tensorrt can't be imported; pip install (1 node)",
+        "  tensorrt_rtx 1.7 has no target 'sm_90' (3 nodes)",
+    ]
 
 
 def test_a_damaged_plan_is_built_again(
