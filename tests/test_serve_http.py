@@ -15,7 +15,6 @@ from typing import Any
 
 import openai
 import pytest
-import ray
 from prometheus_client.parser import text_string_to_metric_families
 from ray import serve
 
@@ -51,13 +50,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def port(model: Path) -> Iterator[int]:
+def port(model: Path, ray_cluster: None) -> Iterator[int]:
     """Where the service listens; two ingress replicas before one router."""
-    ray.init(address="local", include_dashboard=False, log_to_driver=False)
     port = free_port()
     app.run(config(model), port=port, blocking=False)
     yield port
-    app.stop(own_cluster=True)
+    serve.shutdown()
 
 
 @pytest.fixture(scope="module")
