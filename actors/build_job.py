@@ -41,6 +41,7 @@ MAX_RETRIES = 3
 _LOOK_EVERY = 5.0
 
 _NO_GPU = "no such GPU"
+_ALL_LOST = "every node that could build it was lost"
 
 #: Architectures of the GPUs that Ray has names for. Nodes with others are asked.
 ARCHITECTURES = {
@@ -237,6 +238,8 @@ class RayWorkers:
         try:
             plan, where = ray.get(task)
             return Result(request, plan, where=where)
+        except ray.exceptions.TaskUnschedulableError:  # Ray's way to say so of a single node
+            return Result(request, None, _ALL_LOST)
         except ray.exceptions.RayError as error:
             return Result(request, None, _reason(error))
 
@@ -250,10 +253,7 @@ class RayWorkers:
         stranded = [t for t, r in self._tasks.items() if not self._sites[r.target] & alive]
         for task in stranded:
             ray.cancel(task, force=True)
-        return [
-            Result(self._tasks.pop(task), None, "every node that could build it was lost")
-            for task in stranded
-        ]
+        return [Result(self._tasks.pop(task), None, _ALL_LOST) for task in stranded]
 
 
 @ray.remote(num_cpus=1, scheduling_strategy="SPREAD")
