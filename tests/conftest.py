@@ -20,6 +20,7 @@ def ray_cluster() -> Iterator[None]:
     """A local Ray cluster for the whole run; "local" never joins one that happens to run."""
     import ray
 
+    os.environ.setdefault("RAY_raylet_start_wait_time_s", "120")  # on a busy machine
     ray.init(
         address="local",
         num_cpus=8,
