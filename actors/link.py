@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
 from tensorray.actors.protocol import ShardInfo, StepPlan, StepResult
+
+#: A step that was started: called once, it waits for the step's end and gives its result.
+PendingStep = Callable[[], StepResult]
 
 
 class ShardError(RuntimeError):
@@ -23,8 +27,12 @@ class StepExecutor(Protocol):
 
     info: ShardInfo
 
-    def execute(self, plan: StepPlan) -> StepResult:
-        """Run one step. An exception leaves the executor's state undefined."""
+    def submit(self, plan: StepPlan) -> PendingStep:
+        """Start a step, without waiting for it where the device runs by itself.
+
+        Plans come in order, and results are asked for in the same order, maybe by another thread.
+        An exception from either leaves the executor's state undefined.
+        """
         ...
 
     def reset(self) -> None:
@@ -51,31 +59,35 @@ class ShardLink(Protocol):
 class LocalLink:
     """A link to an executor in this process.
 
-    With `inline` the step runs on the event loop's own thread, inside `receive`: no thread hop,
-    and nothing else on that loop moves meanwhile (right for `LLM`, which has nothing else).
-    Without it a thread of its own runs the steps.
+    Steps are started on the event loop's own thread. With `inline` that thread waits for them too,
+    inside `receive`: no thread hop, and nothing else on that loop moves meanwhile (right for `LLM`,
+    which has nothing else). Without it a thread of its own waits.
     """
 
     def __init__(self, executor: StepExecutor, *, inline: bool = False) -> None:
         self.info = executor.info
         self._executor = executor
-        self._plans: deque[StepPlan] = deque()
+        self._pending: deque[PendingStep] = deque()
         self._results: deque[asyncio.Future[StepResult]] = deque()
         self._thread = None if inline else ThreadPoolExecutor(1, thread_name_prefix="shard")
 
     def send(self, plan: StepPlan) -> None:
+        try:
+            step = self._executor.submit(plan)
+        except Exception as error:
+            raise ShardError(f"{type(error).__name__}: {error}") from error
         if self._thread is None:
-            self._plans.append(plan)
-            return
-        loop = asyncio.get_running_loop()
-        self._results.append(loop.run_in_executor(self._thread, self._executor.execute, plan))
+            self._pending.append(step)
+        else:
+            loop = asyncio.get_running_loop()
+            self._results.append(loop.run_in_executor(self._thread, step))
 
     async def receive(self) -> StepResult:
         try:
             if self._thread is None:
                 # The loop's other tasks get their turn first: readers of the last step's tokens.
                 await asyncio.sleep(0)
-                return self._executor.execute(self._plans.popleft())
+                return self._pending.popleft()()
             return await self._results.popleft()
         except Exception as error:
             raise ShardError(f"{type(error).__name__}: {error}") from error

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from functools import partial
 
 from tensorray.actors.config import ShardConfig
 from tensorray.actors.kv_cache import plan_groups
+from tensorray.actors.link import PendingStep
 from tensorray.actors.protocol import (
     KVGroups,
     Logprobs,
@@ -68,6 +70,9 @@ class NullShard:
             load_seconds=0.0,
         )
         return cls(info, config.null_step_ms)
+
+    def submit(self, plan: StepPlan) -> PendingStep:
+        return partial(self.execute, plan)
 
     def execute(self, plan: StepPlan) -> StepResult:
         began = time.perf_counter()

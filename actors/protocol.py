@@ -114,3 +114,4 @@ class ShardInfo(msgspec.Struct, frozen=True):
     weight_bytes: int
     kv_cache_bytes: int
     load_seconds: float
+    depth: int = 1  # steps worth having in flight: 2 if the device runs while the host prepares

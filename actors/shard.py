@@ -10,12 +10,14 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from tensorray.actors.config import ShardConfig
 from tensorray.actors.kv_cache import KVCache, choose_num_blocks, plan_groups
+from tensorray.actors.link import PendingStep
 from tensorray.actors.memory import available_bytes
 from tensorray.actors.protocol import (
     Logprobs,
@@ -179,6 +181,9 @@ class Shard:
 
     def close(self) -> None:
         pass
+
+    def submit(self, plan: StepPlan) -> PendingStep:
+        return partial(self.execute, plan)
 
     def execute(self, plan: StepPlan) -> StepResult:
         """Run one step. Raises KeyError or IndexError on a plan that contradicts the books."""

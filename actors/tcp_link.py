@@ -10,12 +10,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import queue
 import socket
 import threading
+from functools import partial
 
 import msgspec
 
-from tensorray.actors.link import ShardError, StepExecutor
+from tensorray.actors.link import PendingStep, ShardError, StepExecutor
 from tensorray.actors.protocol import ShardInfo, StepPlan, StepResult
 from tensorray.actors.wire import (
     HANDSHAKE_SECONDS,
@@ -43,9 +45,15 @@ class StepDone(msgspec.Struct, frozen=True, tag=True):
 
 _Answer = StepFailed | StepDone
 
+# A step that was started; None: no more will come.
+_Started = queue.SimpleQueue[tuple[int, PendingStep] | None]
+
 
 class ShardServer:
-    """Serves one executor to one router at a time, on a thread of its own.
+    """Serves one executor to one router at a time, on two threads.
+
+    One starts steps as their plans come, the other waits for them and answers, so that a step is
+    started while its predecessor runs.
 
     When the router's connection ends the executor is reset and the next router is awaited.
     """
@@ -91,21 +99,53 @@ class ShardServer:
             logger.warning("refused a connection from %s: wrong secret", peer)
             return
         connection.settimeout(None)
+        connection.sendall(frame(msgspec.msgpack.encode(self._executor.info)))
+        started: _Started = queue.SimpleQueue()
+        answering = threading.Thread(
+            target=_answer, args=(connection, started), name="shard-answers", daemon=True
+        )
+        answering.start()
         decoder = msgspec.msgpack.Decoder(StepPlan)
-        encoder = msgspec.msgpack.Encoder()
-        connection.sendall(frame(encoder.encode(self._executor.info)))
-        while True:
-            (length,) = LENGTH.unpack(_read(connection, LENGTH.size))
-            plan = decoder.decode(_read(connection, check_length(length)))
+        try:
+            while True:
+                (length,) = LENGTH.unpack(_read(connection, LENGTH.size))
+                plan = decoder.decode(_read(connection, check_length(length)))
+                started.put((plan.step, self._start(plan)))
+        finally:
+            started.put(None)
+            answering.join()
+
+    def _start(self, plan: StepPlan) -> PendingStep:
+        try:
+            return self._executor.submit(plan)
+        except Exception as error:
+            # Answered in its turn, after the steps before it.
+            return partial(_raise, error)
+
+
+def _raise(error: Exception) -> StepResult:
+    raise error
+
+
+def _answer(connection: socket.socket, started: _Started) -> None:
+    """Send each step's result when it is there; the first that failed ends the connection."""
+    encoder = msgspec.msgpack.Encoder()
+    try:
+        while (item := started.get()) is not None:
+            step, pending = item
             answer: _Answer
             try:
-                answer = StepDone(self._executor.execute(plan))
+                answer = StepDone(pending())
             except Exception as error:
-                logger.exception("step %d failed", plan.step)
+                logger.exception("step %d failed", step)
                 answer = StepFailed(f"{type(error).__name__}: {error}")
             connection.sendall(frame(encoder.encode(answer)))
             if isinstance(answer, StepFailed):
-                return
+                break
+    except OSError as error:
+        logger.info("the router is gone: %s", error)
+    with contextlib.suppress(OSError):
+        connection.shutdown(socket.SHUT_RDWR)  # wakes the thread that reads plans
 
 
 class TcpLink:

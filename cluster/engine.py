@@ -128,16 +128,16 @@ class Engine:
         scheduler: Scheduler,
         *,
         observer: EngineObserver | None = None,
-        depth: int = 1,
+        depth: int | None = None,
     ) -> None:
-        """`depth` is how many steps may be on their way to the shard at once: 2 schedules step
-        n+1 while step n runs."""
+        """`depth` is how many steps may be on their way to the shard at once, by default as many
+        as it asks for: 2 schedules step n+1 while step n runs."""
         self.info: ShardInfo = link.info
         self.scheduler = scheduler
         self.failure: str | None = None
         self._link = link
         self._observer: EngineObserver = observer or SilentObserver()
-        self._depth = depth
+        self._depth = link.info.depth if depth is None else depth
         self._tracked: dict[int, _Tracked] = {}
         self._streams: dict[str, TokenStream] = {}
         self._next_sequence = 0
