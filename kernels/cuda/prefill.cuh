@@ -1,0 +1,117 @@
+// What the prefill attention kernels share: how a step is cut into tiles, and matrix helpers.
+//
+// A tile is a few consecutive queries of one sequence times `share` heads of one group, which read
+// the same keys: row r of a tile is query r / share and head r % share. Tiles are found from the
+// device's query_starts alone: sequence s has the tile numbers from query_starts[s] / Q + s on (Q
+// queries a tile). These ranges are disjoint and long enough for any lengths, so T / Q + S + 1
+// numbers hold every tile; those that fall into a gap have nothing to do. The last "sequence" is
+// the packed tokens behind all sequences, whose rows become zeros.
+#pragma once
+
+#include "common.cuh"
+
+// What a step's launch is told; the same for every tile.
+struct Step {
+  int tokens;     // T, padding included
+  int sequences;  // S
+  int heads;
+  int kv_heads;
+  int share;             // heads of a tile; divides heads / kv_heads
+  int queries_per_tile;  // Q
+  int block_size;
+  int table_stride;  // of a sequence's row in the block table
+  int window;        // a query sees this many positions, its own included
+  float scale;       // of q.k, the cache's scale included
+  float softcap;
+  float out_scale;  // of the result: the cache's scale
+};
+
+struct Tile {
+  int sequence;
+  int first_token;  // packed
+  int queries;      // 0: nothing to do
+  int first_position;
+  int low, high;  // the keys that any query of the tile sees; high <= 0: none
+};
+
+// Warp-collective. The sequence of a tile number: the last s with query_starts[s] / Q + s <= number.
+__device__ __forceinline__ int find_sequence(const int* query_starts, const Step& step, int number) {
+  const int lane = threadIdx.x & 31;
+  int low = 0, count = step.sequences + 1;
+  while (count > 1) {
+    const int stride = (count + 31) >> 5;
+    const int probe = low + lane * stride;
+    const bool holds = lane * stride < count &&
+                       query_starts[probe] / step.queries_per_tile + probe <= number;
+    const int last = max(__popc(__ballot_sync(~0u, holds)) - 1, 0) * stride;
+    low += last;
+    count = min(stride, count - last);
+  }
+  return low;
+}
+
+// Warp-collective.
+__device__ __forceinline__ Tile find_tile(const int* query_starts, const int* seq_lens,
+                                          const Step& step, int number) {
+  Tile tile;
+  const int s = tile.sequence = find_sequence(query_starts, step, number);
+  const bool real = s < step.sequences;
+  const int begin = query_starts[s];
+  const int end = real ? query_starts[s + 1] : step.tokens;
+  const int length = real ? seq_lens[s] : 0;
+  const int local = number - (begin / step.queries_per_tile + s);
+  tile.first_token = begin + local * step.queries_per_tile;
+  tile.queries = max(min(step.queries_per_tile, end - tile.first_token), 0);
+  tile.first_position = tile.first_token + length - end;
+  tile.high = real ? tile.first_position + tile.queries : 0;
+  tile.low = max(tile.first_position - step.window + 1, 0);
+  return tile;
+}
+
+// --- arithmetic --------------------------------------------------------------------------------
+
+constexpr float LOG2E = 1.4426950408889634f;
+
+__device__ __forceinline__ float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// cap * tanh(x / cap) to about 1e-6 of cap, which tanh.approx misses by far.
+__device__ __forceinline__ float soft_cap(float x, float cap) {
+  const float e = exp2_fast(x * (2.0f * LOG2E / cap));
+  return cap - __fdividef(2.0f * cap, e + 1.0f);
+}
+
+template <typename T>
+__device__ __forceinline__ unsigned pack_pair(float low, float high);
+template <>
+__device__ __forceinline__ unsigned pack_pair<__half>(float low, float high) {
+  unsigned pair;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+template <>
+__device__ __forceinline__ unsigned pack_pair<__nv_bfloat16>(float low, float high) {
+  unsigned pair;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+
+// Two packed float8 as two packed elements.
+template <typename T>
+__device__ __forceinline__ unsigned widen_pair(unsigned short pair) {
+  const __half2_raw raw = __nv_cvt_fp8x2_to_halfraw2(pair, __NV_E4M3);
+  const unsigned halves = raw.x | static_cast<unsigned>(raw.y) << 16;
+  if constexpr (sizeof(T) == sizeof(__half) && !__is_same(T, __nv_bfloat16)) {
+    return halves;
+  } else {
+    const float2 both = __half22float2(__half2(raw));
+    return pack_pair<T>(both.x, both.y);
+  }
+}
+
+__device__ __forceinline__ unsigned shared_address(const void* pointer) {
+  return static_cast<unsigned>(__cvta_generic_to_shared(pointer));
+}
