@@ -3,13 +3,12 @@
     python tests/gpu/check_segments.py [--minutes 9] [--plans FILE] [STAGE ...]
 
 Runs by itself, without an install: it needs TensorRT, CuPy, NumPy and the libraries that builder/
-and kernels/ import (gguf, safetensors, huggingface_hub, threadpoolctl). Stages run in the order
-given (all of them by default) until the minutes are up; what is left is listed as not run.
+and kernels/ import (gguf, safetensors, huggingface_hub, threadpoolctl). Stages (all of them by
+default) run until the minutes are up; what is left is listed as not run.
 
-- quick: a few ops and one model's segments. Always first: if all of it fails, nothing follows.
 - ops: each op as a segment of its own.
-- families: every segment of every family at a test model's sizes, on one and on two ranks.
 - llama: every segment of Llama 3.1 8B, and one context rebound from layer to layer in a capture.
+- families: every segment of every family at a test model's sizes, on one and on two ranks.
 - times: its MLP, QKV, output and LM head segments, from CUDA graphs that rotate through several
   sets of weights, beside the same math in PyTorch where `python3` has it (torch_times.py).
 
@@ -36,7 +35,8 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import TimeoutError as FuturesTimeoutError
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
@@ -197,9 +197,9 @@ def op_cases() -> Iterator[Case]:
 
 def family_cases() -> Iterator[Case]:
     seen = set()
-    for name in tiny_models.NAMES:
-        config = read_config(tiny_models.directory(name), {})
-        for ranks in (1, 2):
+    for ranks in (1, 2):
+        for name in tiny_models.NAMES:
+            config = read_config(tiny_models.directory(name), {})
             try:
                 model = resolve(config)(config, Layout(tp_size=ranks))
             except ModelConfigError:
@@ -547,18 +547,33 @@ class Session:
     def left(self) -> float:
         return self.deadline - time.perf_counter()
 
-    def small(self, stage: str, cases: list[Case]) -> None:
-        """Build in parallel (what a busy GPU makes of tactics' times does not matter here)."""
+    def parallel(self, stages: dict[str, list[Case]]) -> None:
+        """Build in several processes (what a busy GPU makes of tactics' times does not matter
+        here) and check. What is slow to build should come first."""
         context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(self.workers, mp_context=context) as pool:
-            plans = [(case, pool.submit(build_safely, case)) for case in cases]
-            for case, future in plans:
-                if self.left < 0:
-                    future.cancel()
-                    self.report.not_run.append(f"{stage}: {case.name}")
-                    continue
-                self.check(stage, case, future.result())
-        self.report.say(f"{stage}: {len(cases)} segments")
+        pool = ProcessPoolExecutor(self.workers, mp_context=context)
+        building = {
+            pool.submit(build_safely, case): (stage, case)
+            for stage, cases in stages.items()
+            for case in cases
+        }
+        try:
+            for future in as_completed(building, timeout=max(0.0, self.left)):
+                stage, case = building.pop(future)
+                plan = future.result()
+                self.check(stage, case, plan)
+                if stage == "llama" and isinstance(plan, Plan):
+                    for rows in (16, 512):
+                        name = f"{case.name.split(' [')[0]}, {rows} rows"
+                        self.report.captures[name] = self.runner.check_capture(plan, rows)
+                self.report.say(f"{stage}: {case.name}; {len(building)} left")
+        except FuturesTimeoutError:  # Python 3.10's is not the built-in one
+            self.report.not_run += [f"{stage}: {case.name}" for stage, case in building.values()]
+        # A build can't be stopped half-way, but its process can.
+        for process in list(pool._processes.values()):
+            process.terminate()
+        pool.shutdown(wait=False, cancel_futures=True)
+        self.save()
 
     def large(self, stage: str, cases: list[Case], reserve: float) -> Iterator[tuple[Case, Plan]]:
         """Build one at a time, sharing a timing cache, and check; leaves `reserve` seconds."""
@@ -600,25 +615,6 @@ class Session:
             self.report.failures.append(f"{stage}: {case.name}: {problem}")
         self.runner.cupy.get_default_memory_pool().free_all_blocks()
 
-    def quick(self) -> bool:
-        """Whether anything works at all."""
-        cases = [case for case in op_cases() if case.dtypes == HALF][:4]
-        cases += [case for case in family_cases() if case.name.startswith("llama3 tp1")]
-        self.small("quick", cases)
-        return any(check.passed for check in self.report.checks.get("quick", []))
-
-    def ops(self) -> None:
-        self.small("ops", list(op_cases()))
-
-    def families(self) -> None:
-        self.small("families", list(family_cases()))
-
-    def llama(self) -> None:
-        for case, plan in self.large("llama", list(llama_cases()), reserve=10):
-            for rows in (16, 512):
-                name = f"{case.name.split(' [')[0]}, {rows} rows"
-                self.report.captures[name] = self.runner.check_capture(plan, rows)
-
     def times(self) -> None:
         for case, plan in self.large("times", list(timed_cases()), reserve=75):
             sets = weight_sets(self.runner, plan)
@@ -654,12 +650,13 @@ class Session:
         (self.out / "segments.json").write_text(json.dumps(report, indent=1))
 
 
-STAGES: dict[str, Callable[[Session], None]] = {
-    "ops": Session.ops,
-    "families": Session.families,
-    "llama": Session.llama,
-    "times": Session.times,
+# The slowest builds first, so that they don't end last.
+PARALLEL: dict[str, Callable[[], Iterator[Case]]] = {
+    "llama": llama_cases,
+    "ops": op_cases,
+    "families": family_cases,
 }
+STAGES = (*PARALLEL, "times")
 
 
 def main() -> int:
@@ -667,19 +664,19 @@ def main() -> int:
     parser.add_argument("stages", nargs="*", metavar="STAGE", help=", ".join(STAGES))
     parser.add_argument("--minutes", type=float, default=9.0)
     parser.add_argument("--plans", type=Path, help="a plans.pickle of an earlier run")
-    parser.add_argument("--workers", type=int, default=8)
+    parser.add_argument("--workers", type=int, default=14)
     arguments = parser.parse_args()
-    unknown = set(arguments.stages) - {*STAGES, "quick"}
+    stages = arguments.stages or list(STAGES)
+    unknown = set(stages) - {*STAGES}
     if unknown:
-        parser.error(f"no stage {unknown}; there are quick, {', '.join(STAGES)}")
+        parser.error(f"no stage {unknown}; there are {', '.join(STAGES)}")
     out = Path(os.environ.get("OUT", "."))
     session = Session(out, arguments.minutes, arguments.plans, arguments.workers)
     report = session.report
     try:
-        if session.quick():
-            for stage in arguments.stages or STAGES:
-                if stage != "quick":
-                    STAGES[stage](session)
+        session.parallel({name: list(PARALLEL[name]()) for name in PARALLEL if name in stages})
+        if "times" in stages:
+            session.times()
     except Exception:
         report.failures.append(traceback.format_exc())
     report.failures += [f"capture: {name}" for name, same in report.captures.items() if not same]
