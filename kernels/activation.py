@@ -1,17 +1,25 @@
-"""Elementwise activations. Each returns a new array of x's shape and dtype, finite for finite x."""
+"""Elementwise functions. Each returns a new array of x's dtype, finite for finite x."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from tensorray.kernels import native
+from tensorray.kernels.device import is_cuda
+
+#: The activations that a gate may have.
+Gate = Literal["silu", "gelu_tanh"]
 
 
 def silu(x: Any) -> Any:
     """`x * sigmoid(x)`."""
+    if is_cuda(x):
+        from tensorray.kernels.cuda import activation as cuda
+
+        return cuda.silu(x)
     if not _native_takes(x):
         return silu_numpy(x)
     y = np.empty(x.shape, np.float32)
@@ -27,6 +35,10 @@ def silu_numpy(x: Any) -> Any:
 
 def gelu_tanh(x: Any) -> Any:
     """GELU, tanh approximation (Hendrycks & Gimpel, arXiv 1606.08415)."""
+    if is_cuda(x):
+        from tensorray.kernels.cuda import activation as cuda
+
+        return cuda.gelu_tanh(x)
     if not _native_takes(x):
         return gelu_tanh_numpy(x)
     y = np.empty(x.shape, np.float32)
@@ -43,6 +55,10 @@ def gelu_tanh_numpy(x: Any) -> Any:
 
 def softcap(x: Any, cap: float) -> Any:
     """`cap * tanh(x / cap)` (Gemma 2, arXiv 2408.00118)."""
+    if is_cuda(x):
+        from tensorray.kernels.cuda import activation as cuda
+
+        return cuda.softcap(x, cap)
     if not _native_takes(x):
         return softcap_numpy(x, cap)
     y = np.empty(x.shape, np.float32)
@@ -53,6 +69,39 @@ def softcap(x: Any, cap: float) -> Any:
 def softcap_numpy(x: Any, cap: float) -> Any:
     """The twin of `softcap`."""
     return cap * np.tanh(x / cap)
+
+
+def gated(gate_up: Any, kind: Gate) -> Any:
+    """`kind(gate) * up` (Shazeer, arXiv 2002.05202): `[T, 2 * inner]`, gate columns first, to
+    `[T, inner]`."""
+    if is_cuda(gate_up):
+        from tensorray.kernels.cuda import activation as cuda
+
+        return cuda.gated(gate_up, kind)
+    inner = gate_up.shape[-1] // 2
+    activate = silu if kind == "silu" else gelu_tanh
+    return activate(gate_up[..., :inner]) * gate_up[..., inner:]
+
+
+def gated_numpy(gate_up: Any, kind: Gate) -> Any:
+    """The twin of `gated`."""
+    inner = gate_up.shape[-1] // 2
+    activate = silu_numpy if kind == "silu" else gelu_tanh_numpy
+    return activate(gate_up[..., :inner]) * gate_up[..., inner:]
+
+
+def add(x: Any, delta: Any) -> Any:
+    """`x + delta`, of one shape `[..., n]`, in x's dtype, which may be the wider one."""
+    if is_cuda(x):
+        from tensorray.kernels.cuda import activation as cuda
+
+        return cuda.add(x, delta)
+    return add_numpy(x, delta)
+
+
+def add_numpy(x: Any, delta: Any) -> Any:
+    """The twin of `add`."""
+    return (x + delta).astype(x.dtype, copy=False)
 
 
 def _native_takes(x: Any) -> bool:

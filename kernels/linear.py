@@ -8,6 +8,9 @@ from typing import Any
 import numpy as np
 
 from tensorray.kernels import native
+from tensorray.kernels.activation import Gate, gated, gated_numpy
+from tensorray.kernels.device import is_cuda
+from tensorray.kernels.norm import rms_norm, rms_norm_numpy
 from tensorray.kernels.threads import num_threads, on_all_threads
 
 # The C kernel wins up to here, BLAS beyond: tests/benchmarks/bench_linear.py, kernels/README.md.
@@ -17,12 +20,66 @@ _WORTH_SHARING = 20_000_000
 _PIECES_PER_THREAD = 4
 
 
-def linear(x: Any, weight: Any, bias: Any | None = None) -> Any:
+def linear(
+    x: Any,
+    weight: Any,
+    bias: Any | None = None,
+    *,
+    norm: Any | None = None,
+    eps: float = 0.0,
+    gate: Gate | None = None,
+    residual: Any | None = None,
+) -> Any:
     """`x @ weight.T + bias`: x `[T, in]`, weight `[out, in]`, bias `[out]` -> new `[T, out]`.
 
-    Up to 96 rows of float32 the C kernel runs, and a row's result is the same bits whatever the
-    other rows are; beyond, BLAS, whose rounding depends on the number of rows.
+    What may come before and after, in this order:
+    - `norm` `[in]`: x is `rms_norm(x, norm, eps)`; x itself may be of the residual stream's dtype.
+    - `gate`: the result is `gated(result, gate)`, `[T, out / 2]`; weight has the gate's rows first.
+    - `residual` `[T, out]`: it is added, and the result has its dtype.
+
+    On a CPU, up to 96 rows of float32 the C kernel runs, and a row's result is the same bits
+    whatever the other rows are; beyond, BLAS, whose rounding depends on the number of rows.
+
+    On a GPU, a kernel of few rows reads each weight once and has the rest in it. In a stream that
+    is being captured it reads weight and norm ahead of the kernels before it: they must not be
+    written by the capture itself.
     """
+    if is_cuda(x):
+        from tensorray.kernels.cuda import linear as cuda
+
+        return cuda.linear(x, weight, bias, norm=norm, eps=eps, gate=gate, residual=residual)
+    if norm is not None:
+        x = rms_norm(x, norm, eps)
+    y = _product(x, weight, bias)
+    if gate is not None:
+        y = gated(y, gate)
+    if residual is not None:
+        y = (residual + y).astype(residual.dtype, copy=False)
+    return y
+
+
+def linear_numpy(
+    x: Any,
+    weight: Any,
+    bias: Any | None = None,
+    *,
+    norm: Any | None = None,
+    eps: float = 0.0,
+    gate: Gate | None = None,
+    residual: Any | None = None,
+) -> Any:
+    """The twin of `linear`."""
+    if norm is not None:
+        x = rms_norm_numpy(x, norm, eps)
+    y = _product_numpy(x, weight, bias)
+    if gate is not None:
+        y = gated_numpy(y, gate)
+    if residual is not None:
+        y = (residual + y).astype(residual.dtype, copy=False)
+    return y
+
+
+def _product(x: Any, weight: Any, bias: Any | None) -> Any:
     if not (native.takes(x) and len(x) <= _MOST_NATIVE_ROWS and weight.flags.c_contiguous):
         if (
             num_threads() > 1
@@ -30,14 +87,13 @@ def linear(x: Any, weight: Any, bias: Any | None = None) -> Any:
             and len(x) * weight.size > _WORTH_SHARING
         ):
             return _linear_in_pieces(x, weight, bias)
-        return linear_numpy(x, weight, bias)
+        return _product_numpy(x, weight, bias)
     y = np.empty((x.shape[0], weight.shape[0]), np.float32)
     native.library.linear(x, weight, bias, y)
     return y
 
 
-def linear_numpy(x: Any, weight: Any, bias: Any | None = None) -> Any:
-    """The twin of `linear`."""
+def _product_numpy(x: Any, weight: Any, bias: Any | None) -> Any:
     y = x @ weight.T
     if bias is not None:
         y += bias

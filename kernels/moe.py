@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from tensorray.kernels.activation import silu
+from tensorray.kernels.device import is_cuda
 from tensorray.kernels.linear import linear
 
 
@@ -17,6 +17,15 @@ def route(logits: Any, top_k: int, renormalize: bool) -> tuple[Any, Any]:
     first and ties to the lower id. Weights are softmax probabilities over all experts; with
     `renormalize` the chosen ones are scaled to sum to one.
     """
+    if is_cuda(logits):
+        from tensorray.kernels.cuda import moe as cuda
+
+        return cuda.route(logits, top_k, renormalize)
+    return route_numpy(logits, top_k, renormalize)
+
+
+def route_numpy(logits: Any, top_k: int, renormalize: bool) -> tuple[Any, Any]:
+    """The twin of `route`."""
     logits = logits.astype(np.float32, copy=False)
     ids = np.argsort(-logits, axis=-1, kind="stable")[:, :top_k]
     weights = np.exp(logits - logits.max(axis=-1, keepdims=True))
@@ -31,13 +40,20 @@ def experts(x: Any, weights: Any, ids: Any, gate_up: Any, down: Any) -> Any:
 
     x `[T, hidden]`; weights and ids `[T, k]` as `route` gives them; gate_up
     `[experts, 2 * inner, hidden]`, gate rows first; down `[experts, hidden, inner]` -> new
-    `[T, hidden]`. A token's experts are summed in the order of their ids.
+    `[T, hidden]`. A token's experts are summed in the order of their ids; on a GPU, of its choices.
     """
-    inner = down.shape[2]
+    if is_cuda(x):
+        from tensorray.kernels.cuda import moe as cuda
+
+        return cuda.experts(x, weights, ids, gate_up, down)
+    return experts_numpy(x, weights, ids, gate_up, down)
+
+
+def experts_numpy(x: Any, weights: Any, ids: Any, gate_up: Any, down: Any) -> Any:
+    """The twin of `experts`; its products are as `linear` makes them."""
     out = np.zeros_like(x)
     for expert in np.unique(ids):
         rows, choice = np.nonzero(ids == expert)
-        hidden = linear(x[rows], gate_up[expert])
-        hidden = silu(hidden[:, :inner]) * hidden[:, inner:]
+        hidden = linear(x[rows], gate_up[expert], gate="silu")
         out[rows] += weights[rows, choice, None] * linear(hidden, down[expert])
     return out
