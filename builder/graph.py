@@ -19,10 +19,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from tensorray.builder.load import weight_shape
 from tensorray.builder.model import Layout, Model, Weight, Weights
 from tensorray.builder.ops import Ops, SegmentOps, Tensor, kernel, segment
 from tensorray.builder.rope import RopeSpec
+from tensorray.builder.shares import weight_shape
 
 #: The dynamic dimension. Negative, as no other dimension is.
 ROWS = -1
@@ -147,8 +147,8 @@ class Segment:
         for node in self.nodes:
             arguments = [None if index is None else values[index] for index in node.arguments]
             attributes = dict(node.attributes)
-            if node.op in _ELEMENTWISE:
-                values.append(_elementwise(node.op, arguments, attributes))
+            if node.op in ELEMENTWISE:
+                values.append(elementwise(node.op, arguments, attributes))
             else:
                 produced = getattr(op, node.op)(*arguments, **attributes)
                 values += produced if len(node.outputs) > 1 else [_only(produced)]
@@ -514,10 +514,12 @@ def _check_norm(op: str, x: Symbol, *weights: Symbol) -> None:
             raise ValueError(f"{op} of {x.shape} by {weight.shape}")
 
 
-_ELEMENTWISE = ("add", "sub", "mul")
+#: Ops that a definition writes as operators.
+ELEMENTWISE = ("add", "sub", "mul")
 
 
-def _elementwise(op: str, arguments: Sequence[Any], attributes: Mapping[str, Any]) -> Any:
+def elementwise(op: str, arguments: Sequence[Any], attributes: Mapping[str, Any]) -> Any:
+    """A node of an elementwise op, computed."""
     left, right = arguments[0], arguments[1] if len(arguments) > 1 else attributes["value"]
     if op == "add":
         return left + right
