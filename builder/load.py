@@ -22,6 +22,7 @@ from numpy.typing import DTypeLike, NDArray
 from tensorray.builder.checkpoint.base import Checkpoint, CheckpointError
 from tensorray.builder.checkpoint.dummy import DummyCheckpoint
 from tensorray.builder.model import Layout, Model, Part, ShardWeights, Weight, Weights
+from tensorray.builder.shares import slice_of, weight_shape
 
 logger = logging.getLogger(__name__)
 
@@ -93,58 +94,6 @@ def plan_bytes(model: Model, *, layers: range | None = None, dtype: DTypeLike = 
     itemsize = np.dtype(dtype).itemsize
     weights = _unique(_groups(model, layers))
     return sum(prod(weight_shape(weight, model.layout)) * itemsize for weight in weights)
-
-
-def weight_shape(weight: Weight, layout: Layout) -> tuple[int, ...]:
-    """The shape of a weight as a shard holds it."""
-    shapes = [_slice(part, layout).shape for part in weight.parts]
-    per_run, rest = divmod(len(shapes), weight.stack or 1)
-    if not per_run or rest:
-        raise ValueError(f"parts don't come in {weight.stack or 1} equal runs: {weight}")
-    if len({shape[1:] for shape in shapes}) > 1:
-        raise ValueError(f"parts of different widths can't be concatenated: {weight}")
-    runs = [shapes[i : i + per_run] for i in range(0, len(shapes), per_run)]
-    rows = {sum(shape[0] for shape in run) for run in runs}
-    if len(rows) > 1:
-        raise ValueError(f"stacked runs of different heights {sorted(rows)}: {weight}")
-    shape = (rows.pop(), *shapes[0][1:])
-    return shape if weight.stack is None else (weight.stack, *shape)
-
-
-@dataclass(frozen=True)
-class _Slice:
-    """The share of a part that a shard holds: a slice of the tensor, after any transposition."""
-
-    rows: slice
-    columns: slice
-    shape: tuple[int, ...]
-
-
-def _slice(part: Part, layout: Layout) -> _Slice:
-    if part.transpose and len(part.shape) != 2:
-        raise ValueError(f"{part.name}: only a tensor of two axes can be transposed")
-    shape = part.shape[::-1] if part.transpose else part.shape
-    rows = _share(part, part.rows or (0, shape[0]), "rows", layout)
-    if len(shape) == 1:
-        if part.shard == "columns":
-            raise ValueError(f"{part.name}: a tensor of one axis has no columns to split")
-        return _Slice(rows, slice(None), (rows.stop - rows.start,))
-    columns = _share(part, (0, shape[1]), "columns", layout)
-    return _Slice(rows, columns, (rows.stop - rows.start, columns.stop - columns.start, *shape[2:]))
-
-
-def _share(part: Part, span: tuple[int, int], axis: str, layout: Layout) -> slice:
-    """This rank's share of a span if the part is split on that axis, else the span."""
-    start, stop = span
-    if part.shard != axis:
-        return slice(start, stop)
-    size, rest = divmod(stop - start, layout.tp_size)
-    if rest:
-        raise ValueError(
-            f"{part.name}: {stop - start} {axis} can't be split evenly over "
-            f"{layout.tp_size} tensor-parallel ranks"
-        )
-    return slice(start + layout.tp_rank * size, start + (layout.tp_rank + 1) * size)
 
 
 def _groups(model: Model, layers: range | None) -> dict[str | int, dict[str, Weight]]:
@@ -226,7 +175,7 @@ def _tasks(weight: Weight, array: NDArray[Any], layout: Layout) -> Iterator[_Tas
         target = array if weight.stack is None else array[run]
         if index == 0:
             row = 0
-        piece = _slice(part, layout)
+        piece = slice_of(part, layout)
         out = target[row : row + piece.shape[0]]
         row += piece.shape[0]
         # Cut along the axis that is rows in the file, so that no row is read twice.
