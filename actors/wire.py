@@ -15,6 +15,7 @@ import msgspec
 
 SECRET_BYTES = 32
 HANDSHAKE_SECONDS = 10.0
+PEER_SECONDS = 2  # a machine that does not answer for so long is gone
 
 LENGTH = struct.Struct("<I")
 _MAX_FRAME = 1 << 30
@@ -61,6 +62,25 @@ async def dial(endpoint: Endpoint) -> tuple[asyncio.StreamReader, asyncio.Stream
     return reader, writer
 
 
+def keep_alive(connection: socket.socket) -> None:
+    """Have the kernel end a connection whose peer's machine is gone within PEER_SECONDS.
+
+    A peer's process that dies ends its connections at once; a machine that loses power or its
+    network says nothing. The kernel asks, since Python may be busy for as long.
+    """
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in (
+        ("TCP_KEEPIDLE", 1),
+        ("TCP_KEEPINTVL", 1),
+        ("TCP_KEEPCNT", max(1, PEER_SECONDS - 1)),
+        ("TCP_USER_TIMEOUT", PEER_SECONDS * 1000),  # for what was sent and is not acknowledged
+    ):
+        if hasattr(socket, name):  # not on every system
+            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+
 def no_delay(writer: asyncio.StreamWriter) -> None:
-    """Send small frames at once."""
-    writer.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    """Send small frames at once, and notice when the peer's machine is gone."""
+    connection = writer.get_extra_info("socket")
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    keep_alive(connection)
