@@ -33,6 +33,7 @@ class ArrayOps(Ops):
     some layers only). Set `batch` to a step's metadata before running a definition; one
     instance serves step after step and keeps its RoPE tables. `max_positions` bounds those (64 MB
     a table at 131,072 positions) where sequences never grow to the model's own context length.
+    `residual` is the residual stream's dtype (None: the weights').
     """
 
     batch: Batch
@@ -42,8 +43,10 @@ class ArrayOps(Ops):
         xp: Any,
         kv: Sequence[LayerKV] | Mapping[int, LayerKV],
         max_positions: int | None = None,
+        residual: Any = None,
     ) -> None:
         self.xp = xp
+        self.residual = residual
         self.kv = kv
         self.max_positions = max_positions
         self._rope_tables: dict[RopeSpec, Tensor] = {}
@@ -102,21 +105,29 @@ class ArrayOps(Ops):
         inside = (own >= 0) & (own < len(table))
         rows = table[self.xp.where(inside, own, 0)]
         rows[~inside] = 0
-        return rows
+        return self._as_residual(rows)
 
     @kernel
     def position_embedding(self, table: Tensor) -> Tensor:
-        return table[self.batch.positions]
+        return self._as_residual(table[self.batch.positions])
+
+    def _as_residual(self, x: Tensor) -> Tensor:
+        return x if self.residual is None else x.astype(self.residual, copy=False)
 
     @kernel
     def rope(self, q: Tensor, k: Tensor, spec: RopeSpec) -> tuple[Tensor, Tensor]:
+        rotated: tuple[Tensor, Tensor] = rope.rope(
+            q, k, self._rope_table(spec), self.batch.positions
+        )
+        return rotated
+
+    def _rope_table(self, spec: RopeSpec) -> Tensor:
         cached = self._rope_tables.get(spec)
         if cached is None:
             bound = min(spec.max_positions, self.max_positions or spec.max_positions)
             cached = self.xp.asarray(table(replace(spec, max_positions=bound)))
             self._rope_tables[spec] = cached
-        rotated: tuple[Tensor, Tensor] = rope.rope(q, k, cached, self.batch.positions)
-        return rotated
+        return cached
 
     @kernel
     def attention(
@@ -142,6 +153,21 @@ class ArrayOps(Ops):
             window=kv.window,
             softcap=softcap,
         )
+
+    def rope_attention(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        layer: int,
+        *,
+        spec: RopeSpec,
+        scale: float,
+        softcap: float | None = None,
+    ) -> Tensor:
+        """`rope`, then `attention` of what it gives. Not an op of its own: how the two may run."""
+        q, k = self.rope(q, k, spec)
+        return self.attention(q, k, v, layer, scale=scale, softcap=softcap)
 
     @kernel
     def select_rows(self, x: Tensor) -> Tensor:
