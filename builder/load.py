@@ -1,7 +1,8 @@
 """Loading: from a checkpoint's tensors to the arrays one shard computes with.
 
-Each declared weight is allocated once, in its final shape, and the slices its parts name are read
-straight into it; what is in memory is never more than the weights and a few bounded pieces.
+Each declared weight is allocated once, in its final shape, where a `Placement` says, and the slices
+its parts name are read straight into it; what is in memory is never more than the weights and a few
+bounded pieces.
 Everything is checked against the checkpoint before the first byte is read.
 """
 
@@ -14,7 +15,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -28,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 #: Bytes of weights a reading thread fills per task: what progress moves by.
 _TASK_BYTES = 16 << 20
-_MAX_THREADS = 4
+_MAX_THREADS = 8
 
 #: Tensors of checkpoints that no definition uses, for good reason: constants that old versions
 #: of transformers saved, vision towers, and the rotary factors that config keys give too.
@@ -38,35 +39,71 @@ _IGNORED = re.compile(
 )
 
 
+class Placement(Protocol):
+    """Where weights live. Its methods may be called from several threads at once."""
+
+    xp: Any  # the array module of the weights
+
+    def empty(self, shape: tuple[int, ...], dtype: DTypeLike) -> Any:
+        """A new array that nothing has been written to."""
+        ...
+
+    def fill(self, array: Any, read: Callable[[Any], None], *, anywhere: bool) -> None:
+        """Have `read` write an array of this shape and dtype, and `array` have its content once
+        `finish` returns. `anywhere`: read takes arrays of `xp`; else host memory only."""
+        ...
+
+    def finish(self) -> None:
+        """Return when all arrays are filled."""
+
+
+class HostPlacement:
+    """Weights in this process's memory."""
+
+    xp: Any = np
+
+    def empty(self, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
+        return np.empty(shape, dtype)
+
+    def fill(self, array: Any, read: Callable[[Any], None], *, anywhere: bool) -> None:
+        read(array)
+
+    def finish(self) -> None:
+        pass
+
+
 def load_weights(
     model: Model,
     checkpoint: Checkpoint,
     *,
     layers: range | None = None,
     dtype: DTypeLike = np.float32,
+    place: Placement | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> ShardWeights:
     """Read a shard's weights: those of `layers` (None: all), sliced as `model.layout` says.
 
     The embedding comes with the first layer of the model, the head with the last. Equal
-    declarations (tied weights) share one array. `progress(done, total)` is called in bytes, from
-    one thread at a time. Raises CheckpointError naming every missing tensor and every wrong
-    shape, before anything is read.
+    declarations (tied weights) share one array. `place` says where they go (None: host memory).
+    `progress(done, total)` is called in bytes, from one thread at a time. Raises CheckpointError
+    naming every missing tensor and every wrong shape, before anything is read.
     """
+    place = place or HostPlacement()
     groups = _groups(model, layers)
     if isinstance(checkpoint, DummyCheckpoint):
+        checkpoint.xp = place.xp
         for part in _parts(_groups(model, None)):
             checkpoint.declare(part.name, part.shape)
     _check(groups, checkpoint)
     _report_unused(model, checkpoint)
     arrays = {
-        weight: np.empty(weight_shape(weight, model.layout), dtype) for weight in _unique(groups)
+        weight: place.empty(weight_shape(weight, model.layout), dtype) for weight in _unique(groups)
     }
     total = sum(array.nbytes for array in arrays.values())
     done = 0
     with ThreadPoolExecutor(min(_MAX_THREADS, os.cpu_count() or 1)) as pool:
         tasks = [
-            pool.submit(_read, checkpoint, task)
+            pool.submit(_read, checkpoint, task, place)
             for weight, array in arrays.items()
             for task in _tasks(weight, array, model.layout)
         ]
@@ -78,6 +115,7 @@ def load_weights(
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+    place.finish()
     filled = {
         key: Weights({name: arrays[weight] for name, weight in group.items()})
         for key, group in groups.items()
@@ -159,14 +197,14 @@ class _Task:
     """A slice of a tensor to be read into its place in a weight."""
 
     name: str
-    out: NDArray[Any]
+    out: Any
     rows: slice
     columns: slice
     transpose: bool
     add: float
 
 
-def _tasks(weight: Weight, array: NDArray[Any], layout: Layout) -> Iterator[_Task]:
+def _tasks(weight: Weight, array: Any, layout: Layout) -> Iterator[_Task]:
     """The reads that fill a weight, each of bounded size."""
     per_run = len(weight.parts) // (weight.stack or 1)
     row = 0
@@ -193,13 +231,18 @@ def _within(outer: slice, inner: slice) -> slice:
     return slice(outer.start + inner.start, outer.start + inner.stop)
 
 
-def _read(checkpoint: Checkpoint, task: _Task) -> int:
+def _read(checkpoint: Checkpoint, task: _Task, place: Placement) -> int:
     """Do one task; returns the bytes it filled."""
-    if task.add:
+    generated = isinstance(checkpoint, DummyCheckpoint)
+
+    def read(out: Any) -> None:
+        if not task.add:
+            checkpoint.read(task.name, out, task.rows, task.columns, task.transpose)
+            return
         # In float32, so that a narrow dtype rounds once.
-        exact = np.empty(task.out.shape, np.float32)
+        exact = (place.xp if generated else np).empty(out.shape, np.float32)
         checkpoint.read(task.name, exact, task.rows, task.columns, task.transpose)
-        task.out[...] = exact + np.float32(task.add)
-    else:
-        checkpoint.read(task.name, task.out, task.rows, task.columns, task.transpose)
-    return task.out.nbytes
+        out[...] = exact + np.float32(task.add)
+
+    place.fill(task.out, read, anywhere=generated)
+    return int(task.out.nbytes)

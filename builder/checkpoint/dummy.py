@@ -18,40 +18,57 @@ from tensorray.builder.checkpoint.base import CheckpointError
 from tensorray.builder.checkpoint.tensor import PIECE_VALUES, Array, StoredTensor
 
 _SPREAD = 0.035  # uniform in +-0.035: a standard deviation of 0.02, as models are initialized
+_DEVICE_PIECE = 1 << 24  # values made at a time where a call costs more than its work
 
 
 @dataclass(frozen=True)
 class RandomTensor(StoredTensor):
-    """Rows made up on demand, in blocks that each have a generator of their own.
+    """Rows made up on demand, as arrays of the module `xp`.
 
     Matrices and biases are uniform around 0, 1-D weights (norms) around 1, so that activations
     stay of order one through any number of layers.
     """
 
     name: str
+    xp: Any = np
+
+    @property
+    def piece_values(self) -> int:
+        return PIECE_VALUES if self.xp is np else _DEVICE_PIECE
 
     def fetch(self, start: int, stop: int) -> Array:
-        block = max(1, PIECE_VALUES // self.width)
+        seed = zlib.crc32(self.name.encode())
+        values = _uniform(self.xp, seed, start * self.width, stop * self.width)
+        values *= np.float32(2 * _SPREAD)
         center = 1.0 if len(self.stored) == 1 and self.name.endswith("weight") else 0.0
-        pieces = []
-        for index in range(start // block, -(-stop // block)):
-            seed = [zlib.crc32(self.name.encode()), index]
-            values = np.random.Generator(np.random.SFC64(seed)).random(
-                (block, self.width), np.float32
-            )
-            first = index * block
-            pieces.append(values[max(start - first, 0) : stop - first])
-        rows = np.concatenate(pieces)
-        rows *= 2 * _SPREAD
-        rows += center - _SPREAD
-        return rows
+        values += np.float32(center - _SPREAD)
+        return values.reshape(stop - start, self.width)
 
     def slab(self, index: int) -> RandomTensor:
-        return RandomTensor(self.stored[1:], f"{self.name}[{index}]")
+        return RandomTensor(self.stored[1:], f"{self.name}[{index}]", self.xp)
+
+
+def _uniform(xp: Any, seed: int, start: int, stop: int) -> Array:
+    """float32 in [0, 1) for each index: a hash (MurmurHash3's finalizer) of index and seed."""
+    x = xp.arange(start, stop, dtype=np.uint32)
+    x *= np.uint32(0x9E3779B1)
+    x ^= np.uint32(seed)
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        x ^= x >> np.uint32(shift)
+        x *= np.uint32(factor)
+    x ^= x >> np.uint32(16)
+    values: Array = (x >> np.uint32(8)).astype(np.float32)
+    values *= np.float32(2**-24)
+    return values
 
 
 class DummyCheckpoint:
-    """A checkpoint (base.Checkpoint) that has whatever tensors the model declares."""
+    """A checkpoint (base.Checkpoint) that has whatever tensors the model declares.
+
+    They are made by the array module `xp`, which is that of the arrays they are read into.
+    """
+
+    xp: Any = np
 
     def __init__(
         self, path: Path, config: dict[str, Any], generation_config: dict[str, Any]
@@ -63,7 +80,7 @@ class DummyCheckpoint:
 
     def declare(self, name: str, shape: tuple[int, ...]) -> None:
         """Have a tensor of this name and shape from now on."""
-        self._tensors[name] = RandomTensor(shape, name)
+        self._tensors[name] = RandomTensor(shape, name, self.xp)
 
     def names(self) -> Iterable[str]:
         return self._tensors.keys()

@@ -87,6 +87,11 @@ class StoredTensor(ABC):
         return self.stored[::-1] if self.transposed else self.stored
 
     @property
+    def piece_values(self) -> int:
+        """Values decoded at a time."""
+        return PIECE_VALUES
+
+    @property
     def width(self) -> int:
         """Values in a stored row; a 1-D tensor is stored as rows of one value."""
         return self.stored[-1] if len(self.stored) > 1 else 1
@@ -112,7 +117,7 @@ class StoredTensor(ABC):
             place = np.full(high - low, -1, np.intp)
             wanted = self.order[first:last] - low
             place[wanted] = np.arange(last - first)
-        step = max(1, PIECE_VALUES // self.width)
+        step = max(1, self.piece_values // self.width)
         if step > 16:  # the gguf library works on 16 rows at a time
             step -= step % 16
         for start in range(low, high, step):
