@@ -1,0 +1,184 @@
+"""The device a shard runs on, behind as much of CuPy as a shard needs.
+
+`Device` is that interface; `CudaDevice` is it on an NVIDIA GPU. CuPy is imported when a GPU is
+asked for, so that a machine without one need not have it.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+T = TypeVar("T")
+
+_HINT = "pip install 'tensorray[gpu]' brings CuPy and CUDA's libraries; or run with --device cpu"
+
+
+class DeviceError(RuntimeError):
+    """The device can't be used, or failed in mid-flight; says what to do."""
+
+
+class Mark(Protocol):
+    """A point in the device's work."""
+
+    def wait(self) -> None:
+        """Return when the device has come to it. Raises DeviceError if its work failed."""
+        ...
+
+
+class Device(Protocol):
+    """One device: work is queued on its one stream, in order, by calls that do not wait for it."""
+
+    xp: Any  # the array module
+    name: str
+
+    def current(self) -> AbstractContextManager[None]:
+        """Make the device, and its stream, what array calls of this thread use."""
+        ...
+
+    def pinned(self, nbytes: int) -> NDArray[np.uint8]:
+        """Host memory that copies may read or write while the host goes on."""
+        ...
+
+    def upload(self, source: NDArray[Any], target: Any) -> None:
+        """Queue a copy of pinned memory into a dense device array of its size."""
+        ...
+
+    def download(self, source: Any, target: NDArray[Any]) -> None:
+        """Queue a copy of a dense device array into pinned memory of its size."""
+        ...
+
+    def mark(self) -> Mark:
+        """Mark the end of what is queued so far."""
+        ...
+
+    def recording(self) -> AbstractContextManager[None]:
+        """Arrays made inside come from memory that recorded work keeps."""
+        ...
+
+    def record(self, work: Callable[[], T]) -> Callable[[], T]:
+        """Work as one call that queues all of it again, on the same arrays.
+
+        `work` runs now, without effect if the device can capture it, and inside `recording`. What
+        it returns is what each later call returns: arrays that it fills anew.
+        """
+        ...
+
+    def free_memory(self) -> int:
+        """Bytes that may still be allocated."""
+        ...
+
+    def total_memory(self) -> int: ...
+
+
+class CudaDevice:
+    """An NVIDIA GPU through CuPy. Raises DeviceError if there is none that can be used."""
+
+    def __init__(self, index: int = 0) -> None:
+        try:
+            import cupy
+        except ImportError as error:
+            raise DeviceError(f"CuPy can't be imported ({error}): {_HINT}") from error
+        self.xp = cupy
+        self._cuda = cupy.cuda
+        try:
+            self._device = cupy.cuda.Device(index)
+            with self._device:
+                self._stream = cupy.cuda.Stream(non_blocking=True)
+                properties = cupy.cuda.runtime.getDeviceProperties(index)
+        except cupy.cuda.runtime.CUDARuntimeError as error:
+            raise DeviceError(f"GPU {index} can't be used ({error}): {_HINT}") from error
+        self.name = properties["name"].decode()
+        # Graphs hold addresses, so what they touch must never go back to the driver.
+        self._recorded = cupy.cuda.MemoryPool()
+        self._entered = threading.local()
+
+    @contextmanager
+    def current(self) -> Iterator[None]:
+        if getattr(self._entered, "yes", False):
+            yield
+            return
+        with self._device, self._stream:
+            self._entered.yes = True
+            try:
+                yield
+            except (
+                self._cuda.runtime.CUDARuntimeError,
+                self._cuda.driver.CUDADriverError,
+            ) as error:
+                raise DeviceError(f"{self.name} failed: {error}") from error
+            finally:
+                self._entered.yes = False
+
+    def pinned(self, nbytes: int) -> NDArray[np.uint8]:
+        memory = self._cuda.alloc_pinned_memory(nbytes)
+        return np.frombuffer(memory, np.uint8, nbytes)
+
+    def upload(self, source: NDArray[Any], target: Any) -> None:
+        target.data.copy_from_host_async(source.ctypes.data, source.nbytes, self._stream)
+
+    def download(self, source: Any, target: NDArray[Any]) -> None:
+        source.data.copy_to_host_async(target.ctypes.data, target.nbytes, self._stream)
+
+    def mark(self) -> Mark:
+        event = self._cuda.Event(disable_timing=True)
+        event.record(self._stream)
+        return _CudaMark(self, event)
+
+    def recording(self) -> AbstractContextManager[None]:
+        context: AbstractContextManager[None] = self._cuda.using_allocator(self._recorded.malloc)
+        return context
+
+    def record(self, work: Callable[[], T]) -> Callable[[], T]:
+        with self.recording():
+            # Once for real: kernels compile, handles are made, and the pool fills, none of which
+            # a capture allows.
+            work()
+            self._stream.begin_capture()
+            try:
+                result = work()
+            finally:
+                graph = self._stream.end_capture()
+        graph.upload(self._stream)
+        stream = self._stream
+
+        def replay() -> T:
+            graph.launch(stream)
+            return result
+
+        return replay
+
+    def free_memory(self) -> int:
+        # What the pool keeps for nobody counts as free.
+        self.xp.get_default_memory_pool().free_all_blocks()
+        return int(self._device.mem_info[0])
+
+    def total_memory(self) -> int:
+        return int(self._device.mem_info[1])
+
+
+class _CudaMark:
+    def __init__(self, device: CudaDevice, event: Any) -> None:
+        self._device = device
+        self._event = event
+
+    def wait(self) -> None:
+        with self._device.current():
+            self._event.synchronize()
+
+
+def find_device(index: int = 0) -> CudaDevice | None:
+    """The machine's GPU; None where CuPy is not installed or sees none that it can use."""
+    try:
+        import cupy
+
+        if not cupy.cuda.runtime.getDeviceCount():
+            return None
+    except Exception:  # no CuPy, no driver, no GPU: what CuPy raises differs
+        return None
+    return CudaDevice(index)
