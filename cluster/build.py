@@ -34,7 +34,7 @@ from tensorray.builder.build import (
 from tensorray.builder.checkpoint import open_checkpoint, open_files
 from tensorray.builder.checkpoint.base import CheckpointError
 from tensorray.builder.checkpoint.open import ModelFiles
-from tensorray.builder.graph import FLOATS, DTypes
+from tensorray.builder.graph import DTypes
 from tensorray.builder.manifest import (
     Manifest,
     ManifestError,
@@ -46,6 +46,7 @@ from tensorray.builder.manifest import (
     read_manifest,
 )
 from tensorray.builder.plan import Profile, ProfileSet, default_profiles
+from tensorray.builder.precision import choose_dtypes
 from tensorray.builder.registry import resolve
 from tensorray.builder.store import PlanStore, open_store
 from tensorray.builder.tensorrt_flavour import Target
@@ -176,19 +177,9 @@ def _open(config: BuildConfig) -> ModelFiles:
 
 
 def _dtypes(config: BuildConfig, files: ModelFiles) -> DTypes:
-    compute: str = config.dtype
-    if compute == "auto":
-        stored = files.config.get("dtype") or files.config.get("torch_dtype")
-        compute = str(stored).removeprefix("torch.")
-        if compute not in FLOATS:
-            raise ValueError(
-                f"--dtype: {config.model} says nothing usable of its dtype ({stored}); give one of "
-                f"{', '.join(FLOATS)}"
-            )
-    residual: str = config.residual_dtype
-    if residual == "auto":
-        residual = "float32" if compute == "float16" else compute
-    return DTypes(compute, residual)
+    return choose_dtypes(
+        files.config, model=config.model, dtype=config.dtype, residual=config.residual_dtype
+    )
 
 
 def _profiles(config: BuildConfig, target: Target) -> ProfileSet:

@@ -1,0 +1,43 @@
+"""Which dtypes a model computes in, from what was asked and what its checkpoint says."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from tensorray.builder.graph import FLOATS, DTypes
+
+
+def choose_dtypes(
+    config: Mapping[str, Any],
+    *,
+    model: str,
+    dtype: str = "auto",
+    residual: str = "auto",
+    unstated: str | None = None,
+) -> DTypes:
+    """`dtype` "auto" is the checkpoint's own, or `unstated` where its config says none.
+
+    `residual` "auto" is the same, but float32 under float16: some models' residual streams exceed
+    its range (Gemma 3 270M's reaches 104,000; float16 ends at 65,504). Raises ValueError, naming
+    `model`, where nothing usable is said.
+    """
+    if dtype == "auto":
+        stored = config.get("dtype") or config.get("torch_dtype") or unstated
+        dtype = str(stored).removeprefix("torch.")
+        if dtype not in FLOATS:
+            raise ValueError(
+                f"--dtype: {model} says nothing usable of its dtype ({stored}); give one of "
+                f"{', '.join(FLOATS)}"
+            )
+    if residual == "auto":
+        residual = "float32" if dtype == "float16" else dtype
+    return DTypes(dtype, residual)
+
+
+def numpy_dtype(name: str) -> np.dtype[Any]:
+    """NumPy's dtype of one of `FLOATS`."""
+    return np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)
