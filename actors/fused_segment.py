@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 from tensorray.actors.array_segment import Backend, Runner
@@ -15,6 +18,18 @@ from tensorray.kernels import activation, linear, norm
 #: With more rows than these a linear is a plain matrix product, and what follows it a call of
 #: its own.
 FEW_ROWS = 64
+
+
+@cache
+def kernels_digest() -> str:
+    """A digest of all source that decides how fast fused segments are."""
+    folder = Path(linear.__file__).parent
+    files = [*folder.glob("*.py"), *folder.glob("cuda/*"), *Path(__file__).parent.glob("fus*.py")]
+    digest = hashlib.sha256()
+    for file in sorted(files):
+        if file.suffix in (".py", ".cu", ".cuh"):
+            digest.update(file.name.encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()
 
 
 class FusedOps(ArrayOps):
@@ -30,28 +45,32 @@ class FusedOps(ArrayOps):
         norm_weight: Tensor | None = None,
         *,
         eps: float = 0.0,
-        gate: str | None = None,
+        gate: activation.Gate | None = None,
     ) -> Tensor:
-        """A linear on `rms_norm(x)`, gated, added to `residual`; each where it is given."""
-        if norm_weight is not None:
-            x = norm.rms_norm(x, norm_weight, eps)
-        y = linear.linear(x, weight, bias)
-        if gate is not None:
-            y = self.gated(y, gate)
-        return y if residual is None else residual + y
+        """See `kernels.linear.linear`."""
+        return linear.linear(
+            x, weight, bias, norm=norm_weight, eps=eps, gate=gate, residual=residual
+        )
 
-    def gated(self, x: Tensor, kind: str) -> Tensor:
-        """`act(gate) * up` of `[T, 2 * inner]`, gate columns first -> `[T, inner]`."""
-        inner = x.shape[-1] // 2
-        gate: Tensor = getattr(activation, kind)(x[..., :inner])
-        return gate * x[..., inner:]
+    @segment
+    def add_residual(self, x: Tensor, delta: Tensor) -> Tensor:
+        return activation.add(x, delta)
+
+    def gated(self, gate_up: Tensor, kind: activation.Gate) -> Tensor:
+        """See `kernels.activation.gated`."""
+        return activation.gated(gate_up, kind)
 
     def add_rms_norm(
-        self, x: Tensor, delta: Tensor, weight: Tensor, eps: float
+        self, x: Tensor, delta: Tensor, weight: Tensor, delta_weight: Tensor | None, eps: float
     ) -> tuple[Tensor, Tensor]:
-        """`x + delta` in x's dtype, and its norm."""
-        x = x + delta
-        return x, norm.rms_norm(x, weight, eps)
+        """See `kernels.norm.add_rms_norm`."""
+        return norm.add_rms_norm(x, delta, weight, eps, delta_weight=delta_weight)
+
+    def qk_norm(
+        self, q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        """See `kernels.norm.qk_norm`."""
+        return norm.qk_norm(q, k, q_weight, k_weight, eps)
 
 
 class FusedSegment(Runner):

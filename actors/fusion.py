@@ -4,10 +4,11 @@ What can be joined with what follows from where the values go: an intermediate t
 and one op reads need never be written to memory.
 
     linear, + bias                     -> linear with a bias
-    linear, split, silu(gate) * up     -> gated linear             or linear, gated
-    linear, add_residual               -> linear that adds to x    (few rows)
-    add_residual, rms_norm             -> add_rms_norm
-    rms_norm, linear                   -> linear that norms x      (few rows)
+    linear, split, silu(gate) * up     -> gated linear                  (else linear, gated)
+    linear, add_residual               -> linear that adds to a residual       (few rows)
+    rms_norm, linear                   -> linear that norms its input          (few rows)
+    rms_norm, add_residual, rms_norm   -> add_rms_norm, with or without the first
+    rms_norm of q, rms_norm of k       -> qk_norm
 
 With few rows a linear is bound by reading its weight, and what is joined to it is free: a decode
 layer of Llama's is four calls. With many it is the best matrix product there is, with the rest
@@ -30,9 +31,9 @@ GATES = ("silu", "gelu_tanh")
 class Call:
     """One op over a segment's local values: of the op set, or one of those the pass makes.
 
-    The latter, all of whose arguments but the first two may be None:
-    `linear(x, weight, bias, residual, norm; eps, gate)`, `gated(x; kind)`,
-    `add_rms_norm(x, delta, weight; eps) -> x + delta, normed`.
+    The latter, some of whose arguments may be None, as kernels/ describes them:
+    `linear(x, weight, bias, residual, norm; eps, gate)`, `gated(gate_up; kind)`,
+    `add_rms_norm(x, delta, weight, delta_weight; eps)`, `qk_norm(q, k, q_weight, k_weight; eps)`.
     """
 
     op: str
@@ -51,6 +52,7 @@ def fuse(segment: Segment, *, few_rows: bool) -> tuple[Call, ...]:
     else:
         fusion.ungate()
     fusion.add_norms()
+    fusion.qk_norms()
     if few_rows:
         fusion.join("rms_norm", "linear", _normed)
     return tuple(fusion.calls)
@@ -113,21 +115,48 @@ class _Fusion:
             self.replace(call, linear, gated)
 
     def add_norms(self) -> None:
-        """Join additions to the residual stream with the norms that follow.
+        """Join additions to the residual stream with the norms that follow, and with one of what
+        is added.
 
         Others read the sum as well, so the joined call takes the addition's place.
         """
         for add in [call for call in self.calls if call.op == "add_residual"]:
-            total = add.outputs[0]
-            for norm in self.calls:
-                if norm.op == "rms_norm" and norm.arguments[0] == total:
-                    weight = norm.arguments[1]
-                    if weight in self.weights:
-                        outputs = (total, *norm.outputs)
-                        arguments = (*add.arguments, weight)
-                        self.calls.remove(norm)
-                        self.replace(add, Call("add_rms_norm", arguments, norm.attributes, outputs))
-                    break
+            (total,), (stream, delta) = add.outputs, add.arguments
+            norm = self.norm(reads=total)
+            if norm is None or norm.arguments[1] not in self.weights:
+                continue
+            before = self.norm(makes=delta)
+            delta_weight = None
+            if before and self.reader(before) is add and before.attributes == norm.attributes:
+                delta, delta_weight = before.arguments
+                self.calls.remove(before)
+            self.calls.remove(norm)
+            arguments = (stream, delta, norm.arguments[1], delta_weight)
+            outputs = (total, *norm.outputs)
+            self.replace(add, Call("add_rms_norm", arguments, norm.attributes, outputs))
+
+    def qk_norms(self) -> None:
+        """Join two norms of heads that follow each other."""
+        for q, k in zip(self.calls, self.calls[1:], strict=False):
+            if (
+                q.op == k.op == "rms_norm"
+                and q.attributes == k.attributes
+                and all(self.is_heads(call.outputs[0]) for call in (q, k))
+                and q.outputs[0] != k.arguments[0]
+            ):
+                (q_heads, q_weight), (k_heads, k_weight) = q.arguments, k.arguments
+                arguments = (q_heads, k_heads, q_weight, k_weight)
+                self.calls.remove(q)
+                self.replace(k, Call("qk_norm", arguments, q.attributes, q.outputs + k.outputs))
+                return  # a segment has the heads of one attention
+
+    def is_heads(self, value: int) -> bool:
+        return len(self.shapes[value]) == 3
+
+    def norm(self, *, reads: int | None = None, makes: int | None = None) -> Call | None:
+        """The first RMS norm of a value, or the one that makes a value."""
+        norms = (call for call in self.calls if call.op == "rms_norm")
+        return next((n for n in norms if n.arguments[0] == reads or n.outputs[0] == makes), None)
 
     def reader(self, call: Call, value: int | None = None) -> Call | None:
         """The one call that reads a value, once (None: the call's only one); else None."""
@@ -161,7 +190,7 @@ def _residual(fusion: _Fusion, linear: Call, add: Call) -> Call | None:
 def _normed(fusion: _Fusion, norm: Call, linear: Call) -> Call | None:
     _, weight, bias, residual, _ = linear.arguments
     x, scale = norm.arguments
-    if linear.arguments[0] != norm.outputs[0] or len(fusion.shapes[norm.outputs[0]]) != 2:
+    if linear.arguments[0] != norm.outputs[0]:
         return None
     attributes = (*linear.attributes, *norm.attributes)
     return replace(linear, arguments=(x, weight, bias, residual, scale), attributes=attributes)

@@ -104,6 +104,14 @@ class KVGroups(msgspec.Struct, frozen=True):
     block_size: int  # tokens
 
 
+class SegmentInfo(msgspec.Struct, frozen=True):
+    """What runs one of the model's segments."""
+
+    name: str  # where the model has it
+    backends: dict[int, str]  # by the number of rows: "tensorrt" or "kernels"
+    microseconds: dict[int, dict[str, float]] = {}  # of those that were timed, by backend
+
+
 class ShardInfo(msgspec.Struct, frozen=True):
     """What a shard reports once it is ready to serve."""
 
@@ -114,4 +122,6 @@ class ShardInfo(msgspec.Struct, frozen=True):
     weight_bytes: int
     kv_cache_bytes: int
     load_seconds: float
+    segments: list[SegmentInfo] = []  # none where the array interpreter runs the model
+    rejected_plans: int = 0  # that were wrong, so that something else runs in their place
     depth: int = 1  # steps worth having in flight: 2 if the device runs while the host prepares

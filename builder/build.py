@@ -11,12 +11,12 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Any, Literal, Protocol
 
-from tensorray.builder.graph import DTypes, Segment, SegmentCall, trace
+from tensorray.builder.graph import DTypes, Program, Segment, SegmentCall, trace
 from tensorray.builder.model import Layout, Model, ModelConfigError
 from tensorray.builder.plan import Plan, ProfileSet, build_plan, plan_key
 from tensorray.builder.store import Claim, PlanStore, StoreError
@@ -85,18 +85,28 @@ def find_segments(
 
     Raises ModelConfigError for a layout that the model does not divide into.
     """
+
+    def programs() -> Iterator[Program]:
+        for pp_rank in range(pp_size):
+            for tp_rank in range(tp_size):
+                model = definition(config, Layout(tp_rank, tp_size, pp_rank, pp_size))
+                yield trace(model, stage_layers(model.num_layers, pp_size, pp_rank))
+
+    return name_segments(programs())
+
+
+def name_segments(programs: Iterable[Program]) -> list[NamedSegment]:
+    """The distinct segments of programs, in order of first use."""
     found: dict[Segment, _Places] = {}
-    for pp_rank in range(pp_size):
-        for tp_rank in range(tp_size):
-            model = definition(config, Layout(tp_rank, tp_size, pp_rank, pp_size))
-            group: str | int = "embed"
-            for call in trace(model, stage_layers(model.num_layers, pp_size, pp_rank)).calls:
-                if not isinstance(call, SegmentCall):
-                    continue
-                # A segment without weights (an add) belongs to where the one before it ended.
-                first = call.weights[0].group if call.weights else group
-                group = call.weights[-1].group if call.weights else group
-                found.setdefault(call.segment, _Places(call)).add(first)
+    for program in programs:
+        group: str | int = "embed"
+        for call in program.calls:
+            if not isinstance(call, SegmentCall):
+                continue
+            # A segment without weights (an add) belongs to where the one before it ended.
+            first = call.weights[0].group if call.weights else group
+            group = call.weights[-1].group if call.weights else group
+            found.setdefault(call.segment, _Places(call)).add(first)
     return [NamedSegment(str(places), segment) for segment, places in found.items()]
 
 
