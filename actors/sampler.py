@@ -16,6 +16,18 @@ _SEED_MASK = 2**64 - 1
 _DRAWS_AHEAD = 64  # draws computed at once: a Philox call costs the same for 1 and for 64
 
 
+# Why no token could be chosen.
+NOT_FINITE = "the model's logits hold NaN or infinity"
+ALL_EXCLUDED = "the model put every token at probability zero (all logits are -inf)"
+NONE_LEFT = (
+    "no token is left to choose: allowed_token_ids, banned_token_ids and min_tokens "
+    "together exclude every one"
+)
+OVERFLOW = (
+    "penalties drove a logit beyond float32: bring repetition_penalty ({repetition}) closer to 1"
+)
+
+
 class SamplingError(ValueError):
     """A row of logits from which no token can be chosen; the message says why."""
 
@@ -67,7 +79,7 @@ class Sampler:
             try:
                 token = state.choose(row)
                 if state.sampling.logprobs is not None:
-                    logprobs[seq] = _logprobs(row, token, state.sampling.logprobs)
+                    logprobs[seq] = score_token(row, token, state.sampling.logprobs)
             except SamplingError as error:
                 token = -1
                 failed[seq] = str(error)
@@ -88,8 +100,8 @@ class Sampler:
         self._check(logits, len(tokens))
         scores = []
         for token, row in zip(tokens, logits, strict=True):
-            _check_best(row.max())
-            scores.append(_logprobs(row, token, top))
+            check_best(row.max())
+            scores.append(score_token(row, token, top))
         return scores
 
     def _check(self, logits: NDArray[np.float32], rows: int) -> None:
@@ -125,7 +137,7 @@ class _Sequence:
 
     def choose(self, row: NDArray[np.float32]) -> int:
         """The next token, from float32 logits [vocab], which stay as they are."""
-        _check_best(row.max())
+        check_best(row.max())
         if self._edits():
             row = self._edited(row)
         if self.sampling.temperature == 0:
@@ -177,15 +189,9 @@ class _Sequence:
             )
         best = row.max()
         if best == -np.inf:
-            raise SamplingError(
-                "no token is left to choose: allowed_token_ids, banned_token_ids and min_tokens "
-                "together exclude every one"
-            )
+            raise SamplingError(NONE_LEFT)
         if not np.isfinite(best):
-            raise SamplingError(
-                "penalties drove a logit beyond float32: bring repetition_penalty "
-                f"({self.sampling.repetition_penalty}) closer to 1"
-            )
+            raise SamplingError(OVERFLOW.format(repetition=self.sampling.repetition_penalty))
         return row
 
     def _uniform(self) -> float:
@@ -240,17 +246,14 @@ def _seen_tokens(start: SequenceStart) -> _SeenTokens | None:
     return None
 
 
-def _check_best(best: np.float32) -> None:
+def check_best(best: np.float32) -> None:
     """Refuses a row by its largest logit: NaN if any is, +inf if any is, -inf if all are."""
     if not np.isfinite(best):
-        raise SamplingError(
-            "the model put every token at probability zero (all logits are -inf)"
-            if best == -np.inf
-            else "the model's logits hold NaN or infinity"
-        )
+        raise SamplingError(ALL_EXCLUDED if best == -np.inf else NOT_FINITE)
 
 
-def _logprobs(row: NDArray[np.float32], token: int, top: int) -> Logprobs:
+def score_token(row: NDArray[np.float32], token: int, top: int) -> Logprobs:
+    """How likely a row of logits [vocab] makes `token`, and its `top` best tokens (-1: all)."""
     scored = kernels.score(row, token, top)
     return Logprobs(
         token=token,

@@ -153,13 +153,19 @@ def score(row: Row, token: int, top: int) -> TokenScore:
 
     `row` holds neither NaN nor +inf, and at least one entry is above -inf.
     """
-    best = row.max()
-    normalizer = float(best) + math.log(float(_weights(row, best, 1.0).sum(dtype=np.float64)))
+    normalizer = log_normalizer(row)
     mine = row[token]
     rank = 1 + np.count_nonzero(row > mine) + np.count_nonzero(row[:token] == mine)
     tokens = largest(row, row.size if top < 0 else top) if top else np.empty(0, np.int64)
     logprobs = row[tokens].astype(np.float64) - normalizer
     return TokenScore(float(mine) - normalizer, int(rank), tokens.tolist(), logprobs.tolist())
+
+
+@np.errstate(over="ignore")
+def log_normalizer(row: Row) -> float:
+    """The logarithm of the sum of exp(row), of a row as `score` takes it."""
+    best = row.max()
+    return float(best) + math.log(float(_weights(row, best, 1.0).sum(dtype=np.float64)))
 
 
 def _weights(scores: Floats, best: np.float32, temperature: float) -> Floats:

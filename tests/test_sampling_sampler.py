@@ -8,35 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers.equality import assert_same_tokens, choice, final_scores
+from helpers.sampling import VOCAB, logits_of, samplings, start
 from hypothesis import given, settings
-from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from tensorray.actors.protocol import Logprobs, Sampling, SequenceStart
+from tensorray.actors.protocol import Logprobs, Sampling
 from tensorray.actors.sampler import Sampler, SamplingError
 from tensorray.kernels.philox import uniform
-
-VOCAB = 40
-
-
-def start(
-    seq: int, sampling: Sampling, prompt: list[int] | None = None, outputs: list[int] | None = None
-) -> SequenceStart:
-    prompt = [1, 2, 2, 3] if prompt is None else prompt
-    return SequenceStart(
-        seq=seq,
-        tokens=prompt + (outputs or []),
-        prompt_len=len(prompt),
-        computed=0,
-        blocks=[],
-        sampling=sampling,
-    )
-
-
-def model(outputs: list[int], seq: int = 0) -> NDArray[np.float32]:
-    """Logits that depend on a sequence's own tokens, as a model's would."""
-    rng = np.random.default_rng([seq, len(outputs), *outputs])
-    return rng.normal(0, 2, VOCAB).astype(np.float32)
 
 
 def generate(
@@ -49,7 +27,7 @@ def generate(
         if step in restart_after:
             sampler.end(seq)
             sampler.start(start(seq, sampling, outputs=outputs))
-        tokens, _, failed = sampler.sample([seq], model(outputs, seq)[None])
+        tokens, _, failed = sampler.sample([seq], logits_of(outputs, seq)[None])
         assert not failed
         outputs += tokens
     return outputs
@@ -81,25 +59,6 @@ def reference_choice(
     return kept[-1]
 
 
-token_ids = st.integers(0, VOCAB - 1)
-samplings = st.builds(
-    Sampling,
-    temperature=st.sampled_from([0.0, 0.5, 1.0, 1.7]),
-    top_k=st.sampled_from([0, 0, 1, 3, 10, VOCAB, 1000]),
-    top_p=st.sampled_from([1.0, 0.95, 0.4, 1e-6]),
-    min_p=st.sampled_from([0.0, 0.1, 1.0]),
-    repetition_penalty=st.sampled_from([1.0, 1.3, 0.7]),
-    presence_penalty=st.sampled_from([0.0, 1.5, -1.0]),
-    frequency_penalty=st.sampled_from([0.0, 0.8, -0.5]),
-    logit_bias=st.dictionaries(token_ids, st.sampled_from([-100.0, -1.0, 2.0, 100.0]), max_size=3),
-    allowed_token_ids=st.none() | st.lists(token_ids, min_size=12, max_size=20, unique=True),
-    banned_token_ids=st.lists(token_ids, max_size=4),
-    seed=st.integers(0, 2**63),
-    min_tokens=st.sampled_from([0, 3]),
-    stop_token_ids=st.lists(token_ids, max_size=3),
-)
-
-
 @settings(max_examples=150, deadline=None)
 @given(sampling=samplings)
 def test_a_sequence_equals_the_reference(sampling: Sampling) -> None:
@@ -107,7 +66,7 @@ def test_a_sequence_equals_the_reference(sampling: Sampling) -> None:
     found = generate(sampling, 8)
     for position, token in enumerate(found):
         outputs = found[:position]
-        logits = model(outputs)
+        logits = logits_of(outputs)
         assert_same_tokens(
             [token],
             [reference_choice(logits, sampling, prompt, outputs)],
@@ -136,7 +95,7 @@ def test_neither_batch_mates_nor_their_order_change_a_sequence() -> None:
         # Any subset runs in a step, in any order.
         seqs = [int(seq) for seq in rng.permutation(len(BATCH)) if len(outputs[seq]) < 20]
         seqs = seqs[: rng.integers(1, len(seqs) + 1)]
-        logits = np.stack([model(outputs[seq], seq) for seq in seqs])
+        logits = np.stack([logits_of(outputs[seq], seq) for seq in seqs])
         tokens, _, failed = sampler.sample(seqs, logits)
         assert not failed
         for seq, token in zip(seqs, tokens, strict=True):
@@ -246,7 +205,7 @@ FAILURES = [
 def test_a_failing_sequence_says_why_and_leaves_its_mates_alone(
     sampling: Sampling, poison: float | None, reason: str
 ) -> None:
-    logits = np.stack([model([], seq) for seq in range(3)])
+    logits = np.stack([logits_of([], seq) for seq in range(3)])
     logits[1, 1] = 5.0
     if poison is not None:
         logits[1, 20] = poison
@@ -285,7 +244,7 @@ def test_a_failed_step_leaves_the_state_as_it_was(sampling: Sampling) -> None:
         if step in (0, 4):
             _, _, failed = sampler.sample([0], np.full((1, VOCAB), np.nan, np.float32))
             assert failed
-        outputs += sampler.sample([0], model(outputs)[None])[0]
+        outputs += sampler.sample([0], logits_of(outputs)[None])[0]
     assert outputs == generate(sampling, 10)
 
 
