@@ -17,7 +17,7 @@ from tensorray.kernels import activation, linear, norm
 
 #: With more rows than these a linear is a plain matrix product, and what follows it a call of
 #: its own.
-FEW_ROWS = 64
+FEW_ROWS = 16
 
 
 @cache

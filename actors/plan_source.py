@@ -6,7 +6,7 @@ import logging
 import time
 from dataclasses import dataclass
 
-from tensorray.builder.build import NamedSegment, PlanRequest, compile_plan, plan_for
+from tensorray.builder.build import Compile, NamedSegment, PlanRequest, compile_plan, plan_for
 from tensorray.builder.graph import DTypes
 from tensorray.builder.plan import Plan, ProfileSet, default_profiles
 from tensorray.builder.store import PlanStore, StoreError
@@ -34,6 +34,7 @@ class PlanSource:
     #: What to look for, by the numbers of rows it serves, best first; the last is what is built.
     profiles: tuple[ProfileSet, ...]
     build: bool = False
+    compile: Compile = compile_plan
 
     def find(self, each: NamedSegment) -> Plan | None:
         """A segment's plan; None where there is none, and none is to be built or can be."""
@@ -53,7 +54,7 @@ class PlanSource:
         logger.info("building a plan: %s", request)
         began = time.perf_counter()
         try:
-            plan = plan_for(request, self.store, compile_plan)
+            plan = plan_for(request, self.store, self.compile)
         except (TensorRTError, TargetError) as error:
             logger.warning("no plan for %s: %s", request, error)
             return None

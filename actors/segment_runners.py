@@ -143,11 +143,13 @@ class SegmentRunners:
                 missing.append(each.name)
                 continue
             self._plans[each.segment] = plan
-            for rows in head_rows if each.segment in self._in_head else body_rows:
-                if plan.record.wrong:
-                    break
-                if serves(plan.plan, rows):
-                    self._choose(each, plan, rows)
+            try:
+                for rows in head_rows if each.segment in self._in_head else body_rows:
+                    if serves(plan.plan, rows) and not plan.record.wrong:
+                        self._choose(each, plan, rows)
+            except TensorRTError as error:
+                # Perhaps for want of memory: another start may well run it, so this isn't kept.
+                logger.warning("own kernels run the rest of %s: %s", each.name, error)
             plan.keep()
         if missing and self._source is not None:
             logger.warning(
@@ -196,19 +198,15 @@ class SegmentRunners:
     def _choose(self, each: NamedSegment, plan: _TriedPlan, rows: int) -> None:
         trial = plan.record.trials.get(rows)
         timed = trial is not None and bool(trial.microseconds)
-        try:
-            if trial is None or (self._backend == "auto" and not timed):
-                trial = self._try(each, plan, rows)
-                if plan.record.wrong:
-                    self._reject(each, plan, plan.record.wrong)
-                    return
-                plan.record.trials[rows] = trial
-                plan.changed = True
-            if self._backend == "tensorrt" or trial.backend == "tensorrt":
-                self._runners[each.segment, rows] = self._by_plan(plan, rows)
-        except TensorRTError as error:
-            # Perhaps for want of memory: another start may well run it, so this isn't kept.
-            logger.warning("own kernels run %s of %d rows: %s", each.name, rows, error)
+        if trial is None or (self._backend == "auto" and not timed):
+            trial = self._try(each, plan, rows)
+            if plan.record.wrong:
+                self._reject(each, plan, plan.record.wrong)
+                return
+            plan.record.trials[rows] = trial
+            plan.changed = True
+        if self._backend == "tensorrt" or trial.backend == "tensorrt":
+            self._runners[each.segment, rows] = self._by_plan(plan, rows)
 
     def _try(self, each: NamedSegment, plan: _TriedPlan, rows: int) -> Trial:
         """Check a plan and, to choose, time it beside own kernels."""
