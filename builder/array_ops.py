@@ -12,7 +12,7 @@ from typing import Any
 
 from tensorray.builder.ops import Ops, Tensor, kernel, segment
 from tensorray.builder.rope import RopeSpec, table
-from tensorray.kernels import activation, attention, linear, moe, norm, rope
+from tensorray.kernels import activation, attention, linear, moe, norm, rope, rows
 from tensorray.kernels.batch import Batch
 
 
@@ -101,18 +101,11 @@ class ArrayOps(Ops):
 
     @kernel
     def embedding(self, tokens: Tensor, table: Tensor, first_row: int = 0) -> Tensor:
-        own = tokens - first_row
-        inside = (own >= 0) & (own < len(table))
-        rows = table[self.xp.where(inside, own, 0)]
-        rows[~inside] = 0
-        return self._as_residual(rows)
+        return rows.gather_rows(table, tokens, first_row, dtype=self.residual)
 
     @kernel
     def position_embedding(self, table: Tensor) -> Tensor:
-        return self._as_residual(table[self.batch.positions])
-
-    def _as_residual(self, x: Tensor) -> Tensor:
-        return x if self.residual is None else x.astype(self.residual, copy=False)
+        return rows.gather_rows(table, self.batch.positions, dtype=self.residual)
 
     @kernel
     def rope(self, q: Tensor, k: Tensor, spec: RopeSpec) -> tuple[Tensor, Tensor]:
@@ -140,8 +133,12 @@ class ArrayOps(Ops):
         scale: float,
         softcap: float | None = None,
     ) -> Tensor:
-        kv, batch = self.kv[layer], self.batch
-        attention.append_kv(k, v, kv.k_pages, kv.v_pages, batch.slots[kv.group])
+        kv, slots = self.kv[layer], self.batch.slots[self.kv[layer].group]
+        attention.append_kv(k, v, kv.k_pages, kv.v_pages, slots)
+        return self._attend(q, kv, scale, softcap)
+
+    def _attend(self, q: Tensor, kv: LayerKV, scale: float, softcap: float | None) -> Tensor:
+        batch = self.batch
         return attention.paged_attention(
             q,
             kv.k_pages,
@@ -152,6 +149,7 @@ class ArrayOps(Ops):
             scale=scale,
             window=kv.window,
             softcap=softcap,
+            max_query=batch.max_query,
         )
 
     def rope_attention(
@@ -166,12 +164,22 @@ class ArrayOps(Ops):
         softcap: float | None = None,
     ) -> Tensor:
         """`rope`, then `attention` of what it gives. Not an op of its own: how the two may run."""
-        q, k = self.rope(q, k, spec)
-        return self.attention(q, k, v, layer, scale=scale, softcap=softcap)
+        kv, batch = self.kv[layer], self.batch
+        q = rope.rope_append(
+            q,
+            k,
+            v,
+            self._rope_table(spec),
+            batch.positions,
+            kv.k_pages,
+            kv.v_pages,
+            batch.slots[kv.group],
+        )
+        return self._attend(q, kv, scale, softcap)
 
     @kernel
     def select_rows(self, x: Tensor) -> Tensor:
-        return x[self.batch.logit_rows]
+        return rows.gather_rows(x, self.batch.logit_rows)
 
     @kernel
     def route(self, logits: Tensor, top_k: int, *, renormalize: bool) -> tuple[Tensor, Tensor]:

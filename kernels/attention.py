@@ -1,40 +1,72 @@
 """Attention over a paged KV cache (Kwon et al., arXiv 2309.06180).
 
 Pages are `[num_blocks, kv_heads, block_size, head_dim]`; a sequence's position p lies in block
-`block_table[p // block_size]` at offset `p % block_size`.
+`block_table[p // block_size]` at offset `p % block_size`. Pages of 8 bits (float8_e4m3fn, or uint8
+holding its bits) keep what is appended divided by the layer's `kv_scale`.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from tensorray.kernels import native
+from tensorray.kernels.device import is_cuda
 
 # Queries whose scores are held at once: bounds the memory of a long prefill chunk.
 _QUERY_TILE = 128
+# The largest float8_e4m3fn.
+_E4M3_MAX = 448.0
 
 
-def append_kv(k: Any, v: Any, k_pages: Any, v_pages: Any, slots: Any) -> None:
+def append_kv(
+    k: Any, v: Any, k_pages: Any, v_pages: Any, slots: Any, *, kv_scale: float = 1.0
+) -> None:
     """Write each token's key and value into its slot of the pages, in place.
 
-    k and v `[T, kv_heads, head_dim]`; slots int `[T]`, `block * block_size + offset`, -1 to skip
-    a token.
+    k and v `[T, kv_heads, head_dim]`; slots int64 `[T]`, `block * block_size + offset`, -1 to skip
+    a token. On a GPU rows may be strided (views of a packed QKV row).
     """
-    if not native.takes(k):
-        append_kv_numpy(k, v, k_pages, v_pages, slots)
-        return
-    slots = np.ascontiguousarray(slots, np.int64)
-    native.library.append_kv(k, v, k_pages, v_pages, slots)
+    if is_cuda(k):
+        from tensorray.kernels.cuda import rope
+
+        rope.append_kv(k, v, k_pages, v_pages, slots, kv_scale=kv_scale)
+    elif not _native_takes(k, k_pages, kv_scale):
+        append_kv_numpy(k, v, k_pages, v_pages, slots, kv_scale=kv_scale)
+    else:
+        slots = np.ascontiguousarray(slots, np.int64)
+        native.library.append_kv(k, v, k_pages, v_pages, slots)
 
 
-def append_kv_numpy(k: Any, v: Any, k_pages: Any, v_pages: Any, slots: Any) -> None:
+def append_kv_numpy(
+    k: Any, v: Any, k_pages: Any, v_pages: Any, slots: Any, *, kv_scale: float = 1.0
+) -> None:
     """The twin of `append_kv`."""
     kept = slots >= 0
     blocks, offsets = np.divmod(slots[kept], k_pages.shape[2])
-    k_pages[blocks, :, offsets] = k[kept]
-    v_pages[blocks, :, offsets] = v[kept]
+    k_pages[blocks, :, offsets] = _stored(k[kept], k_pages.dtype, kv_scale)
+    v_pages[blocks, :, offsets] = _stored(v[kept], v_pages.dtype, kv_scale)
+
+
+def _native_takes(x: Any, pages: Any, kv_scale: float) -> bool:
+    return bool(native.takes(x) and pages.dtype == np.float32 and kv_scale == 1.0)
+
+
+def _stored(x: Any, dtype: Any, kv_scale: float) -> Any:
+    """x as pages of a dtype keep it."""
+    if dtype.itemsize > 1:
+        return x if kv_scale == 1.0 else x / kv_scale
+    scaled = np.clip(x.astype(np.float32) * np.float32(1.0 / kv_scale), -_E4M3_MAX, _E4M3_MAX)
+    return scaled.astype(ml_dtypes.float8_e4m3fn).view(dtype)
+
+
+def _loaded(pages: Any, kv_scale: float) -> Any:
+    """What pages keep, for computing with."""
+    if pages.dtype.itemsize > 1:
+        return pages if kv_scale == 1.0 else pages * pages.dtype.type(kv_scale)
+    return pages.view(ml_dtypes.float8_e4m3fn).astype(np.float32) * np.float32(kv_scale)
 
 
 def paged_attention(
@@ -48,6 +80,8 @@ def paged_attention(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
+    kv_scale: float = 1.0,
+    max_query: int | None = None,
 ) -> Any:
     """Causal softmax attention of packed queries over their sequences' cached keys and values.
 
@@ -56,30 +90,32 @@ def paged_attention(
     cache, those queries' own included: query i sits at position `seq_lens[s] - n + i` and sees
     keys at positions up to its own and, with a window, greater than its own minus `window`.
     block_table int `[S, max_blocks]`. Query head h reads KV head `h * kv_heads // heads`
-    (GQA, arXiv 2305.13245). Scores are `scale * q.k`, soft-capped to `cap * tanh(score / cap)`
+    (GQA, arXiv 2305.13245). Queries after the last sequence's are padding, and get zeros. Scores are `scale * q.k`, soft-capped to `cap * tanh(score / cap)`
     if asked. Nothing outside the visible positions is read.
+
+    `max_query` bounds the queries of a sequence where the host knows a bound; it only makes a GPU
+    faster. With 1, row i must be sequence i's, or belong to none (`seq_lens[i]` 0). Rows that
+    belong to no sequence are zeros on a GPU.
     """
-    if not native.takes(q):
-        return paged_attention_numpy(
-            q,
-            k_pages,
-            v_pages,
-            query_starts,
-            seq_lens,
-            block_table,
-            scale=scale,
-            window=window,
-            softcap=softcap,
-        )
-    out = np.empty(q.shape, np.float32)
+    options: dict[str, Any] = {"scale": scale, "window": window, "softcap": softcap}
+    options["kv_scale"] = kv_scale
+    arrays = (q, k_pages, v_pages, query_starts, seq_lens, block_table)
+    if is_cuda(q):
+        from tensorray.kernels.cuda import attention
+
+        return attention.paged_attention(*arrays, **options, max_query=max_query)
+    if not _native_takes(q, k_pages, kv_scale):
+        return paged_attention_numpy(*arrays, **options)
+    out = np.zeros(q.shape, np.float32)
+    own = int(query_starts[-1])
     native.library.paged_attention(
-        q,
+        q[:own],
         k_pages,
         v_pages,
         np.ascontiguousarray(query_starts, np.int32),
         np.ascontiguousarray(seq_lens, np.int32),
         np.asarray(block_table, np.int32),
-        out,
+        out[:own],
         scale,
         window or 0,
         softcap or 0.0,
@@ -98,12 +134,13 @@ def paged_attention_numpy(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
+    kv_scale: float = 1.0,
 ) -> Any:
     """The twin of `paged_attention`."""
     heads, head_dim = q.shape[1:]
     kv_heads, block_size = k_pages.shape[1:3]
     group = heads // kv_heads
-    out = np.empty_like(q, order="C")
+    out = np.zeros(q.shape, q.dtype)
     for s in range(len(seq_lens)):
         first, last = int(query_starts[s]), int(query_starts[s + 1])
         offset = int(seq_lens[s]) - last  # of a packed query's index to its position
@@ -114,7 +151,9 @@ def paged_attention_numpy(
             blocks = block_table[s, low // block_size : -(-high // block_size)]
             cut = slice(low % block_size, low % block_size + high - low)
             keys, values = (
-                pages[blocks].swapaxes(0, 1).reshape(kv_heads, -1, head_dim)[:, cut]
+                _loaded(
+                    pages[blocks].swapaxes(0, 1).reshape(kv_heads, -1, head_dim)[:, cut], kv_scale
+                )
                 for pages in (k_pages, v_pages)
             )
             rows = q[begin:end].reshape(end - begin, kv_heads, group, head_dim)

@@ -40,16 +40,18 @@ struct alignas(sizeof(T) * N <= 16 ? sizeof(T) * N : 16) Pack {
 
 // --- programmatic dependent launch (compute capability 9.0 on; elsewhere nothing) -------------
 
-// Wait until the kernels ahead have finished and their writes are visible. A kernel launched with
-// `overlap` executes this before it touches memory that others write or read.
+// Wait until the kernel ahead has finished and its writes are visible. Every block of a kernel
+// launched with `overlap` executes this, before it touches memory that the kernel ahead writes or
+// reads. All kernels before that one have finished when this one starts, by the rule below: what
+// they or the host wrote (a step's metadata), and weights, may be read without waiting.
 __device__ __forceinline__ void wait_for_previous_kernel() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
 
-// The next kernel's blocks may take the room this one leaves; it still waits for this one's end
-// before it reads.
+// Let the next kernel's blocks take the room that this one leaves; it still waits for this one's
+// end. Only after wait_for_previous_kernel().
 __device__ __forceinline__ void let_next_kernel_start() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");

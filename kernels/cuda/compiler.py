@@ -56,8 +56,9 @@ class LaunchError(RuntimeError):
 def compile(source: str, arch: str | None = None, **constants: int | str) -> bytes:
     """The cubin of a file in this folder for `arch` ("sm_80", "sm_90a", …).
 
-    None: for the current device. Each constant becomes a macro. Served from the disk cache where
-    possible; needs no GPU if `arch` is given. Raises CompileError.
+    None: for the current device. Each constant becomes a macro (call none `T`: CUDA's headers
+    have templates). Served from the disk cache where possible; needs no GPU if `arch` is given.
+    Raises CompileError.
     """
     if arch is None:
         arch = device_arch()

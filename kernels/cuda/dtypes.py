@@ -21,3 +21,10 @@ def ctype(x: Any) -> str:
     if known is None:
         raise TypeError(f"CUDA kernels take {', '.join(_TYPES)} arrays, not {name}")
     return known
+
+
+def expect(dtype: str, **arrays: Any) -> None:
+    """Raise TypeError for an array of another dtype, which a kernel would misread; None is fine."""
+    for name, x in arrays.items():
+        if x is not None and x.dtype != dtype:
+            raise TypeError(f"{name} must be {dtype}, not {x.dtype}")

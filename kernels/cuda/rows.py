@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tensorray.kernels.cuda import compiler
-from tensorray.kernels.cuda.dtypes import ctype
+from tensorray.kernels.cuda.dtypes import ctype, expect
 
 CONSTANT_SETS = {
     "rows.cu": [
@@ -17,18 +17,15 @@ CONSTANT_SETS = {
 _THREADS = 128
 
 
-def gather_rows(table: Any, index: Any, first_row: int = 0, dtype: Any = None) -> Any:
-    """`table[index - first_row]`, zeros where that is no row of the table.
-
-    table `[rows, width]`, contiguous; index int32 `[T]` -> new `[T, width]` of the given dtype
-    (the table's by default).
-    """
+def gather_rows(table: Any, index: Any, first_row: int = 0, *, dtype: Any = None) -> Any:
+    """See `tensorray.kernels.rows.gather_rows`; the table must be contiguous."""
     import cupy
 
+    expect("int32", index=index)
     rows, width = table.shape
     out = cupy.empty((len(index), width), dtype or table.dtype)
     widest = 16 // max(table.itemsize, out.itemsize)
-    vec = widest if width % widest == 0 else 1
+    vec = widest if width % widest == 0 and table.data.ptr % 16 == 0 else 1
     module = compiler.load("rows.cu", IN=ctype(table), OUT=ctype(out), VEC=vec)
     spans = -(-width // (_THREADS * vec))
     module.function("gather_rows")(

@@ -1,0 +1,245 @@
+"""Paged attention: which kernel takes a step, and the launches of two of them."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+from tensorray.kernels.cuda import compiler
+from tensorray.kernels.cuda.dtypes import ctype, expect
+
+_TILE = 16  # positions
+_HEADS = 8  # of a KV head's group that a block takes
+# Blocks a sequence's head is split into at most, in multiples of what the GPU holds at once: more
+# even out sequences of unequal lengths, and cost a start each.
+_WAVES = 4
+# Of what may be split: a sequence's KV head each.
+_MOST_ITEMS = 1 << 14
+_SIMPLE_WARPS = 4
+
+
+def _blocks_held(head_dim: int) -> int:
+    """Blocks a multiprocessor holds at once: registers bound it."""
+    return 4 if head_dim <= 64 else 3 if head_dim <= 128 else 2
+
+
+def _decode_constants(
+    dtype: str, kv: str, head_dim: int, group: int, block_size: int, softcap: bool
+) -> dict[str, int | str]:
+    return {
+        **{
+            "DTYPE": dtype,
+            "KV_DTYPE": kv,
+            "HEAD_DIM": head_dim,
+            "GROUP": group,
+            "BLOCK_SIZE": block_size,
+        },
+        **{"WARPS": 4, "MIN_BLOCKS": _blocks_held(head_dim), "SPLIT_TILES": 16},
+        "SOFTCAP": int(softcap),
+    }
+
+
+def _simple_constants(
+    dtype: str, kv: str, head_dim: int, block_size: int, softcap: bool
+) -> dict[str, int | str]:
+    return {
+        **{"DTYPE": dtype, "KV_DTYPE": kv, "HEAD_DIM": head_dim, "BLOCK_SIZE": block_size},
+        **{"WARPS": _SIMPLE_WARPS, "SOFTCAP": int(softcap)},
+    }
+
+
+CONSTANT_SETS = {
+    "decode_attention.cu": [
+        _decode_constants("__half", "__half", 128, 4, 16, False),
+        _decode_constants("__nv_bfloat16", "__nv_fp8_e4m3", 80, 9, 8, True),
+        _decode_constants("__nv_bfloat16", "__nv_bfloat16", 256, 2, 32, False),
+    ],
+    "simple_attention.cu": [
+        _simple_constants("float", "float", 64, 16, False),
+        _simple_constants("__half", "__nv_fp8_e4m3", 20, 4, True),
+    ],
+}
+
+
+def paged_attention(
+    q: Any,
+    k_pages: Any,
+    v_pages: Any,
+    query_starts: Any,
+    seq_lens: Any,
+    block_table: Any,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    kv_scale: float = 1.0,
+    max_query: int | None = None,
+) -> Any:
+    """See `tensorray.kernels.attention.paged_attention`.
+
+    With `max_query` 1 row i is sequence i, or a padded one of length 0.
+    """
+    head_dim = q.shape[2]
+    if ctype(q) == "float" or ctype(k_pages) == "float" or head_dim % 8 or head_dim > 256:
+        return simple(
+            q,
+            *(k_pages, v_pages, query_starts, seq_lens, block_table),
+            scale=scale,
+            window=window,
+            softcap=softcap,
+            kv_scale=kv_scale,
+        )
+    if max_query == 1 and len(q) == len(seq_lens):
+        return decode(
+            q,
+            *(k_pages, v_pages, seq_lens, block_table),
+            scale=scale,
+            window=window,
+            softcap=softcap,
+            kv_scale=kv_scale,
+        )
+    from tensorray.kernels.cuda import prefill
+
+    return prefill.paged_attention(
+        q,
+        *(k_pages, v_pages, query_starts, seq_lens, block_table),
+        scale=scale,
+        window=window,
+        softcap=softcap,
+        kv_scale=kv_scale,
+    )
+
+
+def decode(
+    q: Any,
+    k_pages: Any,
+    v_pages: Any,
+    seq_lens: Any,
+    block_table: Any,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    kv_scale: float = 1.0,
+    splits: int | None = None,
+    constants: dict[str, int | str] | None = None,
+) -> Any:
+    """One query a sequence, float16 or bfloat16: q `[S, heads, head_dim]` -> the same shape.
+
+    `splits`, how many blocks share a sequence at most, and `constants`, in place of some of the
+    kernel's own, are chosen here unless given (to measure others).
+    """
+    import cupy
+
+    expect("int32", seq_lens=seq_lens, block_table=block_table)
+    sequences, heads, head_dim = q.shape
+    kv_heads, block_size = k_pages.shape[1:3]
+    if _row_stride(q) % 8 or q.data.ptr % 16:
+        q = cupy.array(q, order="C")
+    group = heads // kv_heads
+    chosen = _decode_constants(
+        ctype(q), ctype(k_pages), head_dim, group, block_size, softcap is not None
+    ) | (constants or {})
+    head_tiles = -(-group // _HEADS)
+    items = sequences * kv_heads * head_tiles
+    if splits is None:
+        tiles = -(-block_table.shape[1] * block_size // _TILE)
+        if window is not None:
+            tiles = min(tiles, window // _TILE + 2)
+        splits = _splits(items, tiles, int(chosen["SPLIT_TILES"]), int(chosen["MIN_BLOCKS"]))
+    out = cupy.empty(q.shape, q.dtype)
+    partials = arrivals = None
+    if splits > 1:
+        partials = cupy.empty(items * splits * min(group, _HEADS) * (head_dim + 2), "float32")
+        arrivals = _arrivals()
+    score_scale = scale * kv_scale
+    cap = 0.0
+    if softcap is None:
+        score_scale *= math.log2(math.e)
+    else:
+        score_scale /= softcap
+        cap = softcap * math.log2(math.e)
+    kernel = compiler.load("decode_attention.cu", **chosen).function("decode_attention")
+    kernel(
+        (kv_heads * head_tiles, splits, sequences),
+        (32 * int(chosen["WARPS"]),),
+        *(q, k_pages, v_pages, seq_lens, block_table, out, partials, arrivals),
+        *(_row_stride(q), kv_heads, _row_stride(block_table), window or 0),
+        *(score_scale, cap, kv_scale),
+        overlap=True,
+    )
+    return out
+
+
+def _splits(items: int, tiles: int, split_tiles: int, held: int) -> int:
+    """Blocks to launch for each of `items` (a sequence's KV head each) of at most `tiles` tiles."""
+    slots = _multiprocessors() * held
+    wanted = slots // items if items <= slots // _WAVES else -(-_WAVES * slots // items)
+    return max(1, min(wanted, tiles // split_tiles)) if items <= _MOST_ITEMS else 1
+
+
+def simple(
+    q: Any,
+    k_pages: Any,
+    v_pages: Any,
+    query_starts: Any,
+    seq_lens: Any,
+    block_table: Any,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    kv_scale: float = 1.0,
+) -> Any:
+    """Any dtype, head size and number of queries, slowly."""
+    import cupy
+
+    expect("int32", query_starts=query_starts, seq_lens=seq_lens, block_table=block_table)
+    rows, heads, head_dim = q.shape
+    kv_heads, block_size = k_pages.shape[1:3]
+    out = cupy.empty(q.shape, q.dtype)
+    constants = _simple_constants(
+        ctype(q), ctype(k_pages), head_dim, block_size, softcap is not None
+    )
+    kernel = compiler.load("simple_attention.cu", **constants).function("simple_attention")
+    kernel(
+        (heads, -(-rows // _SIMPLE_WARPS)),
+        (32 * _SIMPLE_WARPS,),
+        *(q, k_pages, v_pages, query_starts, seq_lens, block_table, out),
+        *(rows, len(seq_lens), _row_stride(q), kv_heads, _row_stride(block_table), window or 0),
+        *(scale * kv_scale, softcap or 0.0, kv_scale),
+        overlap=True,
+    )
+    return out
+
+
+def _row_stride(x: Any) -> int:
+    """Elements between rows of x, each of which must be contiguous."""
+    row = x.strides[0]
+    inner = [stride // x.itemsize for stride in x.strides[1:]]
+    if inner != [math.prod(x.shape[axis + 1 :]) for axis in range(1, x.ndim)]:
+        raise ValueError(f"rows must be contiguous, got strides {x.strides} in bytes")
+    return int(row // x.itemsize)
+
+
+@functools.cache
+def _multiprocessors() -> int:
+    import cupy
+
+    count: int = cupy.cuda.Device().attributes["MultiProcessorCount"]
+    return count
+
+
+_arrival_counters: dict[tuple[int, int], Any] = {}
+
+
+def _arrivals() -> Any:
+    """Zeros that blocks count themselves in by, and leave zeros: one array a device and stream."""
+    import cupy
+
+    key = (cupy.cuda.runtime.getDevice(), cupy.cuda.get_current_stream().ptr)
+    known = _arrival_counters.get(key)
+    if known is None:
+        known = _arrival_counters[key] = cupy.zeros(_MOST_ITEMS, "uint32")
+    return known
