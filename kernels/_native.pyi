@@ -6,6 +6,17 @@ from numpy.typing import NDArray
 _Floats = NDArray[np.float32]
 
 def linear(x: _Floats, weight: _Floats, bias: _Floats | None, y: _Floats, /) -> None: ...
+def linear_quantized(
+    kind: str,
+    x: _Floats,
+    values: NDArray[np.int8] | NDArray[np.uint8],
+    scales: _Floats,
+    zeros: NDArray[np.int8] | None,
+    group: int,
+    bias: _Floats | None,
+    y: _Floats,
+    /,
+) -> None: ...
 def rms_norm(x: _Floats, weight: _Floats, eps: float, y: _Floats, /) -> None: ...
 def silu(x: _Floats, y: _Floats, /) -> None: ...
 def gelu_tanh(x: _Floats, y: _Floats, /) -> None: ...

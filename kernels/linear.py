@@ -11,6 +11,7 @@ from tensorray.kernels import native
 from tensorray.kernels.activation import Gate, gated, gated_numpy
 from tensorray.kernels.device import is_cuda
 from tensorray.kernels.norm import rms_norm, rms_norm_numpy
+from tensorray.kernels.quantized import QuantizedWeight, linear_quantized
 from tensorray.kernels.threads import num_threads, on_all_threads
 
 # The C kernel wins up to here, BLAS beyond: tests/benchmarks/bench_linear.py, kernels/README.md.
@@ -43,8 +44,10 @@ def linear(
     On a GPU, a kernel of few rows reads each weight once and has the rest in it. In a stream that
     is being captured it reads weight and norm ahead of the kernels before it: they must not be
     written by the capture itself.
+
+    A quantized weight (quantized.py) is unpacked as it is read.
     """
-    if is_cuda(x):
+    if is_cuda(x) and not isinstance(weight, QuantizedWeight):
         from tensorray.kernels.cuda import linear as cuda
 
         return cuda.linear(x, weight, bias, norm=norm, eps=eps, gate=gate, residual=residual)
@@ -80,6 +83,8 @@ def linear_numpy(
 
 
 def _product(x: Any, weight: Any, bias: Any | None) -> Any:
+    if isinstance(weight, QuantizedWeight):
+        return linear_quantized(x, weight, bias, dense=linear)
     if not (native.takes(x) and len(x) <= _MOST_NATIVE_ROWS and weight.flags.c_contiguous):
         if (
             num_threads() > 1

@@ -14,6 +14,26 @@ typedef struct {
     long x_stride;
 } linear_args;
 
+/* What the codes of a quantized weight are; see kernels/quantized.py for their order in memory. */
+typedef enum { INT4, INT8, FLOAT8 } code_kind;
+
+/* Codes that are read at once: a group has a multiple of these, as has a row. */
+#define CODES 32
+
+/* As linear, with weight = (code - zero) * scale; each row has a scale for every `group` codes. */
+typedef struct {
+    const float *x; /* [rows, in]; with INT4, of each CODES inputs first the even, then the odd */
+    const uint8_t *values;
+    const float *scales, *bias; /* bias may be NULL */
+    const int8_t *zeros;        /* may be NULL */
+    float *y;
+    long rows, in, out;
+    long x_stride;
+    long group, groups; /* columns of a group; groups of a row */
+    long row_bytes;     /* of values */
+    code_kind kind;
+} quantized_args;
+
 /* Rows of three axes [outer, middle, width]; the output is contiguous. */
 typedef struct {
     const float *x;
@@ -56,6 +76,7 @@ typedef struct {
     const char *name;
     long rows_per_tile; /* rows of activations or queries that share registers */
     void (*linear)(const linear_args *, long begin, long end);
+    void (*linear_quantized)(const quantized_args *, long begin, long end);
     void (*rms_norm)(const rows_args *, long begin, long end);
     void (*silu)(const rows_args *, long begin, long end);
     void (*gelu_tanh)(const rows_args *, long begin, long end);

@@ -134,6 +134,146 @@ KERNEL void linear(const linear_args *a, long begin, long end)
     }
 }
 
+/* --- products by quantized weights --- */
+
+INLINE vec float8_value(ivec code)
+{
+    /* Exponent and mantissa as a float's, whose bias is 120 more. A subnormal m * 2^-9 comes out as
+     * 2^-7 + m * 2^-10. (As a float's subnormal it would be a slow one.) */
+    ivec magnitude = code & 0x7f;
+    vec value = (vec)((magnitude << 20) + (120 << 23));
+    value = choose(magnitude < 8, value + value - 0x1p-6f, value);
+    return (vec)((ivec)value | (code & 0x80) << 24);
+}
+
+/* Two vectors of a row's codes, as numbers: of CODES codes from p on, the ones that meet x from
+ * `lane` on and from CODES / 2 + lane on. */
+INLINE void decode(const code_kind kind, const uint8_t *p, int lane, vec *one, vec *two)
+{
+    if (kind == INT4) {
+        ivec pair = load_bytes(p + lane);
+        *one = to_floats((pair << 28) >> 28);
+        *two = to_floats(pair >> 4);
+    } else {
+        ivec first = load_bytes(p + lane), second = load_bytes(p + CODES / 2 + lane);
+        *one = kind == INT8 ? to_floats(first) : float8_value(first);
+        *two = kind == INT8 ? to_floats(second) : float8_value(second);
+    }
+}
+
+/* `rows` rows from x on by `columns` weight rows from n on; constants once inlined, as is kind. */
+INLINE void quantized_tile(const quantized_args *a, const float *x, long n, float *out,
+                           const int rows, const int columns, const code_kind kind)
+{
+    const uint8_t *w = a->values + n * a->row_bytes;
+    vec acc[MAX_ROWS][4];
+#pragma GCC unroll 8
+    for (int m = 0; m < rows; m++)
+#pragma GCC unroll 8
+        for (int c = 0; c < columns; c++)
+            acc[m][c] = (vec){0};
+    for (long g = 0; g < a->groups; g++) {
+        long end = (g + 1) * a->group < a->in ? (g + 1) * a->group : a->in;
+        vec scale[4], shift[4];
+#pragma GCC unroll 8
+        for (int c = 0; c < columns; c++) {
+            long at = (n + c) * a->groups + g;
+            scale[c] = splat(a->scales[at]);
+            shift[c] = splat(a->zeros ? -a->scales[at] * (float)a->zeros[at] : 0.0f);
+        }
+        for (long i = g * a->group; i < end; i += CODES) {
+            const uint8_t *p = w + (kind == INT4 ? i / 2 : i);
+            for (int lane = 0; lane < CODES / 2; lane += LANES) {
+#pragma GCC unroll 8
+                for (int c = 0; c < columns; c++) {
+                    vec one, two;
+                    decode(kind, p + c * a->row_bytes, lane, &one, &two);
+                    one = one * scale[c] + shift[c];
+                    two = two * scale[c] + shift[c];
+#pragma GCC unroll 8
+                    for (int m = 0; m < rows; m++) {
+                        const float *row = x + m * a->x_stride + i + lane;
+                        acc[m][c] += load(row) * one;
+                        acc[m][c] += load(row + CODES / 2) * two;
+                    }
+                }
+            }
+        }
+    }
+#pragma GCC unroll 8
+    for (int m = 0; m < rows; m++)
+        if (columns == 1) {
+            out[m * a->out] = sum(acc[m][0]) + (a->bias ? a->bias[n] : 0.0f);
+        } else {
+            vec4 four = sum_each(acc[m][0], acc[m][1], acc[m][2], acc[m][3]);
+            if (a->bias) {
+                vec4 more;
+                memcpy(&more, a->bias + n, sizeof more);
+                four += more;
+            }
+            memcpy(out + m * a->out, &four, sizeof four);
+        }
+}
+
+#define QUANTIZED_TILE(ROWS)                                                                      \
+    case ROWS:                                                                                    \
+        if (columns == 4)                                                                         \
+            quantized_tile(a, x, n, out, ROWS, 4, kind);                                          \
+        else                                                                                      \
+            quantized_tile(a, x, n, out, ROWS, 1, kind);                                          \
+        break;
+
+INLINE void quantized_rows(const quantized_args *a, const float *x, long n, float *out, long rows,
+                           long columns, const code_kind kind)
+{
+    switch (rows) {
+        QUANTIZED_TILE(1)
+        QUANTIZED_TILE(2)
+        QUANTIZED_TILE(3)
+#if MAX_ROWS > 3
+        QUANTIZED_TILE(4)
+        QUANTIZED_TILE(5)
+        QUANTIZED_TILE(6)
+#endif
+    }
+}
+
+KERNEL void int4_rows(const quantized_args *a, const float *x, long n, float *out, long rows,
+                      long columns)
+{
+    quantized_rows(a, x, n, out, rows, columns, INT4);
+}
+
+KERNEL void int8_rows(const quantized_args *a, const float *x, long n, float *out, long rows,
+                      long columns)
+{
+    quantized_rows(a, x, n, out, rows, columns, INT8);
+}
+
+KERNEL void float8_rows(const quantized_args *a, const float *x, long n, float *out, long rows,
+                        long columns)
+{
+    quantized_rows(a, x, n, out, rows, columns, FLOAT8);
+}
+
+KERNEL void linear_quantized(const quantized_args *a, long begin, long end)
+{
+    for (long n = begin, step; n < end; n += step) {
+        step = end - n >= 4 ? 4 : 1;
+        for (long m = 0, rows; m < a->rows; m += rows) {
+            const float *x = a->x + m * a->x_stride;
+            float *out = a->y + m * a->out + n;
+            rows = tile_rows(a->rows - m);
+            if (a->kind == INT4)
+                int4_rows(a, x, n, out, rows, step);
+            else if (a->kind == INT8)
+                int8_rows(a, x, n, out, rows, step);
+            else
+                float8_rows(a, x, n, out, rows, step);
+        }
+    }
+}
+
 INLINE const float *row_in(const rows_args *a, long row)
 {
     return a->x + row / a->middle * a->outer_stride + row % a->middle * a->middle_stride;
@@ -385,6 +525,7 @@ const kernel_table TABLE = {
     .name = TABLE_NAME,
     .rows_per_tile = MAX_ROWS,
     .linear = linear,
+    .linear_quantized = linear_quantized,
     .rms_norm = rms_norm,
     .silu = silu,
     .gelu_tanh = gelu_tanh,

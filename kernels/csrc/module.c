@@ -38,7 +38,8 @@ static bool has_format(const char *format, char wanted)
                          : format[0] == wanted;
 }
 
-/* Takes an array of `ndim` axes and items of `format` ('f' float32, 'i' int32, 'q' int64) whose
+/* Takes an array of `ndim` axes and items of `format` ('f' float32, 'i' int32, 'q' int64, 'b' int8,
+ * 'B' uint8) whose
  * last axis is contiguous (with `whole`, all of it). NULL with an exception set if it is not so. */
 static Py_buffer *take(arrays *held, PyObject *object, const char *name, int ndim, char format,
                        bool whole, bool writable)
@@ -172,6 +173,90 @@ static PyObject *linear(PyObject *module, PyObject *const *args, Py_ssize_t narg
         share(linear_chunk, &job, job.out, (double)job.rows * job.in * job.out, 8,
               most < 8 ? 8 : most);
     }
+    return finish(&held, fine);
+}
+
+static void linear_quantized_chunk(const void *args, long begin, long end)
+{
+    kernels->linear_quantized(args, begin, end);
+}
+
+/* Rows of x with the inputs of each CODES parted, the even ones first. */
+static void part_inputs(const float *x, long x_stride, long rows, long in, float *parted)
+{
+    for (long m = 0; m < rows; m++)
+        for (long i = 0; i < in; i += CODES)
+            for (long j = 0; j < CODES / 2; j++) {
+                parted[m * in + i + j] = x[m * x_stride + i + 2 * j];
+                parted[m * in + i + CODES / 2 + j] = x[m * x_stride + i + 2 * j + 1];
+            }
+}
+
+static int kind_of(PyObject *name)
+{
+    static const char *const names[] = {[INT4] = "int4", [INT8] = "int8", [FLOAT8] = "float8"};
+    const char *given = PyUnicode_AsUTF8(name);
+    for (int kind = INT4; given && kind <= FLOAT8; kind++)
+        if (strcmp(given, names[kind]) == 0)
+            return kind;
+    if (given)
+        PyErr_Format(PyExc_ValueError, "there are no codes of kind %s", given);
+    return -1;
+}
+
+static PyObject *linear_quantized(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
+{
+    arrays held = {.count = 0};
+    Py_buffer *x, *values, *scales, *zeros = NULL, *bias = NULL, *y;
+    (void)module;
+    if (!arguments(nargs, 8))
+        return NULL;
+    int kind = kind_of(args[0]);
+    long group = PyLong_AsLong(args[5]);
+    if (PyErr_Occurred())
+        return NULL;
+    bool fine = (x = take(&held, args[1], "x", 2, 'f', false, false))
+                && (values = take(&held, args[2], "values", 2, kind == INT8 ? 'b' : 'B', true, false))
+                && (scales = take(&held, args[3], "scales", 2, 'f', true, false))
+                && (args[4] == Py_None || (zeros = take(&held, args[4], "zeros", 2, 'b', true, false)))
+                && (args[6] == Py_None || (bias = take(&held, args[6], "bias", 1, 'f', true, false)))
+                && (y = take(&held, args[7], "y", 2, 'f', true, true));
+    if (!fine)
+        return finish(&held, false);
+    quantized_args job = {
+        .x = x->buf, .values = values->buf, .scales = scales->buf, .bias = bias ? bias->buf : NULL,
+        .zeros = zeros ? zeros->buf : NULL, .y = y->buf, .rows = size_of(x, 0),
+        .in = size_of(x, 1), .out = size_of(values, 0), .x_stride = stride_of(x, 0),
+        .group = group, .groups = size_of(scales, 1), .row_bytes = size_of(values, 1),
+        .kind = kind};
+    fine = expect(job.row_bytes * (kind == INT4 ? 2 : 1) == job.in, "x and values differ in columns")
+           && expect(job.in % CODES == 0, "columns must be a multiple of 32")
+           && expect(group > 0 && (job.groups - 1) * group < job.in && job.groups * group >= job.in
+                         && (job.groups == 1 || group % CODES == 0),
+                     "groups must be multiples of 32 columns, as many as scales has")
+           && expect(size_of(scales, 0) == job.out, "scales must have a row for each of values")
+           && expect(!zeros || memcmp(zeros->shape, scales->shape, 2 * sizeof(Py_ssize_t)) == 0,
+                     "zeros and scales differ in shape")
+           && expect(!bias || size_of(bias, 0) == job.out, "bias is not as long as values")
+           && expect(size_of(y, 0) == job.rows && size_of(y, 1) == job.out, "y has another shape");
+    float *parted = NULL;
+    if (fine && kind == INT4) {
+        parted = PyMem_RawMalloc((size_t)(job.rows * job.in) * sizeof *parted);
+        if (!parted) {
+            PyErr_NoMemory();
+            fine = false;
+        } else {
+            part_inputs(job.x, job.x_stride, job.rows, job.in, parted);
+            job.x = parted;
+            job.x_stride = job.in;
+        }
+    }
+    if (fine && job.rows > 0) {
+        long most = 4 * TASK_FLOATS / (job.in > 0 ? job.in : 1) / 8 * 8;
+        share(linear_quantized_chunk, &job, job.out, (double)job.rows * job.in * job.out, 8,
+              most < 8 ? 8 : most);
+    }
+    PyMem_RawFree(parted);
     return finish(&held, fine);
 }
 
@@ -562,6 +647,7 @@ static PyObject *use_instruction_set(PyObject *module, PyObject *wanted)
 
 static PyMethodDef methods[] = {
     FAST(linear),
+    FAST(linear_quantized),
     FAST(rms_norm),
     FAST(silu),
     FAST(gelu_tanh),

@@ -4,6 +4,9 @@
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
+#if LANES > 4
+#include <immintrin.h>
+#endif
 
 #define INLINE static inline __attribute__((always_inline)) TARGET
 #define KERNEL static TARGET
@@ -49,6 +52,23 @@ INLINE vec load_part(const float *p, long count)
     vec v = {0};
     memcpy(&v, p, (size_t)count * sizeof(float));
     return v;
+}
+
+/* LANES bytes, each a signed integer. (Of a plain conversion GCC 12 makes one scalar at a time.) */
+INLINE ivec load_bytes(const uint8_t *p)
+{
+#if LANES == 16
+    return (ivec)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p));
+#elif LANES == 8
+    return (ivec)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p));
+#else
+    return (ivec){(int8_t)p[0], (int8_t)p[1], (int8_t)p[2], (int8_t)p[3]};
+#endif
+}
+
+INLINE vec to_floats(ivec v)
+{
+    return __builtin_convertvector(v, vec);
 }
 
 INLINE void store(float *p, vec v)
