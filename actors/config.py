@@ -6,7 +6,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # importing it would bring NumPy to every `tensorray --help`
+    from tensorray.actors.segment_runners import SegmentBackend
     from tensorray.builder.checkpoint.open import LoadFormat
+
+#: Tokens a step may run on a CPU where nothing is said; more stall decodes for longer.
+DEFAULT_STEP_TOKENS = 512
 
 
 @dataclass(frozen=True)
@@ -21,12 +25,24 @@ class ShardConfig:
     offline: bool = False
     load_format: LoadFormat = "auto"
     hf_overrides: dict[str, Any] = field(default_factory=dict)
-    device: str = "cpu"  # "cpu" or "null"
+    device: str = "cpu"  # "auto", "cpu", "cuda" or "null"
+    dtype: str = "auto"
+    kv_cache_dtype: str = "auto"  # "auto" or "fp8"
     num_threads: int | None = None
     null_step_ms: float = 0.0
     max_model_len: int | None = None
     block_size: int = 16
+    gpu_memory_utilization: float = 0.9
     kv_cache_memory_bytes: int | None = None
     num_kv_blocks: int | None = None
     max_num_seqs: int = 256
-    max_num_batched_tokens: int = 512
+    max_num_batched_tokens: int | None = None
+    segment_backend: SegmentBackend = "auto"
+    plan_store: str | None = None
+    build_plans: bool = False
+    enforce_eager: bool = False
+    cudagraph_capture_sizes: tuple[int, ...] = ()
+
+    def step_tokens(self, default: int) -> int:
+        """Tokens a step may run; `default` where nothing is said, or a token a sequence."""
+        return self.max_num_batched_tokens or max(default, self.max_num_seqs)

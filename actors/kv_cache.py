@@ -116,15 +116,15 @@ def choose_num_blocks(
 ) -> int:
     """The pool's size in blocks (placeholder block 0 included).
 
-    `num_blocks` or `cache_bytes` decide if given; else half of the `available` bytes, but no
-    more than `max_num_seqs` sequences of full length could fill. Raises KVCacheError when not
-    even one sequence of `max_model_len` tokens fits.
+    `num_blocks` or `cache_bytes` decide if given; else the `available` bytes, but no more than
+    `max_num_seqs` sequences of full length could fill. Raises KVCacheError when not even one
+    sequence of `max_model_len` tokens fits.
     """
     block_bytes = plan.block_bytes(itemsize)
     one_sequence = plan.blocks_for(max_model_len, step_tokens)
     if num_blocks is None:
         if cache_bytes is None:
-            cache_bytes = min(available // 2, (1 + max_num_seqs * one_sequence) * block_bytes)
+            cache_bytes = min(available, (1 + max_num_seqs * one_sequence) * block_bytes)
         num_blocks = cache_bytes // block_bytes
     if num_blocks < 1 + one_sequence:
         raise KVCacheError(

@@ -9,7 +9,7 @@ import time
 from dataclasses import dataclass
 from functools import partial
 
-from tensorray.actors.config import ShardConfig
+from tensorray.actors.config import DEFAULT_STEP_TOKENS, ShardConfig
 from tensorray.actors.kv_cache import plan_groups
 from tensorray.actors.link import PendingStep
 from tensorray.actors.protocol import (
@@ -58,7 +58,8 @@ class NullShard:
         max_model_len = config.max_model_len or model.max_positions
         specs = [model.kv_spec(layer) for layer in range(model.num_layers)]
         groups = plan_groups(specs, config.block_size)
-        one_sequence = groups.blocks_for(max_model_len, config.max_num_batched_tokens)
+        step_tokens = config.step_tokens(DEFAULT_STEP_TOKENS)
+        one_sequence = groups.blocks_for(max_model_len, step_tokens)
         num_blocks = config.num_kv_blocks or 1 + config.max_num_seqs * one_sequence
         info = ShardInfo(
             kv=KVGroups(groups.windows, num_blocks, config.block_size),
@@ -68,6 +69,7 @@ class NullShard:
             weight_bytes=0,
             kv_cache_bytes=0,
             load_seconds=0.0,
+            step_tokens=step_tokens,
         )
         return cls(info, config.null_step_ms)
 

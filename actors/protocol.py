@@ -124,4 +124,5 @@ class ShardInfo(msgspec.Struct, frozen=True):
     load_seconds: float
     segments: list[SegmentInfo] = []  # none where the array interpreter runs the model
     rejected_plans: int = 0  # that were wrong, so that something else runs in their place
+    step_tokens: int = 512  # the most a step may run
     depth: int = 1  # steps worth having in flight: 2 if the device runs while the host prepares

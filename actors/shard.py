@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from tensorray.actors.config import ShardConfig
+from tensorray.actors.config import DEFAULT_STEP_TOKENS, ShardConfig
 from tensorray.actors.kv_cache import KVCache, choose_num_blocks, plan_groups
 from tensorray.actors.link import PendingStep
 from tensorray.actors.memory import available_bytes
@@ -101,6 +101,7 @@ class Shard:
         weight_bytes: int,
         load_seconds: float,
         device: str = "cpu",
+        step_tokens: int = DEFAULT_STEP_TOKENS,
     ) -> None:
         self.info = ShardInfo(
             kv=cache.groups,
@@ -110,6 +111,7 @@ class Shard:
             weight_bytes=weight_bytes,
             kv_cache_bytes=cache.nbytes,
             load_seconds=load_seconds,
+            step_tokens=step_tokens,
         )
         self._model = model
         self._weights = weights
@@ -125,7 +127,14 @@ class Shard:
         Raises CheckpointError, ModelConfigError or KVCacheError, each saying what to change.
         """
         began = time.perf_counter()
+        if config.dtype not in ("auto", "float32"):
+            raise ValueError(f"--dtype {config.dtype}: a CPU computes in float32")
+        if config.kv_cache_dtype != "auto":
+            raise ValueError(
+                f"--kv-cache-dtype {config.kv_cache_dtype}: a CPU's KV cache is float32"
+            )
         set_num_threads(config.num_threads)
+        step_tokens = config.step_tokens(DEFAULT_STEP_TOKENS)
         checkpoint = open_checkpoint(
             config.model,
             load_format=config.load_format,
@@ -155,8 +164,8 @@ class Shard:
             itemsize,
             max_model_len=max_model_len,
             max_num_seqs=config.max_num_seqs,
-            step_tokens=config.max_num_batched_tokens,
-            available=available_bytes(),
+            step_tokens=step_tokens,
+            available=available_bytes() // 2,
             cache_bytes=config.kv_cache_memory_bytes,
             num_blocks=config.num_kv_blocks,
         )
@@ -168,6 +177,7 @@ class Shard:
             max_num_seqs=config.max_num_seqs,
             weight_bytes=plan_bytes(model),
             load_seconds=time.perf_counter() - began,
+            step_tokens=step_tokens,
         )
 
     def reset(self) -> None:

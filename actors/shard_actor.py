@@ -42,6 +42,14 @@ def load_executor(config: ShardConfig) -> StepExecutor:
     if config.device == "null":
         return NullShard.from_config(config)
     # Imported here so that a null device needs neither the model code nor its libraries.
+    if config.device in ("auto", "cuda"):
+        from tensorray.actors.device import CudaDevice, find_device
+
+        device = CudaDevice() if config.device == "cuda" else find_device()
+        if device is not None:
+            from tensorray.actors.gpu_shard import GpuShard
+
+            return GpuShard.load(config, device)
     from tensorray.actors.shard import Shard
 
     return Shard.load(config)
@@ -69,6 +77,7 @@ async def start_shard(config: ShardConfig) -> RunningShard:
         ray.remote(ShardActor)
         .options(
             num_cpus=0 if config.device == "null" else 1,
+            num_gpus=1 if _wants_gpu(config.device) else 0,
             max_restarts=0,
             # Ray sets OMP_NUM_THREADS=1 for actors with few CPUs; the shard's threads are its own.
             runtime_env={"env_vars": {"OMP_NUM_THREADS": str(threads)}},
@@ -84,6 +93,12 @@ async def start_shard(config: ShardConfig) -> RunningShard:
     except ray.exceptions.RayActorError as error:
         raise ShardError(f"the shard died while loading: {error}") from error
     return RunningShard(actor, await TcpLink.connect(endpoint))
+
+
+def _wants_gpu(device: str) -> bool:
+    """Whether the shard is to be placed on a GPU: if asked for, or where the cluster has any."""
+    found: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    return device == "cuda" or (device == "auto" and found.get("GPU", 0) > 0)
 
 
 def _peak_rss_bytes() -> int:

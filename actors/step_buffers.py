@@ -120,7 +120,8 @@ class RunningSequences:
                 if len(ids) == 1:
                     self.updates += (at, ids[0])
                 else:
-                    self.updates += chain.from_iterable(zip(range(at, at + len(ids)), ids))
+                    places = range(at, at + len(ids))
+                    self.updates += chain.from_iterable(zip(places, ids, strict=True))
 
     def _step(self, seqs: list[int], counts: list[int]) -> Step:
         rows = self._rows_of(seqs)

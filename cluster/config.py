@@ -50,11 +50,19 @@ class EngineConfig(BaseModel):
     )
     chat_template: str | None = Field(None, description="A jinja file, or a template inline")
     # --- device and precision ---
-    device: Literal["auto", "cpu", "null"] = Field(
-        "auto", description="null: a device that answers at once, to measure everything else"
+    device: Literal["auto", "cpu", "cuda", "null"] = Field(
+        "auto",
+        description="auto: the GPU if CuPy sees one, else the CPU; null: a device that answers at "
+        "once, to measure everything else",
     )
-    dtype: Literal["auto", "float32"] = Field("auto", description="Weights and activations")
-    kv_cache_dtype: Literal["auto", "float32"] = Field("auto", description="KV cache")
+    dtype: Literal["auto", "float16", "bfloat16", "float32"] = Field(
+        "auto",
+        description="Weights and activations; auto: the checkpoint's on a GPU (float16 if it says "
+        "none), float32 on a CPU. Under float16 the residual stream is float32",
+    )
+    kv_cache_dtype: Literal["auto", "fp8"] = Field(
+        "auto", description="auto: as the activations; fp8: half the memory (GPU only)"
+    )
     num_threads: int | None = Field(None, ge=1, description="CPU threads (default: all cores)")
     step_timeout_seconds: float = Field(
         300.0, gt=0, description="When serving: a shard that takes longer over a step is replaced"
@@ -65,13 +73,37 @@ class EngineConfig(BaseModel):
         None, ge=1, description="Context length (default: the model's)"
     )
     block_size: int = Field(16, ge=1, le=1024, description="Tokens per KV block")
+    gpu_memory_utilization: float = Field(
+        0.9,
+        gt=0,
+        le=1,
+        description="Share of a GPU's memory that weights, activations and KV cache may fill",
+    )
     kv_cache_memory_bytes: int | None = Field(
         None, ge=1, description="Size of the KV cache (default: from the free memory)"
     )
     num_kv_blocks: int | None = Field(None, ge=2, description="Size of the KV cache, in blocks")
     max_num_seqs: int = Field(256, ge=1, description="Sequences running at once")
-    max_num_batched_tokens: int = Field(
-        512, ge=1, description="Tokens a step may run; more prefill faster and stall decodes longer"
+    max_num_batched_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="Tokens a step may run; more prefill faster and stall decodes longer (default: "
+        "2048 on a GPU, 512 on a CPU)",
+    )
+    segment_backend: Literal["auto", "tensorrt", "kernels"] = Field(
+        "auto",
+        description="What runs dense math on a GPU: TensorRT plans, own kernels, or whichever is "
+        "the faster",
+    )
+    plan_store: str | None = Field(
+        None, description="Directory or URL of TensorRT plans (default: as `tensorray build`)"
+    )
+    build_plans: bool = Field(False, description="Build the plans that the store lacks, at start")
+    enforce_eager: bool = Field(False, description="On a GPU, record no CUDA graphs")
+    cudagraph_capture_sizes: list[int] = Field(
+        default_factory=list,
+        description="Sequences, or tokens, that a GPU's steps are padded to, a CUDA graph each "
+        "(default: powers of two and, for many tokens, sizes between)",
     )
     max_waiting: int = Field(
         4096, ge=0, description="When serving: sequences that may wait before new ones get 429"
@@ -91,9 +123,10 @@ class EngineConfig(BaseModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> EngineConfig:
-        if self.max_num_batched_tokens < self.max_num_seqs:  # said before weights are loaded
+        most = self.max_num_batched_tokens
+        if most is not None and most < self.max_num_seqs:  # said before weights are loaded
             raise ValueError(
-                f"max_num_batched_tokens ({self.max_num_batched_tokens}) must be at least "
+                f"max_num_batched_tokens ({most}) must be at least "
                 f"max_num_seqs ({self.max_num_seqs}), as every running sequence gets a token a step"
             )
         return self
@@ -109,8 +142,7 @@ class EngineConfig(BaseModel):
         """What the shards of this deployment are started with."""
         shared = {item.name for item in fields(ShardConfig)}
         values = {name: value for name, value in self if name in shared}
-        # A CPU is the one device there is so far.
-        values["device"] = "cpu" if self.device == "auto" else self.device
+        values["cudagraph_capture_sizes"] = tuple(self.cudagraph_capture_sizes)
         return ShardConfig(**values)
 
     def scheduler(self, info: ShardInfo) -> Scheduler:
@@ -119,7 +151,7 @@ class EngineConfig(BaseModel):
             info.kv,
             max_model_len=info.max_model_len,
             max_num_seqs=self.max_num_seqs,
-            max_num_batched_tokens=self.max_num_batched_tokens,
+            max_num_batched_tokens=info.step_tokens,
             enable_prefix_caching=self.enable_prefix_caching,
             policy=self.scheduling_policy,
             max_waiting=self.max_waiting,

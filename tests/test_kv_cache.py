@@ -68,9 +68,9 @@ def test_the_pool_is_no_larger_than_its_sequences_can_fill():
     assert blocks() == 1 + 4 * (16 + 4)
 
 
-def test_the_pool_takes_half_of_the_free_memory_at_most():
+def test_the_pool_takes_what_is_available_at_most():
     block_bytes = 2 * 2 * 16 * 8 * 4
-    assert blocks(available=2 * 50 * block_bytes) == 50
+    assert blocks(available=50 * block_bytes) == 50
 
 
 def test_a_pool_too_small_for_one_sequence_says_what_to_change():

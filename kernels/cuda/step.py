@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from tensorray.kernels.step import StepLayout
 
 # Words of the header, as kernels/step.py numbers them.
-_HEADER = {"TOKENS": 0, "UPDATES": 1, "UPDATES_AT": 2, "TOKENS_AT": 3}
+_HEADER: dict[str, int | str] = {"TOKENS": 0, "UPDATES": 1, "UPDATES_AT": 2, "TOKENS_AT": 3}
 CONSTANT_SETS = {"step.cu": [_HEADER]}
 
 _THREADS = 128
@@ -20,7 +20,7 @@ _MAX_PADDING_BLOCKS = 16
 
 
 def _function(name: str) -> compiler.Function:
-    return compiler.load("step.cu", **_HEADER).function(name)
+    return compiler.load("step.cu", None, **_HEADER).function(name)
 
 
 def update_tables(packed: Any, tables: Any) -> None:

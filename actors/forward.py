@@ -1,0 +1,146 @@
+"""A step's work on a device: from its uploaded metadata to logits, eagerly or from graphs.
+
+A step of decodes alone is one graph, for as many sequences as its bucket has. Any other step is
+two: the layers over its packed tokens, padded to a bucket of those, leave the residual stream in a
+buffer; the head runs over the rows that are wanted, padded to a bucket of sequences. So buckets of
+tokens and of rows add up, and don't multiply.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from tensorray.actors.buckets import Buckets
+from tensorray.actors.device import Device
+from tensorray.actors.program import ProgramRunner
+from tensorray.actors.step_buffers import Step, StepBuffers
+from tensorray.builder.array_ops import ArrayOps
+
+logger = logging.getLogger(__name__)
+
+# Rows of the residual stream that prompt log-probabilities are made of at a time.
+_SCORED_ROWS = 64
+
+
+class Forward:
+    """Runs steps whose metadata is in `buffers`. All calls belong inside `device.current()`.
+
+    `max_seqs` sequences and `max_tokens` packed tokens are the most a step has; the residual
+    stream is `[tokens, width]` of dtype `residual`.
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        runner: ProgramRunner,
+        ops: ArrayOps,
+        buffers: StepBuffers,
+        *,
+        max_seqs: int,
+        max_tokens: int,
+        width: int,
+        residual: Any,
+    ) -> None:
+        self._device = device
+        self._runner = runner
+        self._ops = ops
+        self._buffers = buffers
+        self._max_seqs = max_seqs
+        self._max_tokens = max_tokens
+        self._hidden = device.xp.zeros((max_tokens, width), residual)
+        self._decodes: dict[int, Callable[[], Any]] = {}
+        self._bodies: dict[int, Callable[[], None]] = {}
+        self._heads: dict[int, Callable[[], Any]] = {}
+        self._decode_sizes = Buckets([])
+        self._body_sizes = Buckets([])
+        self._head_sizes = Buckets([])
+
+    def run(self, step: Step) -> Any:
+        """Queue a step; returns logits `[>= R, vocab]` on the device, or None if none is wanted.
+
+        They are overwritten by the next step.
+        """
+        if step.is_decode and (size := self._decode_sizes.fit(step.sequences)) is not None:
+            return self._decodes[size]()
+        size = self._body_sizes.fit(step.tokens)
+        if size is None:
+            self._body(step.tokens)
+        else:
+            self._bodies[size]()
+        wanted = len(step.sampled)
+        if not wanted:
+            return None
+        size = self._head_sizes.fit(wanted)
+        return self._head(wanted) if size is None else self._heads[size]()
+
+    def logits(self, first: int, count: int) -> Iterator[tuple[int, int, Any]]:
+        """Logits of packed rows of the step that `run` queued last: (first row, number of rows,
+        logits `[rows, vocab]`), in pieces of bounded size."""
+        chunk = min(_SCORED_ROWS, self._max_tokens)
+        for at in range(first, first + count, chunk):
+            rows = min(chunk, first + count - at)
+            # Always as many rows, so that whatever is tuned by their number is so once.
+            start = min(at, self._max_tokens - chunk)
+            logits = self._runner.head(self._hidden[start : start + chunk])
+            yield at, rows, logits[at - start : at - start + rows]
+
+    def warm_up(self) -> None:
+        """Run the largest step there may be, on padding alone: kernels are made, and the memory
+        for activations is taken."""
+        with self._device.recording():
+            self._body(self._max_tokens)
+            self._head(self._max_seqs)
+        self._device.mark().wait()
+
+    def record(self, decodes: Sequence[int], bodies: Sequence[int]) -> None:
+        """Make graphs of decodes of so many sequences and of layers over so many tokens.
+
+        What is uploaded has to be a step of padding.
+        """
+        began = time.perf_counter()
+        before = self._device.free_memory()
+        for size in sorted(decodes, reverse=True):  # the largest first: others fit its memory
+            self._decodes[size] = self._recorded("decode", size, self._decode)
+        for size in sorted(bodies, reverse=True):
+            self._bodies[size] = self._recorded("step", size, self._body)
+        for size in sorted(decodes, reverse=True) if bodies else ():
+            self._heads[size] = self._recorded("head", size, self._head)
+        self._decode_sizes = Buckets([*self._decodes])
+        self._body_sizes = Buckets([*self._bodies])
+        self._head_sizes = Buckets([*self._heads])
+        self._device.mark().wait()
+        logger.info(
+            "recorded %d graphs in %.1f s, %.0f MiB",
+            len(self._decodes) + len(self._bodies) + len(self._heads),
+            time.perf_counter() - began,
+            (before - self._device.free_memory()) / 2**20,
+        )
+
+    def release(self) -> None:
+        """Let the graphs go; steps run eagerly from now on."""
+        for recorded in (self._decodes, self._bodies, self._heads):
+            recorded.clear()
+        self._decode_sizes = self._body_sizes = self._head_sizes = Buckets([])
+
+    def _recorded(self, kind: str, size: int, work: Callable[[int], Any]) -> Callable[[], Any]:
+        began = time.perf_counter()
+        recorded = self._device.record(lambda: work(size))
+        logger.info("recorded %s %d in %.2f s", kind, size, time.perf_counter() - began)
+        return recorded
+
+    def _decode(self, size: int) -> Any:
+        self._buffers.unpack(size, size)
+        batch = self._ops.batch = self._buffers.batch(size, size, max_query=1)
+        return self._runner.head(self._runner.body(batch.tokens))
+
+    def _body(self, tokens: int) -> None:
+        self._buffers.unpack(tokens, self._max_seqs)
+        batch = self._ops.batch = self._buffers.batch(tokens, self._max_seqs, max_query=None)
+        self._hidden[:tokens] = self._runner.body(batch.tokens)
+
+    def _head(self, rows: int) -> Any:
+        self._ops.batch = self._buffers.batch(0, 0, max_query=None, rows=rows)
+        return self._runner.head(self._runner.select(self._hidden))

@@ -1,0 +1,350 @@
+"""A shard on a GPU: steps are started one ahead, run from graphs, and sampled where they ran.
+
+`submit` packs a plan, uploads it and queues all of its step on the device, sampling included;
+nothing in it waits. The tokens it chose stay on the device as the next step's input. What `submit`
+returns waits for the copy of the tokens that the host sees, while the next step runs.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from tensorray.actors.array_segment import Runner
+from tensorray.actors.buckets import decode_sizes, mixed_sizes
+from tensorray.actors.config import ShardConfig
+from tensorray.actors.device import CudaDevice, Device, Mark
+from tensorray.actors.device_sampler import DeviceSampler, PromptScores, Sampled
+from tensorray.actors.device_weights import DevicePlacement
+from tensorray.actors.forward import Forward
+from tensorray.actors.kv_cache import KVCache, KVPlan, choose_num_blocks, plan_groups
+from tensorray.actors.link import PendingStep
+from tensorray.actors.program import ProgramRunner
+from tensorray.actors.protocol import Logprobs, SegmentInfo, ShardInfo, StepPlan, StepResult
+from tensorray.actors.sampler import SamplingError
+from tensorray.actors.segment_runners import open_runners
+from tensorray.actors.step_buffers import RunningSequences, Scored, Step, StepBuffers
+from tensorray.builder.array_ops import ArrayOps
+from tensorray.builder.checkpoint import open_checkpoint
+from tensorray.builder.graph import DTypes, Program, Segment, trace
+from tensorray.builder.load import load_weights, plan_bytes
+from tensorray.builder.model import Model, ShardWeights
+from tensorray.builder.precision import choose_dtypes, numpy_dtype
+from tensorray.builder.registry import resolve
+
+logger = logging.getLogger(__name__)
+
+#: Steps in flight: one runs, one waits behind it.
+DEPTH = 2
+#: Tokens a step may run, where nothing is said: enough to fill the matrix units, and a few tens of
+#: milliseconds of a model of 8 billion parameters.
+DEFAULT_STEP_TOKENS = 2048
+# Fewer tokens than this, and a mixed step costs what reading the weights costs.
+_SMALLEST_MIXED = 16
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The most a shard is asked for."""
+
+    max_model_len: int
+    max_num_seqs: int
+    step_tokens: int
+
+
+@dataclass(frozen=True)
+class GraphSizes:
+    """Steps that run from graphs: decodes of so many sequences, others of so many tokens."""
+
+    decodes: Sequence[int]
+    bodies: Sequence[int]
+
+    @classmethod
+    def choose(cls, limits: Limits, asked: Sequence[int] | None, eager: bool) -> GraphSizes:
+        """All sizes up to the limits, those `asked` for, or, if `eager`, none."""
+        if eager:
+            return cls([], [])
+        if asked:
+            return cls(
+                [size for size in asked if size <= limits.max_num_seqs],
+                [size for size in asked if size <= limits.step_tokens],
+            )
+        smallest = min(_SMALLEST_MIXED, limits.step_tokens)
+        return cls(decode_sizes(limits.max_num_seqs), mixed_sizes(smallest, limits.step_tokens))
+
+
+class Runners(Protocol):
+    """What runs the program's segments (segment_runners.py)."""
+
+    rejected: list[str]
+
+    def get(self, segment: Segment, rows: int) -> Runner: ...
+
+    def prepare(self, body_rows: Sequence[int], head_rows: Sequence[int]) -> None: ...
+
+    def report(self) -> list[SegmentInfo]: ...
+
+
+class GpuShard:
+    """A model on one device."""
+
+    def __init__(
+        self,
+        device: Device,
+        model: Model,
+        program: Program,
+        weights: ShardWeights,
+        runners: Runners,
+        groups: KVPlan,
+        dtypes: DTypes,
+        limits: Limits,
+        graphs: GraphSizes,
+        *,
+        choose_blocks: Callable[[int], int],
+        kv_dtype: Any = None,
+        weight_bytes: int = 0,
+        began: float | None = None,
+    ) -> None:
+        """`choose_blocks` sizes the KV cache, in blocks, from the bytes that are free once weights
+        and activations have theirs; `kv_dtype` is that of its pages (None: the compute dtype).
+        `began` is when loading did, by time.perf_counter."""
+        began = time.perf_counter() if began is None else began
+        self._device = device
+        self._vocab_size = model.vocab_size
+        self._limits = limits
+        self._groups = len(groups.groups)
+        # A pipelined step may run one token past the last one that counts.
+        self._width = -(-(limits.max_model_len + 1) // groups.block_size)
+        self._lock = threading.Lock()  # submit and results come from two threads
+        self._last_end = 0.0
+        with device.current():
+            runners.prepare([*graphs.decodes, *graphs.bodies], graphs.decodes)
+            self._buffers = StepBuffers(
+                device,
+                max_seqs=limits.max_num_seqs,
+                max_tokens=limits.step_tokens,
+                groups=self._groups,
+                width=self._width,
+                block_size=groups.block_size,
+                ring=DEPTH + 1,
+            )
+            self._sampler = DeviceSampler(
+                device, model.vocab_size, limits.max_num_seqs, self._buffers.last_tokens
+            )
+            self._running = self._no_sequences()
+            kv_dtype = numpy_dtype(dtypes.compute) if kv_dtype is None else kv_dtype
+            residual = numpy_dtype(dtypes.residual)
+            ops = ArrayOps(
+                device.xp,
+                KVCache(groups, 1, device.xp, kv_dtype).layers,
+                max_positions=limits.max_model_len + 1,
+                residual=residual,
+            )
+            self._forward = Forward(
+                device,
+                ProgramRunner(program, ops, weights, runners.get),
+                ops,
+                self._buffers,
+                max_seqs=limits.max_num_seqs,
+                max_tokens=limits.step_tokens,
+                width=model.hidden_size,
+                residual=residual,
+            )
+            self._buffers.upload(None, self._running)
+            self._forward.warm_up()
+            num_blocks = choose_blocks(device.free_memory())
+            cache = KVCache(groups, num_blocks, device.xp, kv_dtype)
+            ops.kv = cache.layers
+            self._forward.record(graphs.decodes, graphs.bodies)
+        self.info = ShardInfo(
+            kv=cache.groups,
+            vocab_size=model.vocab_size,
+            max_model_len=limits.max_model_len,
+            device=device.name,
+            weight_bytes=weight_bytes,
+            kv_cache_bytes=cache.nbytes,
+            load_seconds=time.perf_counter() - began,
+            segments=runners.report(),
+            rejected_plans=len(runners.rejected),
+            step_tokens=limits.step_tokens,
+            depth=DEPTH,
+        )
+
+    @classmethod
+    def load(cls, config: ShardConfig, device: Device | None = None) -> GpuShard:
+        """Open the checkpoint, check it, load it, size the KV cache, record graphs.
+
+        Raises DeviceError, CheckpointError, ModelConfigError, KVCacheError or ValueError, each
+        saying what to change.
+        """
+        began = time.perf_counter()
+        device = device or CudaDevice()
+        checkpoint = open_checkpoint(
+            config.model,
+            load_format=config.load_format,
+            revision=config.revision,
+            token=config.hf_token,
+            cache_dir=config.download_dir,
+            offline=config.offline,
+            hf_overrides=config.hf_overrides,
+        )
+        try:
+            model = resolve(checkpoint.config, config.model_class)(checkpoint.config)
+            # A GGUF file does not say: float16 keeps more of its values' bits than bfloat16.
+            dtypes = choose_dtypes(
+                checkpoint.config, model=config.model, dtype=config.dtype, unstated="float16"
+            )
+            max_model_len = config.max_model_len or model.max_positions
+            if max_model_len > model.max_positions:
+                raise ValueError(
+                    f"--max-model-len {max_model_len} is more than the {model.max_positions} "
+                    "positions the model was made for"
+                )
+            groups = plan_groups(
+                [model.kv_spec(layer) for layer in range(model.num_layers)], config.block_size
+            )
+            compute = numpy_dtype(dtypes.compute)
+            weights = load_weights(model, checkpoint, dtype=compute, place=DevicePlacement(device))
+        finally:
+            checkpoint.close()
+        logger.info("loaded the weights in %.1f s", time.perf_counter() - began)
+        limits = Limits(max_model_len, config.max_num_seqs, config.step_tokens(DEFAULT_STEP_TOKENS))
+        program = trace(model)
+        with device.current():
+            runners = open_runners(
+                program,
+                weights,
+                dtypes,
+                backend=config.segment_backend,
+                plan_store=config.plan_store,
+                build_plans=config.build_plans,
+                max_decode=limits.max_num_seqs,
+                max_rows=limits.step_tokens,
+            )
+        fp8 = config.kv_cache_dtype == "fp8"
+
+        def choose_blocks(free: int) -> int:
+            kept = int((1 - config.gpu_memory_utilization) * device.total_memory())
+            return choose_num_blocks(
+                groups,
+                1 if fp8 else compute.itemsize,
+                max_model_len=max_model_len,
+                max_num_seqs=limits.max_num_seqs,
+                step_tokens=limits.step_tokens,
+                available=free - kept,
+                cache_bytes=config.kv_cache_memory_bytes,
+                num_blocks=config.num_kv_blocks,
+            )
+
+        return cls(
+            device,
+            model,
+            program,
+            weights,
+            runners,
+            groups,
+            dtypes,
+            limits,
+            GraphSizes.choose(limits, config.cudagraph_capture_sizes, config.enforce_eager),
+            choose_blocks=choose_blocks,
+            kv_dtype="uint8" if fp8 else compute,
+            weight_bytes=plan_bytes(model, dtype=compute),
+            began=began,
+        )
+
+    def submit(self, plan: StepPlan) -> PendingStep:
+        began = time.perf_counter()
+        with self._lock, self._device.current():
+            for seq in plan.ends:
+                self._sampler.end(seq)
+            step = self._running.take(plan)
+            for start in plan.starts:
+                self._sampler.start(start, self._running.rows[start.seq])
+            if not plan.seqs:
+                return lambda: StepResult(step=plan.step, seqs=[], tokens=[])
+            self._buffers.upload(step, self._running)
+            logits = self._forward.run(step)
+            sampled = None
+            if step.sampled:
+                sampled = self._sampler.enqueue(step.sampled, self._buffers.sample_rows, logits)
+            prompts = [self._score(scored) for scored in step.scored]
+            pending = _Pending(plan.step, step, sampled, prompts, self._device.mark(), began)
+        return lambda: self._collect(pending)
+
+    def reset(self) -> None:
+        self._device.mark().wait()
+        with self._lock:
+            for seq in self._running.rows:
+                self._sampler.end(seq)
+            self._running = self._no_sequences()
+
+    def close(self) -> None:
+        self._device.mark().wait()
+        self._forward.release()
+
+    def _no_sequences(self) -> RunningSequences:
+        return RunningSequences(self._limits.max_num_seqs, self._groups, self._width)
+
+    def _score(self, scored: Scored) -> list[PromptScores]:
+        """Queue the log-probabilities of prompt tokens 1.. whose predecessors ran in this step."""
+        start = scored.start
+        count = min(scored.count, start.prompt_len - 1 - scored.begin)
+        found = []
+        for packed, rows, logits in self._forward.logits(scored.packed, count):
+            first = scored.begin + packed - scored.packed + 1
+            found.append(
+                self._sampler.enqueue_prompt_logprobs(
+                    start.tokens[first : first + rows], logits, start.sampling.prompt_logprobs or 0
+                )
+            )
+        return found
+
+    def _collect(self, pending: _Pending) -> StepResult:
+        pending.mark.wait()
+        with self._lock:
+            seqs = pending.step.sampled
+            tokens: list[int] = []
+            logprobs: dict[int, Logprobs] = {}
+            failed: dict[int, str] = {}
+            if pending.sampled is not None:
+                tokens, logprobs, failed = self._sampler.collect(pending.sampled)
+            prompt_logprobs: dict[int, list[Logprobs]] = {}
+            for scored, pieces in zip(pending.step.scored, pending.prompts, strict=True):
+                seq = scored.start.seq
+                try:
+                    rows = [self._sampler.collect_prompt_logprobs(piece) for piece in pieces]
+                except SamplingError as error:
+                    failed[seq] = str(error)
+                else:
+                    prompt_logprobs[seq] = [row for piece in rows for row in piece]
+        if failed:
+            kept = [index for index, seq in enumerate(seqs) if seq not in failed]
+            seqs, tokens = [seqs[i] for i in kept], [tokens[i] for i in kept]
+        now = time.perf_counter()
+        began = max(pending.began, self._last_end)
+        self._last_end = now
+        return StepResult(
+            step=pending.number,
+            seqs=seqs,
+            tokens=tokens,
+            logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
+            failed=failed,
+            seconds=now - began,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Pending:
+    """A step on its way."""
+
+    number: int
+    step: Step
+    sampled: Sampled | None
+    prompts: list[list[PromptScores]]  # a list for each of the step's scored chunks
+    mark: Mark
+    began: float

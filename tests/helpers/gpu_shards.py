@@ -1,0 +1,73 @@
+"""GPU shards over small checkpoints, on NumPy arrays: what CI can run of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from tensorray.actors.array_segment import ArraySegment, Runner
+from tensorray.actors.gpu_shard import GpuShard, GraphSizes, Limits
+from tensorray.actors.kv_cache import plan_groups
+from tensorray.actors.protocol import SegmentInfo, StepPlan, StepResult
+from tensorray.builder.graph import DTypes, Segment, trace
+from tensorray.builder.load import plan_bytes
+
+from .host_device import HostDevice
+from .running import load
+
+
+class ArrayRunners:
+    """Every segment op by op."""
+
+    rejected: tuple[str, ...] = ()
+
+    def __init__(self) -> None:
+        self.rows: set[int] = set()
+        self._runners: dict[Segment, Runner] = {}
+
+    def get(self, segment: Segment, rows: int) -> Runner:
+        self.rows.add(rows)
+        return self._runners.setdefault(segment, ArraySegment(segment, np))
+
+    def prepare(self, body_rows: Sequence[int], head_rows: Sequence[int]) -> None:
+        pass
+
+    def report(self) -> list[SegmentInfo]:
+        return []
+
+
+class StepwiseShard(GpuShard):
+    """A shard whose steps are waited for one by one."""
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        return self.submit(plan)()
+
+
+def make_gpu_shard(
+    path: Path,
+    *,
+    num_blocks: int = 512,
+    block_size: int = 4,
+    limits: Limits | None = None,
+    graphs: GraphSizes | None = None,
+    device: HostDevice | None = None,
+    runners: ArrayRunners | None = None,
+    kind: type[StepwiseShard] = StepwiseShard,
+) -> StepwiseShard:
+    model, weights = load(path)
+    limits = limits or Limits(max_model_len=64, max_num_seqs=16, step_tokens=64)
+    return kind(
+        device or HostDevice(),
+        model,
+        trace(model),
+        weights,
+        runners or ArrayRunners(),
+        plan_groups([model.kv_spec(i) for i in range(model.num_layers)], block_size),
+        DTypes("float32", "float32"),
+        limits,
+        graphs or GraphSizes.choose(limits, (), eager=False),
+        choose_blocks=lambda free: num_blocks,
+        weight_bytes=plan_bytes(model),
+    )
