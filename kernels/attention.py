@@ -90,12 +90,12 @@ def paged_attention(
     cache, those queries' own included: query i sits at position `seq_lens[s] - n + i` and sees
     keys at positions up to its own and, with a window, greater than its own minus `window`.
     block_table int `[S, max_blocks]`. Query head h reads KV head `h * kv_heads // heads`
-    (GQA, arXiv 2305.13245). Queries after the last sequence's are padding, and get zeros. Scores are `scale * q.k`, soft-capped to `cap * tanh(score / cap)`
-    if asked. Nothing outside the visible positions is read.
+    (GQA, arXiv 2305.13245). Scores are `scale * q.k`, soft-capped to `cap * tanh(score / cap)` if
+    asked. Nothing outside the visible positions is read.
 
     `max_query` bounds the queries of a sequence where the host knows a bound; it only makes a GPU
     faster. With 1, row i must be sequence i's, or belong to none (`seq_lens[i]` 0). Rows that
-    belong to no sequence are zeros on a GPU.
+    belong to no sequence are zeros.
     """
     options: dict[str, Any] = {"scale": scale, "window": window, "softcap": softcap}
     options["kv_scale"] = kv_scale
