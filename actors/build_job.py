@@ -72,19 +72,25 @@ class Sites:
     nodes: frozenset[str]
 
 
-def find_sites(
+@dataclass(frozen=True)
+class Survey:
+    """What a cluster's nodes can build."""
+
+    sites: list[Sites]
+    lacking: dict[str, str]  # architectures that no node can build for, each with the reasons
+
+
+def survey_nodes(
     architectures: Sequence[str], dtypes: Sequence[str], flavour: FlavourChoice = "auto"
-) -> list[Sites]:
-    """Ask the cluster's nodes what they can build; the targets for each architecture, in order.
+) -> Survey:
+    """Ask the cluster's nodes what they can build.
 
     There is one target for each GPU model that `tensorrt` finds, or where none does (or `flavour`
-    says so) that of `tensorrt_rtx`. Raises TargetError for an architecture that no node can build
-    for in these dtypes, with what each kind of node lacks.
+    says so) that of `tensorrt_rtx`.
     """
     asked = [name for name in FLAVOURS if flavour in ("auto", name)]
     answers = _ask(asked, architectures, dtypes)
-    chosen: list[Sites] = []
-    problems: list[str] = []
+    survey = Survey([], {})
     for architecture in architectures:
         for name in asked:  # tensorrt first: it times kernels on the GPU that will run them
             sites: dict[Target, set[str]] = {}
@@ -93,14 +99,14 @@ def find_sites(
                 if isinstance(found, Target):
                     sites.setdefault(found, set()).add(node)
             if sites:
-                chosen += [Sites(target, frozenset(ids)) for target, ids in sites.items()]
+                survey.sites.extend(Sites(target, frozenset(ids)) for target, ids in sites.items())
                 break
         else:
             lacks = [_lacking(name, architecture, answers[name]) for name in asked]
-            problems.append(f"no node can build for {architecture}:\n" + "\n".join(lacks))
-    if problems:
-        raise TargetError("\n".join(problems))
-    return chosen
+            survey.lacking[architecture] = "\n".join(
+                [f"no node can build for {architecture}:", *lacks]
+            )
+    return survey
 
 
 #: What a node says of each architecture: its target, or why it has none.

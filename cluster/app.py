@@ -9,8 +9,6 @@ fields under `args`. On the command line: `serve run tensorray.cluster.app:build
 # No `from __future__ import annotations`: Serve reads build_app's annotation to check its argument.
 
 import asyncio
-import logging
-import os
 import signal
 import threading
 from collections.abc import AsyncIterator
@@ -31,6 +29,7 @@ from rich.console import Console
 
 from tensorray.actors.wire import Endpoint
 from tensorray.cluster.config import EngineConfig
+from tensorray.cluster.connect import connect
 from tensorray.cluster.engine import EngineFailed
 from tensorray.cluster.engine_link import EngineLink
 from tensorray.cluster.frontend import Frontend, PreparedRequest
@@ -237,24 +236,6 @@ def run(
     finally:
         with console.status("Stopping ..."):
             stop(own_cluster)
-
-
-def connect() -> bool:
-    """Connect to the cluster that RAY_ADDRESS names, or start one; whether one was started.
-
-    A cluster is joined only by name: Ray's note of the last one on this machine may be stale, and
-    looking for that one ends the process.
-    """
-    if ray.is_initialized():
-        return False
-    named = "RAY_ADDRESS" in os.environ
-    ray.init(
-        address=None if named else "local",
-        include_dashboard=None if named else False,
-        log_to_driver=False,
-        logging_level=logging.WARNING,
-    )
-    return not named
 
 
 def stop(own_cluster: bool) -> None:

@@ -10,16 +10,17 @@ cluster's nodes compile. So neither the model nor the store has to be reachable 
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import ray
 
-from tensorray.actors.build_job import RayWorkers, find_sites
+from tensorray.actors.build_job import RayWorkers, survey_nodes
 from tensorray.builder.build import (
     Compile,
     NamedSegment,
@@ -49,8 +50,9 @@ from tensorray.builder.plan import Profile, ProfileSet, default_profiles
 from tensorray.builder.precision import choose_dtypes
 from tensorray.builder.registry import resolve
 from tensorray.builder.store import PlanStore, open_store
-from tensorray.builder.tensorrt_flavour import Target
+from tensorray.builder.tensorrt_flavour import Target, TargetError
 from tensorray.cluster.build_config import BuildConfig
+from tensorray.cluster.connect import connect
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,9 @@ class BuildReport:
     seconds: float
     store: str
     manifest: str | None  # where it is; None while any plan is missing
+    #: Of a dry run: architectures whose plans can't be looked up from here, each with the reason.
+    unknown: dict[str, str] = field(default_factory=dict)
+    segments: tuple[str, ...] = ()  # the names of all distinct ones
 
     @property
     def failures(self) -> list[str]:
@@ -77,8 +82,8 @@ def build(
     """Have every plan of a deployment in the store; the report says what became of each.
 
     `settings` are BuildConfig's fields, or give a whole `config`. Runs on the Ray cluster this
-    process is connected to, or RAY_ADDRESS names, or this machine is in; else on one that it
-    starts here and stops again. `compile` replaces what a task runs to build one plan
+    process is connected to, or RAY_ADDRESS names ("auto": the one this machine is in); else on one
+    that it starts here and stops again. `compile` replaces what a task runs to build one plan
     (`builder.build.compile_plan`).
 
     Raises ValueError (pydantic's ValidationError, CheckpointError, ModelConfigError, TargetError,
@@ -116,7 +121,10 @@ def build_needs(
     started = time.perf_counter()
     config, store, dtypes = needs.config, needs.store, needs.dtypes
     names = list(dict.fromkeys((dtypes.compute, dtypes.residual)))
-    sites = find_sites(config.target, names, config.flavour)
+    survey = survey_nodes(config.target, names, config.flavour)
+    if survey.lacking and not config.dry_run:
+        raise TargetError("\n".join(survey.lacking.values()))
+    sites = survey.sites
     profiles = {each.target: _profiles(config, each.target) for each in sites}
     requests = [
         PlanRequest(each.name, each.segment, dtypes, profiles[target], target)
@@ -130,28 +138,26 @@ def build_needs(
     else:
         outcomes = fill(requests, store, RayWorkers(sites, compile), progress)
     where = None
-    if all(outcome.state in ("reused", "compiled") for outcome in outcomes):
+    states = {outcome.state for outcome in outcomes}
+    if states <= {"reused", "compiled"} and not survey.lacking:
         if not config.dry_run:
             store.write(manifest.name, manifest.to_json())
         where = store.locate(manifest.name)
-    return BuildReport(outcomes, time.perf_counter() - started, store.url, where)
+    seconds = time.perf_counter() - started
+    segments = tuple(each.name for each in needs.segments)
+    return BuildReport(outcomes, seconds, store.url, where, survey.lacking, segments)
 
 
 @contextmanager
 def ray_cluster() -> Iterator[None]:
-    """A connection to the Ray cluster there is, or to one of our own for as long as it takes."""
-    if ray.is_initialized():
-        yield
-        return
-    options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
-    try:
-        ray.init(address="auto", **options)
-    except ConnectionError:
-        ray.init(address="local", include_dashboard=False, **options)
+    """A connection to the Ray cluster that is named, or to one of our own; ended if made here."""
+    connected = ray.is_initialized()
+    connect(logging_level=logging.ERROR)
     try:
         yield
     finally:
-        ray.shutdown()
+        if not connected:
+            ray.shutdown()
 
 
 def _open(config: BuildConfig) -> ModelFiles:

@@ -82,6 +82,10 @@ def as_dict(report: BuildReport) -> dict[str, Any]:
             }
             for outcome in report.outcomes
         ],
+        "unknown": [
+            {"target": architecture, "segments": list(report.segments), "reason": reason}
+            for architecture, reason in report.unknown.items()
+        ],
     }
 
 
@@ -112,6 +116,13 @@ def _print(report: BuildReport, config: BuildConfig, console: Console) -> None:
         for outcome in report.outcomes:
             if outcome.state == "missing":
                 console.print(f"missing: {outcome.request}", markup=False)
+    for reason in report.unknown.values():
+        console.print(
+            f"{len(report.segments)} segments, {reason}\nso what the store has of them can't be "
+            "told from here",
+            markup=False,
+            soft_wrap=True,
+        )
     console.print(f"Store {report.store}, {report.seconds:.1f} s in all", soft_wrap=True)
     if report.manifest:
         console.print(f"Manifest {report.manifest}", soft_wrap=True)

@@ -28,14 +28,15 @@ from helpers.ray_nodes import RayNodes, ray_nodes
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from tensorray.actors import build_job
-from tensorray.actors.build_job import RayWorkers, Sites, find_sites
+from tensorray.actors.build_job import RayWorkers, Sites, survey_nodes
 from tensorray.builder.build import PlanRequest, compile_plan
 from tensorray.builder.manifest import SCHEMA, read_manifest
 from tensorray.builder.plan import Plan
 from tensorray.builder.store import DirectoryStore, open_store
-from tensorray.builder.tensorrt_flavour import Target, TargetError
+from tensorray.builder.tensorrt_flavour import Target
 from tensorray.cluster import build_command, cli
 from tensorray.cluster.build import build
+from tensorray.cluster.connect import connect
 
 pytest.importorskip("tensorrt_rtx_bindings", reason="pip install 'tensorray[rtx]'")
 pytestmark = pytest.mark.ray
@@ -123,6 +124,34 @@ def test_the_store_ends_up_with_every_plan_and_a_manifest(
     assert status == 0
     assert re.search(r"sm_89, tensorrt_rtx +│ +6 │ +6 │ +0 │ +0 │", out)
     assert f"Manifest {where}" in out
+
+
+def test_a_dry_run_tells_what_it_can_where_a_target_has_no_node(tensorray: Command) -> None:
+    command = ("build", MODEL, "--tp", "2", "--dry-run", "--target", "sm_89,sm_90")
+    status, out, _ = tensorray(*command, "--json")
+    assert (status, states(out)) == (0, {"missing": 6})
+    (unknown,) = json.loads(out)["unknown"]
+    assert unknown["target"] == "sm_90"
+    assert unknown["segments"] == [plan["segment"] for plan in plans(out)]
+    assert "tensorrt needs a node with an sm_90 GPU" in unknown["reason"]
+
+    status, out, _ = tensorray(*command[:-1], "sm_90")
+    assert status == 0
+    assert "6 segments, no node can build for sm_90:" in out
+
+
+def test_only_a_named_cluster_is_joined(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda address, **_: asked.append(address))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    assert connect()
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    assert not connect()
+    assert asked == ["local", None], "None: what RAY_ADDRESS says"
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    assert not connect()
+    assert len(asked) == 2
 
 
 def test_a_config_is_enough(tensorray: Command, tmp_path: Path) -> None:
@@ -252,8 +281,9 @@ def test_what_builds_for_a_target(
         for flavour, nodes in answers.items()
     }
     monkeypatch.setattr(build_job, "_ask", lambda *_: by_node)
-    found = find_sites(["sm_90"], ["bfloat16"])
-    assert {each.target: "".join(sorted(each.nodes)) for each in found} == chosen
+    survey = survey_nodes(["sm_90"], ["bfloat16"])
+    assert {each.target: "".join(sorted(each.nodes)) for each in survey.sites} == chosen
+    assert not survey.lacking
 
 
 def test_a_refusal_says_what_each_kind_of_node_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -264,9 +294,9 @@ def test_a_refusal_says_what_each_kind_of_node_lacks(monkeypatch: pytest.MonkeyP
         for flavour, answers in {"tensorrt": nodes, "tensorrt_rtx": rtx}.items()
     }
     monkeypatch.setattr(build_job, "_ask", lambda *_: by_node)
-    with pytest.raises(TargetError) as refused:
-        find_sites(["sm_90"], ["bfloat16"])
-    assert str(refused.value).splitlines() == [
+    survey = survey_nodes(["sm_90"], ["bfloat16"])
+    assert not survey.sites
+    assert survey.lacking["sm_90"].splitlines() == [
         "no node can build for sm_90:",
         "  no such GPU (2 nodes); tensorrt can't be imported; pip install (1 node)",
         "  tensorrt_rtx 1.7 has no target 'sm_90' (3 nodes)",
@@ -416,6 +446,7 @@ from pathlib import Path
 import ray
 from tensorray.builder.build import compile_plan
 from tensorray.cluster.build import build
+from tensorray.cluster.connect import connect
 from tensorray.cluster.build_command import as_dict
 from tensorray.cluster.generate import results_on_stdout
 
@@ -465,6 +496,7 @@ import json, sys
 import ray
 from tensorray.builder.plan import Plan
 from tensorray.cluster.build import build
+from tensorray.cluster.connect import connect
 from tensorray.cluster.build_command import as_dict
 from tensorray.cluster.generate import results_on_stdout
 

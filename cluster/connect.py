@@ -1,0 +1,27 @@
+"""The Ray cluster a command runs on: the one that is named, or one of its own."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+import ray
+
+
+def connect(logging_level: int = logging.WARNING) -> bool:
+    """Connect to the cluster that RAY_ADDRESS names, or start one; whether one was started.
+
+    A cluster is joined only by name, so that nobody's work lands on somebody else's by accident.
+    Besides, Ray's note of the last one on this machine may be stale, and looking for that one ends
+    the process.
+    """
+    if ray.is_initialized():
+        return False
+    named = "RAY_ADDRESS" in os.environ
+    ray.init(
+        address=None if named else "local",
+        include_dashboard=None if named else False,
+        log_to_driver=False,
+        logging_level=logging_level,
+    )
+    return not named
