@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # importing it would bring NumPy to every `tensorray --help`
     from tensorray.actors.segment_runners import SegmentBackend
     from tensorray.builder.checkpoint.open import LoadFormat
+    from tensorray.builder.model import Layout
 
 #: Tokens a step may run on a CPU where nothing is said; more stall decodes for longer.
 DEFAULT_STEP_TOKENS = 512
@@ -15,7 +16,10 @@ DEFAULT_STEP_TOKENS = 512
 
 @dataclass(frozen=True)
 class ShardConfig:
-    """One shard's model, device, precision and memory. See EngineConfig for the fields' meaning."""
+    """One shard's model, device, precision, memory and place in its replica.
+
+    See EngineConfig for the fields' meaning. `rank` counts the replica's shards stage by stage.
+    """
 
     model: str
     model_class: str | None = None
@@ -42,7 +46,23 @@ class ShardConfig:
     build_plans: bool = False
     enforce_eager: bool = False
     cudagraph_capture_sizes: tuple[int, ...] = ()
+    tensor_parallel_size: int = 1
+    pipeline_parallel_size: int = 1
+    enable_expert_parallel: bool = False
+    collective_timeout_seconds: float = 300.0
+    rank: int = 0
 
     def step_tokens(self, default: int) -> int:
         """Tokens a step may run; `default` where nothing is said, or a token a sequence."""
         return self.max_num_batched_tokens or max(default, self.max_num_seqs)
+
+    @property
+    def layout(self) -> Layout:
+        from tensorray.builder.model import Layout
+
+        whole = Layout(
+            tp_size=self.tensor_parallel_size,
+            pp_size=self.pipeline_parallel_size,
+            expert_parallel=self.enable_expert_parallel,
+        )
+        return whole.at(self.rank)

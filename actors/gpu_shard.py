@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 from tensorray.actors.array_segment import Runner
 from tensorray.actors.buckets import decode_sizes, mixed_sizes
+from tensorray.actors.communicator import Communicator
 from tensorray.actors.config import ShardConfig
 from tensorray.actors.device import CudaDevice, Device, Mark
 from tensorray.actors.device_sampler import DeviceSampler, PromptScores, Sampled
@@ -182,6 +183,11 @@ class GpuShard:
         saying what to change.
         """
         began = time.perf_counter()
+        if config.layout.size > 1:
+            raise ValueError(
+                "replicas of several GPUs are not supported yet: leave --tensor-parallel-size and "
+                "--pipeline-parallel-size at 1, or use --device cpu"
+            )
         device = device or CudaDevice()
         checkpoint = open_checkpoint(
             config.model,
@@ -274,6 +280,14 @@ class GpuShard:
             prompts = [self._score(scored) for scored in step.scored]
             pending = _Pending(plan.step, step, sampled, prompts, self._device.mark(), began)
         return lambda: self._collect(pending)
+
+    def join(self, world: Communicator, num_blocks: int) -> None:
+        if world.size > 1 or num_blocks != self.info.kv.num_blocks:
+            raise ValueError("a shard on a GPU has its replica to itself so far")
+        self.reset()
+
+    def interrupt(self, reason: str) -> None:
+        pass  # it waits for nobody
 
     def reset(self) -> None:
         self._device.mark().wait()

@@ -9,6 +9,7 @@ wastes no memory on a fixed split between them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +27,8 @@ class KVCacheError(ValueError):
 
 @dataclass(frozen=True)
 class KVPlan:
-    """How the layers fall into groups. `groups[g]` lists indices into the shard's layers."""
+    """How a shard's layers fall into groups. `groups[g]` lists them by their index in the model;
+    where a pipeline has several stages, a group may have layers in some of them only."""
 
     groups: list[list[int]]
     windows: list[int | None]
@@ -55,27 +57,43 @@ class KVPlan:
         return total
 
 
-def plan_groups(specs: list[KVSpec], block_size: int) -> KVPlan:
-    """Cut layers into equal groups by window: the least padding, then the fewest groups."""
+def plan_groups(
+    specs: list[KVSpec], block_size: int, stages: Sequence[range] | None = None, stage: int = 0
+) -> KVPlan:
+    """Cut layers into equal groups by window: the least padding, then the fewest groups.
+
+    `specs` are those of all layers of the model, `stages` the layers of each stage of its pipeline
+    (None: one stage has all). One block table serves a group on every stage, so all stages have the
+    same groups, each with a share of the stage's layers; the plan's layers are those of `stage`.
+    """
     shapes = {(spec.kv_heads, spec.head_dim) for spec in specs}
     if len(shapes) != 1:
         raise KVCacheError(
             f"layers keep KV of different shapes {sorted(shapes)}; one pool of blocks needs one"
         )
     kv_heads, head_dim = shapes.pop()
-    kinds: dict[int | None, list[int]] = {}
-    for index, spec in enumerate(specs):
-        kinds.setdefault(spec.window, []).append(index)
+    stages = stages or [range(len(specs))]
+    # By window, the layers of each stage that have it.
+    kinds: dict[int | None, list[list[int]]] = {}
+    for layer, spec in enumerate(specs):
+        by_stage = kinds.setdefault(spec.window, [[] for _ in stages])
+        by_stage[next(i for i, own in enumerate(stages) if layer in own)].append(layer)
+
+    def groups_of(by_stage: list[list[int]], size: int) -> int:
+        return max(-(-len(layers) // size) for layers in by_stage)
 
     def cost(size: int) -> tuple[bool, int, int]:
-        groups = sum(-(-len(layers) // size) for layers in kinds.values())
-        return groups > max(_MAX_GROUPS, len(kinds)), groups * size - len(specs), groups
+        groups = sum(groups_of(by_stage, size) for by_stage in kinds.values())
+        padding = groups * size * len(stages) - len(specs)
+        return groups > max(_MAX_GROUPS, len(kinds)), padding, groups
 
-    size = min(range(1, len(specs) + 1), key=cost)
-    groups, windows = [], []
-    for window, layers in kinds.items():
-        for first in range(0, len(layers), size):
-            groups.append(layers[first : first + size])
+    size = min(range(1, max(map(len, stages)) + 1), key=cost)
+    groups: list[list[int]] = []
+    windows: list[int | None] = []
+    for window, by_stage in kinds.items():
+        own = by_stage[stage]
+        for group in range(groups_of(by_stage, size)):
+            groups.append(own[group * size : (group + 1) * size])
             windows.append(window)
     return KVPlan(groups, windows, size, kv_heads, head_dim, block_size)
 
@@ -83,10 +101,20 @@ def plan_groups(specs: list[KVSpec], block_size: int) -> KVPlan:
 class KVCache:
     """The page arrays, `[num_blocks, kv_heads, block_size, head_dim]` each, one pair a layer slot.
 
-    `layers[i]` is the view that the shard's i-th layer reads and appends to.
+    `layers[i]` is the view that layer i of the model, one of the shard's, reads and appends to.
     """
 
     def __init__(self, plan: KVPlan, num_blocks: int, xp: Any, dtype: Any) -> None:
+        self._plan = plan
+        self._xp = xp
+        self._dtype = dtype
+        self.layers: dict[int, LayerKV] = {}
+        self.resize(num_blocks)
+
+    def resize(self, num_blocks: int) -> None:
+        """Have another number of blocks, all empty."""
+        plan, xp, dtype = self._plan, self._xp, self._dtype
+        self.layers = {}  # what there was goes before the new comes
         shape = (num_blocks, plan.kv_heads, plan.block_size, plan.head_dim)
         pages = [
             (xp.zeros(shape, dtype), xp.zeros(shape, dtype)) for _ in range(plan.layers_per_group)
@@ -96,7 +124,7 @@ class KVCache:
             for place, layer in enumerate(layers):
                 keys, values = pages[place]
                 views[layer] = LayerKV(keys, values, group, plan.windows[group])
-        self.layers = [views[index] for index in range(len(views))]
+        self.layers = views
         self.nbytes = num_blocks * plan.block_bytes(pages[0][0].itemsize)
         self.groups = KVGroups(
             windows=plan.windows, num_blocks=num_blocks, block_size=plan.block_size

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
+from tensorray.actors.communicator import Communicator
 from tensorray.actors.protocol import ShardInfo, StepPlan, StepResult
 
 #: A step that was started: called once, it waits for the step's end and gives its result.
@@ -34,6 +35,17 @@ class StepExecutor(Protocol):
         An exception from either leaves the executor's state undefined.
         """
         ...
+
+    def join(self, world: Communicator, num_blocks: int) -> None:
+        """Take its place among its replica's shards, whose KV caches have `num_blocks` blocks.
+
+        Forgets every sequence; the weights stay. A shard that is alone in its replica needs this
+        only to have another number of blocks than it chose.
+        """
+
+    def interrupt(self, reason: str) -> None:
+        """From another thread: wake a step that waits for other shards, and those that wait for
+        this one, with an error. They have to be joined anew. A shard that is alone goes on."""
 
     def reset(self) -> None:
         """Forget every sequence (its router is gone); weights and cache memory stay."""

@@ -9,6 +9,9 @@ import time
 from dataclasses import dataclass
 from functools import partial
 
+import msgspec
+
+from tensorray.actors.communicator import Communicator
 from tensorray.actors.config import DEFAULT_STEP_TOKENS, ShardConfig
 from tensorray.actors.kv_cache import plan_groups
 from tensorray.actors.link import PendingStep
@@ -21,6 +24,7 @@ from tensorray.actors.protocol import (
     StepResult,
 )
 from tensorray.builder.checkpoint import open_files
+from tensorray.builder.model import stage_layers
 from tensorray.builder.registry import resolve
 
 
@@ -54,10 +58,12 @@ class NullShard:
             offline=config.offline,
             hf_overrides=config.hf_overrides,
         )
-        model = resolve(found.config, config.model_class)(found.config)
+        layout = config.layout
+        model = resolve(found.config, config.model_class)(found.config, layout)
         max_model_len = config.max_model_len or model.max_positions
         specs = [model.kv_spec(layer) for layer in range(model.num_layers)]
-        groups = plan_groups(specs, config.block_size)
+        stages = [stage_layers(model.num_layers, layout.pp_size, i) for i in range(layout.pp_size)]
+        groups = plan_groups(specs, config.block_size, stages, layout.pp_rank)
         step_tokens = config.step_tokens(DEFAULT_STEP_TOKENS)
         one_sequence = groups.blocks_for(max_model_len, step_tokens)
         num_blocks = config.num_kv_blocks or 1 + config.max_num_seqs * one_sequence
@@ -70,6 +76,8 @@ class NullShard:
             kv_cache_bytes=0,
             load_seconds=0.0,
             step_tokens=step_tokens,
+            depth=layout.pp_size,
+            answers=layout.rank == layout.sampler,
         )
         return cls(info, config.null_step_ms)
 
@@ -121,6 +129,14 @@ class NullShard:
             prompt_logprobs=prompt_logprobs,
             seconds=time.perf_counter() - began,
         )
+
+    def join(self, world: Communicator, num_blocks: int) -> None:
+        kv = msgspec.structs.replace(self.info.kv, num_blocks=num_blocks)
+        self.info = msgspec.structs.replace(self.info, kv=kv)
+        self.reset()
+
+    def interrupt(self, reason: str) -> None:
+        pass  # it waits for nobody
 
     def reset(self) -> None:
         self._states.clear()

@@ -125,4 +125,6 @@ class ShardInfo(msgspec.Struct, frozen=True):
     segments: list[SegmentInfo] = []  # none where the array interpreter runs the model
     rejected_plans: int = 0  # that were wrong, so that something else runs in their place
     step_tokens: int = 512  # the most a step may run
+    # Whether it sends results; of a replica's shards one does, the others tell of failures only.
+    answers: bool = True
     depth: int = 1  # steps worth having in flight: 2 if the device runs while the host prepares

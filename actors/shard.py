@@ -3,18 +3,25 @@
 A shard owns its weights, its paged KV cache, the state of the sequences that run, and the
 sampler. `execute` runs one step plan: any mix of prefill chunks and decodes, their tokens packed
 end to end, through the definition's embed, layers and head, then one draw a sequence.
+
+Where a replica has several shards, all of them get every plan and keep the same books. Each runs
+its stage's layers on its part of the weights; one of them samples, and tells the tokens to those
+that embed them (ranks.py).
 """
 
 from __future__ import annotations
 
 import logging
 import time
+from collections import deque
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import msgspec
 import numpy as np
 
+from tensorray.actors.communicator import Communicator
 from tensorray.actors.config import DEFAULT_STEP_TOKENS, ShardConfig
 from tensorray.actors.kv_cache import KVCache, choose_num_blocks, plan_groups
 from tensorray.actors.link import PendingStep
@@ -26,11 +33,12 @@ from tensorray.actors.protocol import (
     StepPlan,
     StepResult,
 )
+from tensorray.actors.ranks import Ranks
 from tensorray.actors.sampler import Sampler, SamplingError
 from tensorray.builder.array_ops import ArrayOps
 from tensorray.builder.checkpoint import open_checkpoint
 from tensorray.builder.load import load_weights, plan_bytes
-from tensorray.builder.model import Model, ShardWeights
+from tensorray.builder.model import Model, ShardWeights, stage_layers
 from tensorray.builder.registry import resolve
 from tensorray.kernels import set_num_threads
 from tensorray.kernels.batch import Batch
@@ -60,6 +68,7 @@ class SequenceTable:
         self.rows: dict[int, int] = {}
         self.computed = np.zeros(max_num_seqs, np.int32)  # tokens whose KV is in the cache
         self.last_token = np.zeros(max_num_seqs, np.int32)
+        self.unheard = np.zeros(max_num_seqs, np.int32)  # tokens sampled elsewhere, not heard of
         self.blocks = np.zeros((groups, max_num_seqs), np.int32)  # entries used of each table
         # A pipelined step may run one token past the last one that counts.
         width = -(-(max_model_len + 1) // block_size)
@@ -88,7 +97,7 @@ class SequenceTable:
 
 
 class Shard:
-    """A model on one CPU, executed by the array interpreter."""
+    """A model, or its layout's share of one, on one CPU, executed by the array interpreter."""
 
     def __init__(
         self,
@@ -112,12 +121,15 @@ class Shard:
             kv_cache_bytes=cache.nbytes,
             load_seconds=load_seconds,
             step_tokens=step_tokens,
+            depth=model.layout.pp_size,
+            answers=model.layout.rank == model.layout.sampler,
         )
         self._model = model
         self._weights = weights
         self._cache = cache
         self._ops = ArrayOps(np, cache.layers, max_positions=max_model_len + 1)
         self._max_num_seqs = max_num_seqs
+        self._ranks: Ranks | None = None
         self.reset()
 
     @classmethod
@@ -145,17 +157,22 @@ class Shard:
             hf_overrides=config.hf_overrides,
         )
         try:
-            model = resolve(checkpoint.config, config.model_class)(checkpoint.config)
+            layout = config.layout
+            model = resolve(checkpoint.config, config.model_class)(checkpoint.config, layout)
             max_model_len = config.max_model_len or model.max_positions
             if max_model_len > model.max_positions:
                 raise ValueError(
                     f"--max-model-len {max_model_len} is more than the {model.max_positions} "
                     "positions the model was made for"
                 )
-            groups = plan_groups(
-                [model.kv_spec(layer) for layer in range(model.num_layers)], config.block_size
-            )
-            weights = load_weights(model, checkpoint, dtype=np.float32)
+            stages = [
+                stage_layers(model.num_layers, layout.pp_size, stage)
+                for stage in range(layout.pp_size)
+            ]
+            specs = [model.kv_spec(layer) for layer in range(model.num_layers)]
+            groups = plan_groups(specs, config.block_size, stages, layout.pp_rank)
+            layers = stages[layout.pp_rank]
+            weights = load_weights(model, checkpoint, layers=layers, dtype=np.float32)
         finally:
             checkpoint.close()
         itemsize = np.dtype(np.float32).itemsize
@@ -165,7 +182,8 @@ class Shard:
             max_model_len=max_model_len,
             max_num_seqs=config.max_num_seqs,
             step_tokens=step_tokens,
-            available=available_bytes() // 2,
+            # Shards of one replica may all be on this machine.
+            available=available_bytes() // (2 * layout.size),
             cache_bytes=config.kv_cache_memory_bytes,
             num_blocks=config.num_kv_blocks,
         )
@@ -175,12 +193,32 @@ class Shard:
             KVCache(groups, num_blocks, np, np.float32),
             max_model_len=max_model_len,
             max_num_seqs=config.max_num_seqs,
-            weight_bytes=plan_bytes(model),
+            weight_bytes=plan_bytes(model, layers=layers),
             load_seconds=time.perf_counter() - began,
             step_tokens=step_tokens,
         )
 
+    def join(self, world: Communicator, num_blocks: int) -> None:
+        if num_blocks != self.info.kv.num_blocks:
+            self._cache.resize(num_blocks)
+            self._ops.kv = self._cache.layers
+            self.info = msgspec.structs.replace(
+                self.info, kv=self._cache.groups, kv_cache_bytes=self._cache.nbytes
+            )
+        self._ranks = Ranks(self._model.layout, world) if world.size > 1 else None
+        self._ops.ranks = None if self._ranks is None else self._ranks.tp
+        self._forget()
+
+    def interrupt(self, reason: str) -> None:
+        if self._ranks is not None:
+            self._ranks.abort(reason)
+
     def reset(self) -> None:
+        self.interrupt("its router is gone")
+        self._forget()
+
+    def _forget(self) -> None:
+        self._unheard: deque[np.ndarray] = deque()  # rows of the steps whose tokens are to come
         self._table = SequenceTable(
             self._max_num_seqs,
             self.info.max_model_len,
@@ -196,7 +234,15 @@ class Shard:
         return partial(self.execute, plan)
 
     def execute(self, plan: StepPlan) -> StepResult:
-        """Run one step. Raises KeyError or IndexError on a plan that contradicts the books."""
+        """Run one step. Raises KeyError or IndexError on a plan that contradicts the books, and
+        CommunicatorError when another shard of the replica is lost."""
+        try:
+            return self._execute(plan)
+        except Exception as error:
+            self.interrupt(f"{type(error).__name__}: {error}")
+            raise
+
+    def _execute(self, plan: StepPlan) -> StepResult:
         began = time.perf_counter()
         table, sampler = self._table, self._sampler
         for seq in plan.ends:
@@ -212,22 +258,35 @@ class Shard:
 
         rows = np.array([table.rows[seq] for seq in plan.seqs], np.int32)
         counts = np.array(plan.counts, np.int32)
+        self._hear(rows)
         batch, sampling, scored = self._pack(plan.seqs, rows, counts)
         hidden = self._forward(batch)
-        prompt_logprobs, unscored = self._score_prompts(batch, hidden, scored)
-        batch.logit_rows = batch.query_starts[1:][sampling] - 1
         table.computed[rows] += counts
-
         seqs = [plan.seqs[index] for index in sampling]
+        for seq in seqs:
+            table.prefill.pop(seq, None)
+        logits: Any = None
+        prompt_logprobs: dict[int, list[Logprobs]] = {}
+        unscored: dict[int, str] = {}
+        if self._model.layout.is_last:
+            prompt_logprobs, unscored = self._score_prompts(batch, hidden, scored)
+            batch.logit_rows = batch.query_starts[1:][sampling] - 1
+            if seqs:
+                logits = self._logits(batch, hidden)
+        if not self.info.answers:
+            if seqs and self._model.layout.is_first:
+                self._unheard.append(rows[sampling])
+                table.unheard[rows[sampling]] += 1
+            return StepResult(step=plan.step, seqs=[], tokens=[])
+
         tokens: list[int] = []
         logprobs: dict[int, Logprobs] = {}
         failed: dict[int, str] = {}
         if seqs:
-            logits = self._logits(batch, hidden)
             tokens, logprobs, failed = sampler.sample(seqs, logits)
             table.last_token[rows[sampling]] = tokens
-            for seq in seqs:
-                table.prefill.pop(seq, None)
+            if self._ranks is not None:
+                self._ranks.tell(np.array(tokens, np.int32))
         if failed := failed | unscored:
             kept = [index for index, seq in enumerate(seqs) if seq not in failed]
             seqs, tokens = [seqs[i] for i in kept], [tokens[i] for i in kept]
@@ -289,13 +348,31 @@ class Shard:
         )
         return batch, np.flatnonzero(samples), scored
 
+    def _hear(self, rows: np.ndarray) -> None:
+        """Take in the tokens that these rows go on from, and any that have come by now."""
+        table, ranks = self._table, self._ranks
+        while self._unheard and (
+            len(self._unheard) > self._model.layout.pp_size or table.unheard[rows].any()
+        ):
+            assert ranks is not None
+            told = self._unheard.popleft()
+            table.last_token[told] = ranks.hear(len(told))
+            table.unheard[told] -= 1
+
     def _forward(self, batch: Batch) -> Any:
-        """The residual stream after the last layer, `[T, hidden]`."""
-        ops, model, weights = self._ops, self._model, self._weights
+        """The residual stream after the stage's last layer, `[T, hidden]`."""
+        ops, model, weights, ranks = self._ops, self._model, self._weights, self._ranks
         ops.batch = batch
-        hidden = model.embed(ops, weights.embed, batch.tokens)
+        if model.layout.is_first:
+            hidden = model.embed(ops, weights.embed, batch.tokens)
+        else:
+            assert ranks is not None
+            hidden = ranks.receive(np.empty((len(batch.tokens), model.hidden_size), np.float32))
         for layer, layer_weights in weights.layers.items():
             hidden = model.layer(ops, layer_weights, hidden, layer)
+        if not model.layout.is_last:
+            assert ranks is not None
+            ranks.pass_on(hidden)
         return hidden
 
     def _logits(self, batch: Batch, hidden: Any) -> Any:
@@ -314,15 +391,18 @@ class Shard:
             top = start.sampling.prompt_logprobs or 0
             count = min(count, start.prompt_len - 1 - begin)
             entries: list[Logprobs] = []
-            try:
-                for done in range(0, count, _PROMPT_LOGIT_ROWS):
-                    rows = np.arange(done, min(done + _PROMPT_LOGIT_ROWS, count), dtype=np.int32)
-                    batch.logit_rows = packed + rows
-                    targets = start.tokens[begin + done + 1 : begin + done + 1 + len(rows)]
-                    logits = self._logits(batch, hidden)
+            for done in range(0, count, _PROMPT_LOGIT_ROWS):
+                rows = np.arange(done, min(done + _PROMPT_LOGIT_ROWS, count), dtype=np.int32)
+                batch.logit_rows = packed + rows
+                targets = start.tokens[begin + done + 1 : begin + done + 1 + len(rows)]
+                # On every rank of the stage, whatever becomes of them here.
+                logits = self._logits(batch, hidden)
+                if not self.info.answers or start.seq in failed:
+                    continue
+                try:
                     entries += self._sampler.prompt_logprobs(targets, logits, top)
-            except SamplingError as error:
-                failed[start.seq] = str(error)
-            else:
+                except SamplingError as error:
+                    failed[start.seq] = str(error)
+            if start.seq not in failed:
                 found[start.seq] = entries
         return found, failed

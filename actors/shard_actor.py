@@ -12,9 +12,9 @@ import ray.util
 from ray.actor import ActorHandle
 
 from tensorray.actors.config import ShardConfig
-from tensorray.actors.link import ShardError, StepExecutor
-from tensorray.actors.null_shard import NullShard
-from tensorray.actors.tcp_link import ShardServer, TcpLink
+from tensorray.actors.link import ShardError
+from tensorray.actors.shard_host import ShardHost
+from tensorray.actors.tcp_link import TcpLink
 from tensorray.actors.wire import Endpoint
 
 logger = logging.getLogger(__name__)
@@ -29,30 +29,12 @@ class ShardActor:
         Not the constructor, because Ray hands a method's exception on as it is.
         """
         host = str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
-        self._server = ShardServer(load_executor(config), host)
-        return self._server.endpoint
+        self._host = ShardHost(config, host)
+        return self._host.loaded.steps
 
     def describe(self) -> dict[str, int]:
         """Process id and peak resident memory in bytes (0 where the platform does not tell)."""
         return {"pid": os.getpid(), "peak_rss_bytes": _peak_rss_bytes()}
-
-
-def load_executor(config: ShardConfig) -> StepExecutor:
-    """The shard a config asks for, loaded in this process."""
-    if config.device == "null":
-        return NullShard.from_config(config)
-    # Imported here so that a null device needs neither the model code nor its libraries.
-    if config.device in ("auto", "cuda"):
-        from tensorray.actors.device import CudaDevice, find_device
-
-        device = CudaDevice() if config.device == "cuda" else find_device()
-        if device is not None:
-            from tensorray.actors.gpu_shard import GpuShard
-
-            return GpuShard.load(config, device)
-    from tensorray.actors.shard import Shard
-
-    return Shard.load(config)
 
 
 class RunningShard:

@@ -17,6 +17,7 @@ from functools import partial
 
 import msgspec
 
+from tensorray.actors.communicator import CommunicatorError
 from tensorray.actors.link import PendingStep, ShardError, StepExecutor
 from tensorray.actors.protocol import ShardInfo, StepPlan, StepResult
 from tensorray.actors.wire import (
@@ -33,14 +34,22 @@ from tensorray.actors.wire import (
 logger = logging.getLogger(__name__)
 
 
-class StepFailed(msgspec.Struct, frozen=True, tag=True):
-    """The step raised; the shard's state is not to be trusted any more."""
+class StepFailed(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
+    """The step raised; the shard's state is not to be trusted any more.
+
+    `by_peer` says that it failed because another shard of the replica did.
+    """
 
     error: str
+    by_peer: bool = False
 
 
 class StepDone(msgspec.Struct, frozen=True, tag=True):
     result: StepResult
+
+
+class LostPeer(ShardError):
+    """A shard whose step failed because another one did."""
 
 
 _Answer = StepFailed | StepDone
@@ -63,8 +72,18 @@ class ShardServer:
         self._listener = socket.create_server((host, 0))
         self.endpoint = Endpoint.new(host, self._listener.getsockname()[1])
         self._connection: socket.socket | None = None
+        self._settled = threading.Event()
+        self._settled.set()
         self._thread = threading.Thread(target=self._serve, name="shard-link", daemon=True)
         self._thread.start()
+
+    @property
+    def has_router(self) -> bool:
+        return self._connection is not None
+
+    def settled(self, timeout: float) -> bool:
+        """Whether within `timeout` seconds no step of a router that is gone runs any more."""
+        return self._settled.wait(timeout)
 
     def close(self) -> None:
         # shutdown(), unlike close(), wakes a thread blocked in accept() or recv().
@@ -82,6 +101,7 @@ class ShardServer:
                 connection, peer = self._listener.accept()
             except OSError:
                 return  # closed
+            self._settled.clear()
             self._connection = connection
             try:
                 with connection:
@@ -91,6 +111,7 @@ class ShardServer:
             finally:
                 self._connection = None
                 self._executor.reset()
+                self._settled.set()
 
     def _serve_router(self, connection: socket.socket, peer: object) -> None:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -102,7 +123,10 @@ class ShardServer:
         connection.sendall(frame(msgspec.msgpack.encode(self._executor.info)))
         started: _Started = queue.SimpleQueue()
         answering = threading.Thread(
-            target=_answer, args=(connection, started), name="shard-answers", daemon=True
+            target=_answer,
+            args=(connection, started, self._executor.info.answers),
+            name="shard-answers",
+            daemon=True,
         )
         answering.start()
         decoder = msgspec.msgpack.Decoder(StepPlan)
@@ -112,6 +136,7 @@ class ShardServer:
                 plan = decoder.decode(_read(connection, check_length(length)))
                 started.put((plan.step, self._start(plan)))
         finally:
+            self._executor.interrupt("its router is gone")
             started.put(None)
             answering.join()
 
@@ -127,8 +152,11 @@ def _raise(error: Exception) -> StepResult:
     raise error
 
 
-def _answer(connection: socket.socket, started: _Started) -> None:
-    """Send each step's result when it is there; the first that failed ends the connection."""
+def _answer(connection: socket.socket, started: _Started, results: bool) -> None:
+    """Send each step's result when it is there; the first that failed ends the connection.
+
+    Without `results` only that failure is sent.
+    """
     encoder = msgspec.msgpack.Encoder()
     try:
         while (item := started.get()) is not None:
@@ -138,8 +166,10 @@ def _answer(connection: socket.socket, started: _Started) -> None:
                 answer = StepDone(pending())
             except Exception as error:
                 logger.exception("step %d failed", step)
-                answer = StepFailed(f"{type(error).__name__}: {error}")
-            connection.sendall(frame(encoder.encode(answer)))
+                by_peer = isinstance(error, CommunicatorError)
+                answer = StepFailed(f"{type(error).__name__}: {error}", by_peer)
+            if results or isinstance(answer, StepFailed):
+                connection.sendall(frame(encoder.encode(answer)))
             if isinstance(answer, StepFailed):
                 break
     except OSError as error:
@@ -172,9 +202,13 @@ class TcpLink:
         return cls(reader, writer, info)
 
     def send(self, plan: StepPlan) -> None:
+        self.send_frame(frame(self._encoder.encode(plan)))
+
+    def send_frame(self, data: bytes) -> None:
+        """Send a plan that is encoded already. Raises ShardError."""
         if self._writer.is_closing():
             raise ShardError("the shard's connection is closed")
-        self._writer.write(frame(self._encoder.encode(plan)))
+        self._writer.write(data)
 
     async def receive(self) -> StepResult:
         try:
@@ -182,8 +216,12 @@ class TcpLink:
         except (OSError, asyncio.IncompleteReadError) as error:
             raise ShardError(f"the shard's connection ended: {error!r}") from error
         if isinstance(answer, StepFailed):
-            raise ShardError(answer.error)
+            raise (LostPeer if answer.by_peer else ShardError)(answer.error)
         return answer.result
+
+    def fail(self, error: ShardError) -> None:
+        """End the wait for a result with this error."""
+        self._reader.set_exception(error)
 
     async def close(self) -> None:
         self._writer.close()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 from tensorray.builder.ops import Ops, Tensor, kernel, segment
 from tensorray.builder.rope import RopeSpec, table
@@ -26,8 +26,20 @@ class LayerKV:
     window: int | None = None  # most recent positions a query sees, itself included; None: all
 
 
+class Ranks(Protocol):
+    """The tensor-parallel ranks of a stage, as one of them reaches the others."""
+
+    def all_reduce(self, x: Any) -> Any:
+        """The sum of every rank's x."""
+        ...
+
+    def all_gather(self, x: Any) -> Any:
+        """Every rank's x: `[ranks, *x.shape]`."""
+        ...
+
+
 class ArrayOps(Ops):
-    """The op set on arrays of the module `xp`, for one rank: collectives are the identity.
+    """The op set on arrays of the module `xp`.
 
     `kv[layer]` is a layer's cache, by its index in the whole model (a mapping where a shard holds
     some layers only). Set `batch` to a step's metadata before running a definition; one
@@ -37,6 +49,8 @@ class ArrayOps(Ops):
     """
 
     batch: Batch
+    #: Whom collectives reach; None: this rank is the only one, and they are the identity.
+    ranks: Ranks | None = None
 
     def __init__(
         self,
@@ -187,14 +201,23 @@ class ArrayOps(Ops):
 
     @kernel
     def experts(
-        self, x: Tensor, weights: Tensor, ids: Tensor, gate_up: Tensor, down: Tensor
+        self,
+        x: Tensor,
+        weights: Tensor,
+        ids: Tensor,
+        gate_up: Tensor,
+        down: Tensor,
+        first_expert: int | None = None,
     ) -> Tensor:
-        return moe.experts(x, weights, ids, gate_up, down)
+        return moe.experts(x, weights, ids, gate_up, down, first_expert)
 
     @kernel
     def all_reduce(self, x: Tensor) -> Tensor:
-        return x
+        return x if self.ranks is None else self.ranks.all_reduce(x)
 
     @kernel
     def all_gather(self, x: Tensor) -> Tensor:
-        return x
+        if self.ranks is None:
+            return x
+        parts = self.ranks.all_gather(x)  # [ranks, ..., n]
+        return self.xp.moveaxis(parts, 0, -2).reshape(*x.shape[:-1], -1)

@@ -17,7 +17,7 @@ from functools import cache, cached_property
 from typing import Any, Literal, Protocol
 
 from tensorray.builder.graph import DTypes, Program, Segment, SegmentCall, trace
-from tensorray.builder.model import Layout, Model, ModelConfigError
+from tensorray.builder.model import Layout, Model, stage_layers
 from tensorray.builder.plan import Plan, ProfileSet, build_plan, plan_key
 from tensorray.builder.store import Claim, PlanStore, StoreError
 from tensorray.builder.tensorrt_flavour import (
@@ -65,17 +65,6 @@ class PlanRequest:
     def __str__(self) -> str:
         where = self.target.gpu or self.target.architecture
         return f"{self.name}, for {where}"
-
-
-def stage_layers(num_layers: int, pp_size: int, pp_rank: int) -> range:
-    """The layers of a pipeline stage: as even as can be, the earlier stages taking one more."""
-    if not 1 <= pp_size <= num_layers:
-        raise ModelConfigError(
-            f"{pp_size} pipeline stages for {num_layers} layers; sizes that do: 1 to {num_layers}"
-        )
-    each, more = divmod(num_layers, pp_size)
-    start = pp_rank * each + min(pp_rank, more)
-    return range(start, start + each + (pp_rank < more))
 
 
 def find_segments(

@@ -405,9 +405,16 @@ class GraphOps(Ops):
 
     @kernel
     def experts(
-        self, x: Tensor, weights: Tensor, ids: Tensor, gate_up: Tensor, down: Tensor
+        self,
+        x: Tensor,
+        weights: Tensor,
+        ids: Tensor,
+        gate_up: Tensor,
+        down: Tensor,
+        first_expert: int | None = None,
     ) -> Tensor:
-        return self._record("experts", "kernel", (x, weights, ids, gate_up, down), {}, x.spec)
+        arguments = (x, weights, ids, gate_up, down)
+        return self._record("experts", "kernel", arguments, {"first_expert": first_expert}, x.spec)
 
     @kernel
     def all_reduce(self, x: Tensor) -> Tensor:

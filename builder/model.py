@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 from tensorray.builder.ops import Ops, Tensor
@@ -66,12 +66,48 @@ class KVSpec:
 
 @dataclass(frozen=True)
 class Layout:
-    """This shard's place in a replica: tensor-parallel rank and pipeline stage."""
+    """This shard's place in a replica: tensor-parallel rank and pipeline stage.
+
+    With `expert_parallel` the ranks of a stage share out whole experts of a mixture, and split
+    everything else as ever. The replica's shards are numbered stage by stage: `rank` of `size`.
+    """
 
     tp_rank: int = 0
     tp_size: int = 1
     pp_rank: int = 0
     pp_size: int = 1
+    expert_parallel: bool = False
+
+    def at(self, rank: int) -> Layout:
+        """The layout of another shard of the replica."""
+        return replace(self, pp_rank=rank // self.tp_size, tp_rank=rank % self.tp_size)
+
+    @property
+    def rank(self) -> int:
+        return self.pp_rank * self.tp_size + self.tp_rank
+
+    @property
+    def size(self) -> int:
+        return self.pp_size * self.tp_size
+
+    def stage(self, pp_rank: int) -> range:
+        """The ranks of a pipeline stage."""
+        return range(pp_rank * self.tp_size, (pp_rank + 1) * self.tp_size)
+
+    @property
+    def sampler(self) -> int:
+        """The rank that samples: the first of the last stage."""
+        return self.stage(self.pp_size - 1).start
+
+    @property
+    def is_first(self) -> bool:
+        """Whether the shard's stage has the embedding."""
+        return self.pp_rank == 0
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the shard's stage has the head."""
+        return self.pp_rank == self.pp_size - 1
 
 
 @dataclass
@@ -150,3 +186,14 @@ class Model(ABC):
 
 class ModelConfigError(ValueError):
     """The checkpoint's config lacks something a definition needs, or asks for what it has not."""
+
+
+def stage_layers(num_layers: int, pp_size: int, pp_rank: int) -> range:
+    """The layers of a pipeline stage: as even as can be, the earlier stages taking one more."""
+    if not 1 <= pp_size <= num_layers:
+        raise ModelConfigError(
+            f"{pp_size} pipeline stages for {num_layers} layers; sizes that do: 1 to {num_layers}"
+        )
+    each, more = divmod(num_layers, pp_size)
+    start = pp_rank * each + min(pp_rank, more)
+    return range(start, start + each + (pp_rank < more))

@@ -159,12 +159,20 @@ class Ops(SegmentOps, Protocol):
 
     @kernel
     def experts(
-        self, x: Tensor, weights: Tensor, ids: Tensor, gate_up: Tensor, down: Tensor
+        self,
+        x: Tensor,
+        weights: Tensor,
+        ids: Tensor,
+        gate_up: Tensor,
+        down: Tensor,
+        first_expert: int | None = None,
     ) -> Tensor:
         """Gated-SiLU mixture of experts: the weighted sum of each token's chosen experts.
 
         x `[T, hidden]`, gate_up `[experts, 2 * inner, hidden]` (gate rows first), down
-        `[experts, hidden, inner]` -> `[T, hidden]`. Partial sum when experts are sharded.
+        `[experts, hidden, inner]` -> `[T, hidden]`. Given `first_expert`, they hold only an
+        expert-parallel rank's share, from that expert on, and others count nothing. Partial sum
+        when experts are sharded.
         """
         ...
 

@@ -67,6 +67,20 @@ class EngineConfig(BaseModel):
     step_timeout_seconds: float = Field(
         300.0, gt=0, description="When serving: a shard that takes longer over a step is replaced"
     )
+    # --- layout ---
+    tensor_parallel_size: int = Field(1, ge=1, description="Shards that split every layer")
+    pipeline_parallel_size: int = Field(
+        1,
+        ge=1,
+        description="Stages that share out the layers, each at work on a batch of its own",
+    )
+    data_parallel_size: int = Field(1, ge=1, description="Replicas of the whole model")
+    enable_expert_parallel: bool = Field(
+        False, description="Share out whole experts over the tensor-parallel shards"
+    )
+    collective_timeout_seconds: float = Field(
+        300.0, gt=0, description="A shard that its peers wait longer for within a step is given up"
+    )
     null_step_ms: float = Field(0.0, ge=0, description="Step time of the null device")
     # --- memory and batching ---
     max_model_len: int | None = Field(
@@ -138,12 +152,17 @@ class EngineConfig(BaseModel):
         path = Path(self.model).expanduser()
         return [path.resolve().name.removesuffix(".gguf") if path.exists() else self.model]
 
-    def shard(self) -> ShardConfig:
-        """What the shards of this deployment are started with."""
+    @property
+    def num_shards(self) -> int:
+        """Shards of one replica."""
+        return self.tensor_parallel_size * self.pipeline_parallel_size
+
+    def shard(self, rank: int = 0) -> ShardConfig:
+        """What a replica's shard is started with."""
         shared = {item.name for item in fields(ShardConfig)}
         values = {name: value for name, value in self if name in shared}
         values["cudagraph_capture_sizes"] = tuple(self.cudagraph_capture_sizes)
-        return ShardConfig(**values)
+        return ShardConfig(**values, rank=rank)
 
     def scheduler(self, info: ShardInfo) -> Scheduler:
         """The scheduler for a shard that has come up with this config."""
@@ -155,6 +174,7 @@ class EngineConfig(BaseModel):
             enable_prefix_caching=self.enable_prefix_caching,
             policy=self.scheduling_policy,
             max_waiting=self.max_waiting,
+            micro_batches=self.pipeline_parallel_size,
         )
 
     @classmethod

@@ -17,12 +17,14 @@ import threading
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from typing import Any, TypeVar, cast
 
-from tensorray.actors.link import LocalLink
-from tensorray.actors.shard_actor import load_executor
+from tensorray.actors.link import LocalLink, ShardLink
+from tensorray.actors.local_replica import LocalReplica
+from tensorray.actors.shard_host import load_executor
 from tensorray.cluster.config import EngineConfig
 from tensorray.cluster.engine import Engine
-from tensorray.cluster.frontend import Frontend, PreparedRequest
+from tensorray.cluster.frontend import EngineClient, Frontend, PreparedRequest
 from tensorray.cluster.outputs import RequestOutput, RequestOutputDelta
+from tensorray.cluster.replicas import Replicas
 from tensorray.cluster.sampling_params import SamplingParams
 
 __all__ = ["LLM", "SamplingParams"]
@@ -33,6 +35,7 @@ Prompt = str | list[int]
 
 class LLM:
     """One engine on one thread of its own; `generate`, `chat` and `stream` may be called from any.
+    With data parallelism there are several, on the same thread. A layout's shards are threads here.
 
     Keyword arguments are EngineConfig's fields. Raises pydantic's ValidationError for a bad
     setting and the loader's own errors (CheckpointError, ModelConfigError, KVCacheError) for a
@@ -42,16 +45,24 @@ class LLM:
     def __init__(self, model: str, **settings: Any) -> None:
         self.config = EngineConfig(model=model, **settings)
         self.frontend = Frontend.load(self.config)
-        executor = load_executor(self.config.shard())
-        self.info = executor.info
+        shards = [_Shards(self.config) for _ in range(self.config.data_parallel_size)]
         # The queue's limit is for servers, who can turn clients away: a batch here may be any size.
         endless = self.config.model_copy(update={"max_waiting": sys.maxsize})
-        self.engine = Engine(LocalLink(executor, inline=True), endless.scheduler(executor.info))
         self._ids = itertools.count()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="llm", daemon=True)
         self._thread.start()
-        self._run(self.engine.start())
+        self._shards = shards
+        self.engines: list[Engine] = []
+        for each in shards:
+            link = self._run(each.connect())
+            self.engines.append(Engine(link, endless.scheduler(link.info)))
+            self._run(self.engines[-1].start())
+        self.engine = self.engines[0]
+        self.info = self.engine.info
+        self._client: EngineClient = (
+            self.engine if len(self.engines) == 1 else Replicas(self.engines)
+        )
 
     def generate(
         self,
@@ -106,7 +117,7 @@ class LLM:
 
         async def pump() -> None:
             try:
-                async for delta in self.frontend.stream(self.engine, prepared):
+                async for delta in self.frontend.stream(self._client, prepared):
                     items.put(delta)
                 items.put(None)
             except BaseException as error:
@@ -126,7 +137,9 @@ class LLM:
         """Stop the engine and its thread. Idempotent."""
         if self._loop.is_closed():
             return
-        self._run(self.engine.close())
+        for engine, shards in zip(self.engines, self._shards, strict=True):
+            self._run(engine.close())
+            shards.close()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
@@ -143,7 +156,7 @@ class LLM:
         on_finished: Callable[[RequestOutput], None] | None,
     ) -> list[RequestOutput]:
         async def one(each: PreparedRequest) -> RequestOutput:
-            output = await self.frontend.collect(self.engine, each)
+            output = await self.frontend.collect(self._client, each)
             if on_finished is not None:
                 on_finished(output)
             return output
@@ -168,6 +181,26 @@ class LLM:
         except BaseException:
             future.cancel()  # Ctrl-C in the caller's thread stops the work too
             raise
+
+
+class _Shards:
+    """One replica's shards: one that runs on the engine's thread, or several on their own."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self._executor = load_executor(config.shard()) if config.num_shards == 1 else None
+        self._replica = None
+        if self._executor is None:
+            self._replica = LocalReplica([config.shard(rank) for rank in range(config.num_shards)])
+
+    async def connect(self) -> ShardLink:
+        if self._replica is not None:
+            return await self._replica.connect()
+        assert self._executor is not None
+        return LocalLink(self._executor, inline=True)
+
+    def close(self) -> None:
+        if self._replica is not None:
+            self._replica.close()
 
 
 def _prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

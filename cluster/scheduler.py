@@ -69,6 +69,9 @@ class Scheduler:
     `max_num_batched_tokens` bounds a plan's tokens, `max_num_seqs` the sequences running at once.
     `policy` "fcfs" ignores requests' priorities; "priority" lets a lower value run first, and
     preempt. `max_waiting` bounds the sequences that wait beyond the free slots.
+
+    With `micro_batches` above 1 the decodes are shared out over that many plans, for a pipeline
+    whose stages work on one plan each: a sequence is in one plan at a time.
     """
 
     def __init__(
@@ -81,6 +84,7 @@ class Scheduler:
         enable_prefix_caching: bool = True,
         policy: Literal["fcfs", "priority"] = "fcfs",
         max_waiting: int = 4096,
+        micro_batches: int = 1,
     ) -> None:
         if max_num_batched_tokens < max_num_seqs:
             raise ValueError(
@@ -93,6 +97,7 @@ class Scheduler:
         self._max_num_batched_tokens = max_num_batched_tokens
         self._priorities = policy == "priority"
         self._max_waiting = max_waiting
+        self._micro_batches = micro_batches
 
         self._sequences: dict[int, Sequence] = {}  # all unfinished ones
         self._waiting = AdmissionQueue()
@@ -157,12 +162,15 @@ class Scheduler:
         self._new_blocks = {}
         for s in self._prefilling:
             self.blocks.trim(s)
-        resting = self._extend_decodes()
+        resting = self._others_turn() if self._micro_batches > 1 else set()
+        resting |= self._extend_decodes(resting)
         self._admit()
         chunks = self._share_out(resting) if self._prefilling else []
 
         # From here on nothing is preempted any more.
         decoding = _without(self._decoding, resting)
+        if self._micro_batches > 1:
+            self._decoding = [s for s in self._decoding if s in resting] + decoding
         seqs = [s.seq for s in decoding]
         counts = [1] * len(seqs)
         for s in decoding:
@@ -292,9 +300,16 @@ class Scheduler:
 
     # --- decodes ---------------------------------------------------------------------------
 
-    def _extend_decodes(self) -> set[Sequence]:
+    def _others_turn(self) -> set[Sequence]:
+        """The decodes to leave out of this micro-batch: those whose last token is on its way, and
+        of the others all but an even share, which goes to those who have waited longest."""
+        turn = [s for s in self._decoding if s.computed < len(s.tokens)]
+        share = -(-len(self._decoding) // self._micro_batches)
+        return set(self._decoding) - set(turn[:share])
+
+    def _extend_decodes(self, left_out: set[Sequence]) -> set[Sequence]:
         """Give blocks to the decodes that need new ones; the set of those that can't run now."""
-        due = [s for s in self._decoding if s.computed == s.pause_at]
+        due = [s for s in self._decoding if s.computed == s.pause_at and s not in left_out]
         resting: set[Sequence] = set()
         due.sort(key=_rank)
         for s in due:

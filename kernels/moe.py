@@ -35,25 +35,38 @@ def route_numpy(logits: Any, top_k: int, renormalize: bool) -> tuple[Any, Any]:
     return weights, ids.astype(np.int32)
 
 
-def experts(x: Any, weights: Any, ids: Any, gate_up: Any, down: Any) -> Any:
+def experts(
+    x: Any, weights: Any, ids: Any, gate_up: Any, down: Any, first_expert: int | None = None
+) -> Any:
     """Gated-SiLU experts: the weighted sum of each token's chosen experts (arXiv 2401.04088).
 
     x `[T, hidden]`; weights and ids `[T, k]` as `route` gives them; gate_up
     `[experts, 2 * inner, hidden]`, gate rows first; down `[experts, hidden, inner]` -> new
     `[T, hidden]`. A token's experts are summed in the order of their ids; on a GPU, of its choices.
+    Given `first_expert`, the weights hold only some experts, from that one on, and choices of
+    others count nothing.
     """
     if is_cuda(x):
         from tensorray.kernels.cuda import moe as cuda
 
+        if first_expert is not None:
+            own = ids - first_expert
+            inside = (own >= 0) & (own < len(down))
+            weights, ids = weights * inside, own * inside  # others: the first, weighing nothing
         return cuda.experts(x, weights, ids, gate_up, down)
-    return experts_numpy(x, weights, ids, gate_up, down)
+    return experts_numpy(x, weights, ids, gate_up, down, first_expert or 0)
 
 
-def experts_numpy(x: Any, weights: Any, ids: Any, gate_up: Any, down: Any) -> Any:
+def experts_numpy(
+    x: Any, weights: Any, ids: Any, gate_up: Any, down: Any, first_expert: int = 0
+) -> Any:
     """The twin of `experts`; its products are as `linear` makes them."""
     out = np.zeros_like(x)
     for expert in np.unique(ids):
+        if not first_expert <= expert < first_expert + len(down):
+            continue
+        own = expert - first_expert
         rows, choice = np.nonzero(ids == expert)
-        hidden = linear(x[rows], gate_up[expert], gate="silu")
-        out[rows] += weights[rows, choice, None] * linear(hidden, down[expert])
+        hidden = linear(x[rows], gate_up[own], gate="silu")
+        out[rows] += weights[rows, choice, None] * linear(hidden, down[own])
     return out

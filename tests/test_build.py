@@ -24,10 +24,9 @@ from tensorray.builder.build import (
     find_segments,
     look_up,
     plan_for,
-    stage_layers,
 )
 from tensorray.builder.graph import trace
-from tensorray.builder.model import Layout, ModelConfigError
+from tensorray.builder.model import Layout, ModelConfigError, stage_layers
 from tensorray.builder.models.llama import Llama
 from tensorray.builder.plan import Plan
 from tensorray.builder.registry import resolve

@@ -221,8 +221,10 @@ class GatedMLP:
 class SparseMLP:
     """A top-k mixture of gated-SiLU experts (arXiv 2101.03961; Mixtral, arXiv 2401.04088).
 
-    Weights: `router`, `gate_up` and `down`, the latter two stacked over experts. Every rank holds
-    its share of every expert's inner layer, so all ranks route alike.
+    Weights: `router`, `gate_up` and `down`, the latter two stacked over experts. All ranks route
+    alike. Every rank holds its share of every expert's inner layer, or, with expert parallelism
+    (GShard, arXiv 2006.16668), its share of the experts, whole. Either way it computes a part of
+    each token's sum.
     """
 
     def __init__(
@@ -240,19 +242,35 @@ class SparseMLP:
                 f"model config: num_experts_per_tok: must be at most the {experts} experts there "
                 f"are, not {top_k}"
             )
+        ranks = layout.tp_size if layout.expert_parallel else 1
+        if experts % ranks:
+            sizes = ", ".join(str(size) for size in range(1, experts + 1) if experts % size == 0)
+            raise ModelConfigError(
+                f"{ranks} expert-parallel ranks do not divide the {experts} experts; "
+                f"sizes that do: {sizes}"
+            )
         self.hidden = hidden
         self.inner = inner
         self.experts = experts
         self.top_k = top_k
         self.renormalize = renormalize
+        own = experts // ranks
+        self.first_expert = layout.tp_rank * own if layout.expert_parallel else None
+        self.own_experts = (
+            range(own)
+            if self.first_expert is None
+            else range(self.first_expert, self.first_expert + own)
+        )
 
     def weights(self, at: str, *, gate: str, up: str, down: str) -> dict[str, Weight]:
         """The block's weights; `gate`, `up` and `down` are what the checkpoint calls them."""
 
+        whole = self.first_expert is not None
+
         def parts(name: str, shape: tuple[int, int], shard: Shard) -> list[Part]:
             return [
-                Part(f"{at}.experts.{expert}.{name}.weight", shape, shard)
-                for expert in range(self.experts)
+                Part(f"{at}.experts.{expert}.{name}.weight", shape, "all" if whole else shard)
+                for expert in self.own_experts
             ]
 
         into, out_of = (self.inner, self.hidden), (self.hidden, self.inner)
@@ -260,14 +278,15 @@ class SparseMLP:
         gate_up = tuple(part for pair in zip(gates, ups, strict=True) for part in pair)
         return {
             "router": weight(f"{at}.gate.weight", self.experts, self.hidden),
-            "gate_up": Weight(gate_up, stack=self.experts),
-            "down": Weight(tuple(parts(down, out_of, "columns")), stack=self.experts),
+            "gate_up": Weight(gate_up, stack=len(self.own_experts)),
+            "down": Weight(tuple(parts(down, out_of, "columns")), stack=len(self.own_experts)),
         }
 
     def __call__(self, op: Ops, w: Weights, x: Tensor) -> Tensor:
         logits = op.linear(x, w.router)
         weights, ids = op.route(logits, self.top_k, renormalize=self.renormalize)
-        return op.all_reduce(op.experts(x, weights, ids, w.gate_up, w.down))
+        y = op.experts(x, weights, ids, w.gate_up, w.down, self.first_expert)
+        return op.all_reduce(y)
 
 
 def project_out(op: Ops, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -13,6 +13,9 @@ class Mixtral(Mistral):
     architectures = ("MixtralForCausalLM",)
     default_rope_base = 1_000_000.0
 
+    def inner_sizes(self, c: ConfigReader) -> tuple[int, ...]:
+        return () if self.layout.expert_parallel else super().inner_sizes(c)
+
     def make_mlp(self, c: ConfigReader) -> None:
         c.choice("hidden_act", among=EXPERT_ACTIVATIONS)
         self.sparse = SparseMLP(

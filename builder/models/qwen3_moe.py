@@ -19,7 +19,8 @@ class Qwen3Moe(Qwen3):
         return super(Qwen3, self).read_head_dim(c)
 
     def inner_sizes(self, c: ConfigReader) -> tuple[int, ...]:
-        return (c.integer("moe_intermediate_size"), *super().inner_sizes(c))
+        experts = () if self.layout.expert_parallel else (c.integer("moe_intermediate_size"),)
+        return (*experts, *super().inner_sizes(c))
 
     def windows(self, c: ConfigReader) -> list[int | None]:
         windowed = c.boolean("use_sliding_window", default=False)
