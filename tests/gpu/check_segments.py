@@ -9,7 +9,7 @@ default) run until the minutes are up; what is left is listed as not run.
 - ops: each op as a segment of its own.
 - llama: every segment of Llama 3.1 8B, and one context rebound from layer to layer in a capture.
 - families: every segment of every family at a test model's sizes, on one and on two ranks.
-- times: its MLP, QKV, output and LM head segments, from CUDA graphs that rotate through several
+- times: Llama's MLP, QKV, output and LM head segments, from CUDA graphs that rotate through several
   sets of weights, beside the same math in PyTorch where `python3` has it (torch_times.py).
 
 Inputs are fresh and random; outputs and scratch are NaN before each run, and a margin after each
@@ -87,7 +87,6 @@ from tensorray.builder.plan import (  # noqa: E402
 from tensorray.builder.registry import resolve  # noqa: E402
 from tensorray.builder.tensorrt_flavour import (  # noqa: E402
     Flavour,
-    TimingCache,
     load_flavour,
     local_gpu,
 )
@@ -265,7 +264,7 @@ def flavour() -> Flavour:
     return load_flavour("tensorrt")
 
 
-def build(case: Case, cache: TimingCache | None = None) -> Plan:
+def build(case: Case) -> Plan:
     gpu = local_gpu()
     assert gpu is not None, "no GPU, or no CuPy"
     return build_plan(
@@ -274,7 +273,6 @@ def build(case: Case, cache: TimingCache | None = None) -> Plan:
         profiles=case.profiles,
         target=flavour().target(gpu.architecture),
         flavour=flavour(),
-        timing_cache=cache,
     )
 
 
@@ -534,10 +532,8 @@ class Session:
         self.report = Report()
         self.deadline = self.report.started + 60 * minutes
         self.workers = workers
-        self.plans: dict[str, Plan] = {}
-        self.cache = TimingCache()
-        if plans is not None:
-            self.plans, self.cache.data = pickle.loads(plans.read_bytes())
+        self.plans: dict[str, Plan] = pickle.loads(plans.read_bytes()) if plans else {}
+        self.timed: dict[str, Plan] = {}
         gpu = local_gpu()
         self.report.device = gpu.name if gpu else "no GPU"
         self.report.tensorrt = flavour().version
@@ -548,24 +544,27 @@ class Session:
         return self.deadline - time.perf_counter()
 
     def parallel(self, stages: dict[str, list[Case]]) -> None:
-        """Build in several processes (what a busy GPU makes of tactics' times does not matter
-        here) and check. What is slow to build should come first."""
+        """Build in several processes and check. What is slow to build should come first.
+
+        They share the GPU, which blurs the times that TensorRT chooses tactics by: what is timed
+        later may be somewhat slower than from a build alone.
+        """
+        cases = [(stage, case) for stage, each in stages.items() for case in each]
+        made = [(*each, self.plans.get(self.key(each[1]))) for each in cases]
+        for stage, case, plan in made:
+            if plan is not None:
+                self.take(stage, case, plan)
         context = multiprocessing.get_context("spawn")
         pool = ProcessPoolExecutor(self.workers, mp_context=context)
         building = {
             pool.submit(build_safely, case): (stage, case)
-            for stage, cases in stages.items()
-            for case in cases
+            for stage, case, plan in made
+            if plan is None
         }
         try:
-            for future in as_completed(building, timeout=max(0.0, self.left)):
+            for future in as_completed(list(building), timeout=max(0.0, self.left)):
                 stage, case = building.pop(future)
-                plan = future.result()
-                self.check(stage, case, plan)
-                if stage == "llama" and isinstance(plan, Plan):
-                    for rows in (16, 512):
-                        name = f"{case.name.split(' [')[0]}, {rows} rows"
-                        self.report.captures[name] = self.runner.check_capture(plan, rows)
+                self.take(stage, case, future.result())
                 self.report.say(f"{stage}: {case.name}; {len(building)} left")
         except FuturesTimeoutError:  # Python 3.10's is not the built-in one
             self.report.not_run += [f"{stage}: {case.name}" for stage, case in building.values()]
@@ -573,35 +572,25 @@ class Session:
         for process in list(pool._processes.values()):
             process.terminate()
         pool.shutdown(wait=False, cancel_futures=True)
-        self.save()
-
-    def large(self, stage: str, cases: list[Case], reserve: float) -> Iterator[tuple[Case, Plan]]:
-        """Build one at a time, sharing a timing cache, and check; leaves `reserve` seconds."""
-        for case in cases:
-            name = f"{stage}: {case.name}"
-            plan = self.plans.get(self.key(case))
-            # A guess from builds of this kind: they can't be stopped half-way.
-            if plan is None and self.left - reserve < 30.0 * len(case.profiles.profiles):
-                self.report.not_run.append(name)
-                continue
-            made = plan or self.build(case)
-            self.check(stage, case, made)
-            if isinstance(made, Plan):
-                self.plans[made.key] = made
-                yield case, made
-            self.report.say(f"{name}: {'kept' if plan else 'built'}")
-            self.save()
 
     def key(self, case: Case) -> str:
         gpu = local_gpu()
         target = flavour().target(gpu.architecture if gpu else "")
         return plan_key(case.segment, dtypes=case.dtypes, profiles=case.profiles, target=target)
 
-    def build(self, case: Case) -> Plan | str:
-        try:
-            return build(case, self.cache)
-        except Exception:
-            return traceback.format_exc(limit=-2)
+    def take(self, stage: str, case: Case, plan: Plan | str) -> None:
+        """Check what was built; keep it if it was slow to build."""
+        self.check(stage, case, plan)
+        if isinstance(plan, str) or stage not in ("llama", "times"):
+            return
+        self.plans[plan.key] = plan
+        if stage == "times":
+            self.timed[case.name] = plan
+        else:
+            for rows in (16, 512):
+                name = f"{case.name.split(' [')[0]}, {rows} rows"
+                self.report.captures[name] = self.runner.check_capture(plan, rows)
+        self.save()
 
     def check(self, stage: str, case: Case, plan: Plan | str) -> None:
         if isinstance(plan, str):
@@ -616,13 +605,13 @@ class Session:
         self.runner.cupy.get_default_memory_pool().free_all_blocks()
 
     def times(self) -> None:
-        for case, plan in self.large("times", list(timed_cases()), reserve=75):
+        """Of the plans that `parallel` left, once the GPU is quiet."""
+        for name, plan in self.timed.items():
             sets = weight_sets(self.runner, plan)
-            self.report.times[case.name] = {
-                rows: self.runner.microseconds(plan, rows, sets) for rows in case.rows
-            }
+            rows = [profile.best for profile in plan.profiles.profiles]
+            self.report.times[name] = {r: self.runner.microseconds(plan, r, sets) for r in rows}
             del sets
-            self.report.say(f"{case.name}: {self.report.times[case.name]}")
+            self.report.say(f"{name}: {self.report.times[name]}")
             self.runner.cupy.get_default_memory_pool().free_all_blocks()
         self.torch_times()
 
@@ -645,18 +634,18 @@ class Session:
 
     def save(self) -> None:
         """Everything so far, as the run may be cut short."""
-        (self.out / "plans.pickle").write_bytes(pickle.dumps((self.plans, self.cache.data)))
+        (self.out / "plans.pickle").write_bytes(pickle.dumps(self.plans))
         report = {**asdict(self.report), "seconds": self.report.seconds}
         (self.out / "segments.json").write_text(json.dumps(report, indent=1))
 
 
 # The slowest builds first, so that they don't end last.
-PARALLEL: dict[str, Callable[[], Iterator[Case]]] = {
+STAGES: dict[str, Callable[[], Iterator[Case]]] = {
+    "times": timed_cases,
     "llama": llama_cases,
     "ops": op_cases,
     "families": family_cases,
 }
-STAGES = (*PARALLEL, "times")
 
 
 def main() -> int:
@@ -674,8 +663,8 @@ def main() -> int:
     session = Session(out, arguments.minutes, arguments.plans, arguments.workers)
     report = session.report
     try:
-        session.parallel({name: list(PARALLEL[name]()) for name in PARALLEL if name in stages})
-        if "times" in stages:
+        session.parallel({name: list(STAGES[name]()) for name in STAGES if name in stages})
+        if session.timed:
             session.times()
     except Exception:
         report.failures.append(traceback.format_exc())
