@@ -160,7 +160,7 @@ def decode(
     else:
         score_scale /= softcap
         cap = softcap * math.log2(math.e)
-    kernel = compiler.load("decode_attention.cu", **chosen).function("decode_attention")
+    kernel = compiler.load("decode_attention.cu", None, **chosen).function("decode_attention")
     kernel(
         (kv_heads * head_tiles, splits, sequences),
         (32 * int(chosen["WARPS"]),),
@@ -202,7 +202,7 @@ def simple(
     constants = _simple_constants(
         ctype(q), ctype(k_pages), head_dim, block_size, softcap is not None
     )
-    kernel = compiler.load("simple_attention.cu", **constants).function("simple_attention")
+    kernel = compiler.load("simple_attention.cu", None, **constants).function("simple_attention")
     kernel(
         (heads, -(-rows // _SIMPLE_WARPS)),
         (32 * _SIMPLE_WARPS,),

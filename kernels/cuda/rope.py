@@ -102,7 +102,7 @@ def _launch(
     groups = tokens * (heads + kv_heads * (1 if v is None else 2))
     per_block = _THREADS // int(constants["LANES"])
     q_norm, k_norm, eps = norms or (None, None, 0.0)
-    compiler.load("rope.cu", **constants).function("rope_append")(
+    compiler.load("rope.cu", None, **constants).function("rope_append")(
         (-(-groups // per_block),),
         (_THREADS,),
         *(q, k, v, table, positions, q_norm, k_norm, q_out, k_pages, v_pages, slots),
