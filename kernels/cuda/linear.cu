@@ -7,13 +7,20 @@
 // from shared memory just what it copied there itself (cp.async): the pipeline needs no barriers,
 // and is as deep as shared memory is large.
 //
-// A block makes tiles of 16 * MTILES outputs. Its warps share `in` between them in chunks of 64,
-// as do the blocks of a cluster; their sums meet in shared memory, always in the same order.
+// A team of TEAM warps makes tiles of 16 * MTILES outputs. Its warps share `in` between them in
+// chunks of 64; their sums meet in shared memory, always in the same order. With RESIDENT a block
+// keeps all of x in shared memory; otherwise x comes with the weights, chunk by chunk.
 //
-// WEIGHT: element type of weight, norm and bias; INPUT: of x; OUTPUT: of residual and result.
-// NORM: x is normed on the way. GATED: tiles alternate between a gate's 16 outputs and those that it gates.
+// WEIGHT: element type of weight, norm and bias; INPUT: of x, WEIGHT unless RESIDENT; OUTPUT: of
+// residual and result. NORM: x is normed as it is made resident. GATED: tiles alternate between a
+// gate's 16 outputs and those that it gates.
+//
+// GROUPED, if not 0: a block takes rows of a group, ROWS of them, and one of the weights that
+// `weight` is a stack of (moe.cu says how groups are made). 1: x is gathered, 2: y is scattered.
 #include "activation.cuh"
+#include "async_copy.cuh"
 #include "common.cuh"
+#include "mma.cuh"
 
 namespace {
 
@@ -23,6 +30,7 @@ using Y = OUTPUT;
 
 constexpr int WARPS = 8;
 constexpr int THREADS = 32 * WARPS;
+constexpr int TEAMS = WARPS / TEAM;
 constexpr int CHUNK = 64;
 constexpr int ROWS = 8 * NTILES;
 constexpr int OUTS = 16 * MTILES;
@@ -30,26 +38,12 @@ constexpr int RESULTS = GATED ? OUTS / 2 : OUTS;
 
 // What a warp copies at a time, in units of 16 bytes a lane.
 constexpr int UNIT = 32 * 16;
-constexpr int X_UNITS = sizeof(X) / 2;
 constexpr int X_FIRST = 4 * MTILES;
-constexpr int NORM_FIRST = X_FIRST + 2 * NTILES * X_UNITS;
-constexpr int UNITS = NORM_FIRST + (NORM ? 2 : 0);
+constexpr int UNITS = X_FIRST + (RESIDENT ? 0 : 2 * NTILES);
 
 constexpr int PITCH = OUTS + 4;  // spreads a warp's sums over the banks
 constexpr int RING_BYTES = STAGES * WARPS * UNITS * UNIT;
-
-__device__ __forceinline__ void copy_async(unsigned target, const void* source, bool valid) {
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(target), "l"(source),
-               "r"(valid ? 16 : 0)
-               : "memory");
-}
-
-__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-
-template <int PENDING>
-__device__ __forceinline__ void wait_for_copies() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
-}
+constexpr int SUMS_BYTES = WARPS * ROWS * PITCH * 4;
 
 __device__ __forceinline__ uint4 load_unit(unsigned source) {
   uint4 v;
@@ -59,68 +53,59 @@ __device__ __forceinline__ uint4 load_unit(unsigned source) {
   return v;
 }
 
-__device__ __forceinline__ void multiply_add(float (&c)[4], unsigned a0, unsigned a1, unsigned a2,
-                                             unsigned a3, unsigned b0, unsigned b1, __half) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
-      "{%0,%1,%2,%3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+__device__ __forceinline__ void team_barrier(int team) {
+  if (TEAM == 1)
+    __syncwarp();
+  else if (TEAM == WARPS)
+    __syncthreads();
+  else
+    asm volatile("bar.sync %0, %1;" ::"r"(team + 1), "n"(TEAM * 32) : "memory");
 }
 
-__device__ __forceinline__ void multiply_add(float (&c)[4], unsigned a0, unsigned a1, unsigned a2,
-                                             unsigned a3, unsigned b0, unsigned b1, __nv_bfloat16) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
-      "{%0,%1,%2,%3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
-
-// --- clusters -----------------------------------------------------------------------------------
-
-__device__ __forceinline__ int cluster_size() {
-#if __CUDA_ARCH__ >= 900
-  unsigned n;
-  asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(n));
-  return n;
-#else
-  return 1;
-#endif
-}
-
-__device__ __forceinline__ int cluster_rank() {
-#if __CUDA_ARCH__ >= 900
-  unsigned n;
-  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(n));
-  return n;
-#else
-  return 0;
-#endif
-}
-
-__device__ __forceinline__ void cluster_barrier(int size) {
-#if __CUDA_ARCH__ >= 900
-  if (size > 1) {
-    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-    return;
+// x's rows in shared memory, `pitch` bytes from one to the next, as T and normed if asked.
+__device__ __forceinline__ void make_resident(unsigned char* target, int pitch, const X* x,
+                                              const T* norm, float (*partial)[WARPS], int rows,
+                                              int in, long long stride, float eps) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  if (NORM) {
+    for (int row = 0; row < rows; row++) {
+      float sum = 0.0f;
+#pragma unroll 2
+      for (int k = threadIdx.x * 8; k < in; k += THREADS * 8) {
+        const auto values = *reinterpret_cast<const Pack<X, 8>*>(x + row * stride + k);
+#pragma unroll
+        for (int j = 0; j < 8; j++) sum += to_float(values.at[j]) * to_float(values.at[j]);
+      }
+#pragma unroll
+      for (int mask = 16; mask > 0; mask /= 2) sum += __shfl_xor_sync(~0u, sum, mask);
+      if (lane == 0) partial[row][warp] = sum;
+    }
+    __syncthreads();
   }
-#endif
+  for (int row = 0; row < rows; row++) {
+    float scale = 0.0f;
+    if (NORM) {
+#pragma unroll
+      for (int w = 0; w < WARPS; w++) scale += partial[row][w];
+      scale = rsqrtf(scale / in + eps);
+    }
+#pragma unroll 4
+    for (int k = threadIdx.x * 8; k < in; k += THREADS * 8) {
+      const auto values = *reinterpret_cast<const Pack<X, 8>*>(x + row * stride + k);
+      Pack<T, 8> kept;
+      if (NORM) {
+        const auto factors = *reinterpret_cast<const Pack<T, 8>*>(norm + k);
+#pragma unroll
+        for (int j = 0; j < 8; j++)
+          kept.at[j] = from_float<T>(to_float(values.at[j]) * scale * to_float(factors.at[j]));
+      } else {
+#pragma unroll
+        for (int j = 0; j < 8; j++) kept.at[j] = from_float<T>(to_float(values.at[j]));
+      }
+      *reinterpret_cast<Pack<T, 8>*>(target + row * pitch + k * 2) = kept;
+    }
+  }
   __syncthreads();
-}
-
-// A float of another block's shared memory, at the address it has in this block's.
-__device__ __forceinline__ float load_from(unsigned source, int rank) {
-  float v;
-#if __CUDA_ARCH__ >= 900
-  unsigned there;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(source), "r"(rank));
-  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(v) : "r"(there) : "memory");
-#else
-  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(v) : "r"(source) : "memory");
-#endif
-  return v;
 }
 
 }  // namespace
@@ -128,147 +113,156 @@ __device__ __forceinline__ float load_from(unsigned source, int rank) {
 extern "C" __global__ void __launch_bounds__(THREADS, NTILES > 2 ? 1 : 2)
     few_rows(const T* weight, const X* x, const T* norm, const T* bias, const Y* residual, Y* y,
              int in, int out, int rows, long long x_stride, long long residual_stride, float eps,
-             int gate, int weights_ahead) {
+             int gate, int weights_ahead, const int4* groups, const int* order, int choices) {
   extern __shared__ __align__(128) unsigned char shared[];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int team = warp / TEAM, mate = warp % TEAM;
   const int group = lane / 4, quad = lane % 4;
-  const unsigned ring = static_cast<unsigned>(__cvta_generic_to_shared(shared));
+  const unsigned ring = shared_address(shared);
   const unsigned own = ring + warp * UNITS * UNIT + lane * 16;
-  const unsigned sums = ring + RING_BYTES;
 
-  const int splits = cluster_size(), split = cluster_rank();
   const int results = GATED ? out / 2 : out;
   const int tiles = (results + RESULTS - 1) / RESULTS;
-  const int first = blockIdx.x / splits, stride = gridDim.x / splits;
-  const int rounds = (in + CHUNK * WARPS * splits - 1) / (CHUNK * WARPS * splits);
+  const int first = blockIdx.x * TEAMS + team, stride = gridDim.x * TEAMS;
+  const int rounds = (in + CHUNK * TEAM - 1) / (CHUNK * TEAM);
   const int steps = first < tiles ? ((tiles - first + stride - 1) / stride) * rounds : 0;
 
-  let_next_kernel_start();
+  int first_row = 0;
+  if (GROUPED) {
+    wait_for_previous_kernel();
+    const int4 own_group = groups[blockIdx.y];  // weight, first row, rows
+    rows = min(own_group.z - static_cast<int>(blockIdx.z) * ROWS, ROWS);
+    if (rows <= 0) return;
+    first_row = own_group.y + blockIdx.z * ROWS;
+    weight += static_cast<long long>(own_group.x) * out * in;
+  }
 
-  // Copies of step i: its tile, and this thread's place in `in`.
-  const auto place = [&](int step) {
-    return ((step % rounds * splits + split) * WARPS + warp) * CHUNK + quad * 8;
-  };
-  const auto copy_weight = [&](int step) {
-    const int tile = first + step / rounds * stride;
-    const int at = place(step);
-    const unsigned target = own + step % STAGES * (WARPS * UNITS * UNIT);
+  // The rows of x that this thread copies, null past the last.
+  const X* x_rows[NTILES];
+  // The next copy: its number, tile and place in `in`, and the rows of the weight there.
+  int copied = 0, copied_tile = first, copied_k = mate * CHUNK + quad * 8;
+  unsigned copied_to = own;
+  const T* weight_rows[MTILES][2];
+  const auto find_weight_rows = [&] {
 #pragma unroll
     for (int m = 0; m < MTILES; m++) {
 #pragma unroll
       for (int half = 0; half < 2; half++) {
         int row = half * 8 + group;
         if (GATED) {
-          row += (tile * (MTILES / 2) + m / 2) * 16;
+          row += (copied_tile * (MTILES / 2) + m / 2) * 16;
           row = min(row, results - 1) + m % 2 * results;
         } else {
-          row = min(row + (tile * MTILES + m) * 16, out - 1);
+          row = min(row + (copied_tile * MTILES + m) * 16, out - 1);
         }
-        const T* source = weight + static_cast<long long>(row) * in;
+        weight_rows[m][half] = weight + static_cast<long long>(row) * in;
+      }
+    }
+  };
+  const auto copy_weight = [&](unsigned target, int at) {
+#pragma unroll
+    for (int m = 0; m < MTILES; m++) {
+#pragma unroll
+      for (int half = 0; half < 2; half++) {
 #pragma unroll
         for (int h = 0; h < 2; h++) {
           const int k = at + h * 32;
-          copy_async(target + (m * 4 + half * 2 + h) * UNIT, source + (k < in ? k : 0), k < in);
+          copy_async(target + (m * 4 + half * 2 + h) * UNIT,
+                     weight_rows[m][half] + (k < in ? k : 0), k < in);
         }
       }
     }
-    if (NORM) {
-#pragma unroll
-      for (int h = 0; h < 2; h++) {
-        const int k = at + h * 32;
-        copy_async(target + (NORM_FIRST + h) * UNIT, norm + (k < in ? k : 0), k < in);
-      }
-    }
   };
-  const auto copy_x = [&](int step) {
-    const int at = place(step);
-    const unsigned target = own + step % STAGES * (WARPS * UNITS * UNIT) + X_FIRST * UNIT;
+  const auto copy_x = [&](unsigned target, int at) {
+    if (RESIDENT) return;
 #pragma unroll
     for (int n = 0; n < NTILES; n++) {
-      const int row = n * 8 + group;
 #pragma unroll
       for (int h = 0; h < 2; h++) {
         const int k = at + h * 32;
-        const bool valid = row < rows && k < in;
-        const X* source = x + (valid ? row * x_stride + k : 0);
-#pragma unroll
-        for (int u = 0; u < X_UNITS; u++)
-          copy_async(target + ((n * 2 + h) * X_UNITS + u) * UNIT, source + u * (16 / sizeof(X)),
-                     valid);
+        const bool valid = x_rows[n] != nullptr && k < in;
+        copy_async(target + (X_FIRST + n * 2 + h) * UNIT, valid ? x_rows[n] + k : x, valid);
       }
     }
   };
+  const auto advance = [&] {
+    copied++;
+    copied_to += WARPS * UNITS * UNIT;
+    if (copied_to == own + RING_BYTES) copied_to = own;
+    copied_k += TEAM * CHUNK;
+    if (copied_k - mate * CHUNK - quad * 8 >= rounds * TEAM * CHUNK) {
+      copied_k = mate * CHUNK + quad * 8;
+      copied_tile += stride;
+      find_weight_rows();
+    }
+    if (copied == steps) let_next_kernel_start();  // memory has nothing to do but its copies
+  };
 
+  find_weight_rows();
   if (weights_ahead) {
 #pragma unroll
-    for (int s = 0; s < STAGES; s++)
-      if (s < steps) copy_weight(s);
-    wait_for_previous_kernel();
+    for (int s = 0; s < STAGES; s++) {
+      if (s < steps) {
+        copy_weight(copied_to, copied_k);
+        advance();
+      }
+    }
+  }
+  wait_for_previous_kernel();
+#pragma unroll
+  for (int n = 0; n < NTILES; n++) {
+    const int row = n * 8 + group;
+    x_rows[n] = nullptr;
+    if (row < rows)
+      x_rows[n] = x + (GROUPED == 1 ? order[first_row + row] / choices : first_row + row) * x_stride;
+  }
+  if (weights_ahead) {
+    // Their x: a tile has at least one step and may have fewer than there are stages.
+    int k = mate * CHUNK + quad * 8, round = 0;
+#pragma unroll
+    for (int s = 0; s < STAGES; s++) {
+      if (s < steps) copy_x(own + s * (WARPS * UNITS * UNIT), k);
+      commit_copies();
+      k += TEAM * CHUNK;
+      if (++round == rounds) {
+        round = 0;
+        k = mate * CHUNK + quad * 8;
+      }
+    }
   } else {
-    wait_for_previous_kernel();
-  }
 #pragma unroll
-  for (int s = 0; s < STAGES; s++) {
-    if (s < steps) {
-      if (!weights_ahead) copy_weight(s);
-      copy_x(s);
-    }
-    commit_copies();
-  }
-
-  float scale[NTILES];
-  if (NORM) {
-    // Sums of squares of x's rows, from all of the block's threads; `sums` is free as yet.
-    float* partial = reinterpret_cast<float*>(shared + RING_BYTES);
-    for (int row = 0; row < rows; row++) {
-      float sum = 0.0f;
-#pragma unroll 4
-      for (int k = threadIdx.x * 8; k < in; k += THREADS * 8) {
-        const auto values = *reinterpret_cast<const Pack<X, 8>*>(x + row * x_stride + k);
-#pragma unroll
-        for (int j = 0; j < 8; j++) sum += to_float(values.at[j]) * to_float(values.at[j]);
+    for (int s = 0; s < STAGES; s++) {
+      if (s < steps) {
+        copy_weight(copied_to, copied_k);
+        copy_x(copied_to, copied_k);
+        advance();
       }
-#pragma unroll
-      for (int mask = 16; mask > 0; mask /= 2) sum += __shfl_xor_sync(~0u, sum, mask);
-      if (lane == 0) partial[row * WARPS + warp] = sum;
+      commit_copies();
     }
-    __syncthreads();
-#pragma unroll
-    for (int n = 0; n < NTILES; n++) {
-      float sum = 0.0f;
-      if (n * 8 + group < rows) {
-#pragma unroll
-        for (int w = 0; w < WARPS; w++) sum += partial[(n * 8 + group) * WARPS + w];
-      }
-      scale[n] = 1.0f / sqrtf(sum / in + eps);
-    }
-    __syncthreads();
   }
+  const int pitch = (in + 63) / 64 * 128 + 64;  // spreads a row's neighbours over the banks
+  unsigned char* const resident = shared + RING_BYTES + SUMS_BYTES;
+  if (RESIDENT)
+    make_resident(resident, pitch, x, norm, reinterpret_cast<float(*)[WARPS]>(shared + RING_BYTES),
+                  rows, in, x_stride, eps);
 
   float acc[MTILES][NTILES][4] = {};
+  unsigned source = own;
+  int tile = first, round = 0;
   for (int step = 0; step < steps; step++) {
     wait_for_copies<STAGES - 1>();
-    const unsigned source = own + step % STAGES * (WARPS * UNITS * UNIT);
 #pragma unroll
     for (int h = 0; h < 2; h++) {
       uint4 b[NTILES];
 #pragma unroll
       for (int n = 0; n < NTILES; n++) {
-        const unsigned unit = source + (X_FIRST + (n * 2 + h) * X_UNITS) * UNIT;
-        if (!NORM) {
-          b[n] = load_unit(unit);
-          continue;
+        if (RESIDENT) {
+          const int k = (round * TEAM + mate) * CHUNK + quad * 8 + h * 32, row = n * 8 + group;
+          b[n] = make_uint4(0, 0, 0, 0);
+          if (row < rows && k < in) b[n] = load_unit(shared_address(resident) + row * pitch + k * 2);
+        } else {
+          b[n] = load_unit(source + (X_FIRST + n * 2 + h) * UNIT);
         }
-        const uint4 factors = load_unit(source + (NORM_FIRST + h) * UNIT);
-        const T* factor = reinterpret_cast<const T*>(&factors);
-        uint4 raw[X_UNITS];
-#pragma unroll
-        for (int u = 0; u < X_UNITS; u++) raw[u] = load_unit(unit + u * UNIT);
-        const X* value = reinterpret_cast<const X*>(raw);
-        T* normed = reinterpret_cast<T*>(&b[n]);
-#pragma unroll
-        for (int j = 0; j < 8; j++)
-          normed[j] = from_float<T>(to_float(value[j]) * scale[n] * to_float(factor[j]));
       }
 #pragma unroll
       for (int m = 0; m < MTILES; m++) {
@@ -276,44 +270,45 @@ extern "C" __global__ void __launch_bounds__(THREADS, NTILES > 2 ? 1 : 2)
         const uint4 high = load_unit(source + (m * 4 + 2 + h) * UNIT);
 #pragma unroll
         for (int n = 0; n < NTILES; n++) {
-          multiply_add(acc[m][n], low.x, high.x, low.y, high.y, b[n].x, b[n].y, T());
-          multiply_add(acc[m][n], low.z, high.z, low.w, high.w, b[n].z, b[n].w, T());
+          mma<T>(acc[m][n], {low.x, high.x, low.y, high.y}, b[n].x, b[n].y);
+          mma<T>(acc[m][n], {low.z, high.z, low.w, high.w}, b[n].z, b[n].w);
         }
       }
     }
-    if (step + STAGES < steps) {
-      copy_weight(step + STAGES);
-      copy_x(step + STAGES);
+    if (copied < steps) {
+      copy_weight(copied_to, copied_k);
+      copy_x(copied_to, copied_k);
+      advance();
     }
     commit_copies();
-    if ((step + 1) % rounds != 0) continue;
+    source += WARPS * UNITS * UNIT;
+    if (source == own + RING_BYTES) source = own;
+    if (++round < rounds) continue;
 
-    // The tile is whole: add up what warps and blocks have of it.
-    const int tile = first + step / rounds * stride;
-    const unsigned mine = sums + (warp * ROWS * PITCH + quad * 2 * PITCH + group) * 4;
+    // The tile is whole: add up what the team's warps have of it.
+    float* const sums =
+        reinterpret_cast<float*>(shared + RING_BYTES) + team * TEAM * ROWS * PITCH;
+    float* const mine = sums + (mate * ROWS + quad * 2) * PITCH + group;
+    team_barrier(team);  // the tile before this one has been read
 #pragma unroll
     for (int m = 0; m < MTILES; m++) {
 #pragma unroll
       for (int n = 0; n < NTILES; n++) {
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-          const int at = (n * 8 + i % 2) * PITCH + m * 16 + i / 2 * 8;
-          asm volatile("st.shared.f32 [%0], %1;" ::"r"(mine + at * 4), "f"(acc[m][n][i]) : "memory");
+          mine[(n * 8 + i % 2) * PITCH + m * 16 + i / 2 * 8] = acc[m][n][i];
           acc[m][n][i] = 0.0f;
         }
       }
     }
-    cluster_barrier(splits);
+    team_barrier(team);
     const auto total = [&](int row, int at) {
       float sum = 0.0f;
-      for (int rank = 0; rank < splits; rank++) {
 #pragma unroll
-        for (int w = 0; w < WARPS; w++)
-          sum += load_from(sums + ((w * ROWS + row) * PITCH + at) * 4, rank);
-      }
+      for (int w = 0; w < TEAM; w++) sum += sums[(w * ROWS + row) * PITCH + at];
       return sum;
     };
-    for (int i = split * THREADS + threadIdx.x; i < rows * RESULTS; i += splits * THREADS) {
+    for (int i = mate * 32 + lane; i < rows * RESULTS; i += TEAM * 32) {
       const int row = i / RESULTS, at = i % RESULTS, result = tile * RESULTS + at;
       if (result >= results) continue;
       float value;
@@ -331,8 +326,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, NTILES > 2 ? 1 : 2)
         if (bias != nullptr) value += to_float(bias[result]);
       }
       if (residual != nullptr) value += to_float(residual[row * residual_stride + result]);
-      y[static_cast<long long>(row) * results + result] = from_float<Y>(value);
+      const long long y_row = GROUPED == 2 ? order[first_row + row] : first_row + row;
+      y[y_row * results + result] = from_float<Y>(value);
     }
-    cluster_barrier(splits);
+    tile += stride;
+    round = 0;
   }
 }

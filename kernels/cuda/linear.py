@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tensorray.kernels.cuda import compiler, cublas
@@ -12,13 +12,15 @@ from tensorray.kernels.cuda.dtypes import ctype
 from tensorray.kernels.cuda.layout import aligned, as_rows, stride
 from tensorray.kernels.cuda.norm import rms_norm
 
-_HALF = {"WEIGHT": "__half", "INPUT": "__half", "OUTPUT": "__half"}
-_WIDE = {"WEIGHT": "__nv_bfloat16", "INPUT": "float", "OUTPUT": "float"}
+_HALF = {"WEIGHT": "__half", "INPUT": "__half", "OUTPUT": "__half", "MTILES": 2, "STAGES": 2}
+_WIDE = {"WEIGHT": "__nv_bfloat16", "INPUT": "float", "OUTPUT": "float", "MTILES": 1, "STAGES": 4}
 CONSTANT_SETS = {
     "linear.cu": [
-        {**_HALF, "NTILES": 1, "MTILES": 2, "STAGES": 2, "NORM": 1, "GATED": 1},
-        {**_HALF, "NTILES": 2, "MTILES": 2, "STAGES": 2, "NORM": 0, "GATED": 0},
-        {**_WIDE, "NTILES": 1, "MTILES": 1, "STAGES": 4, "NORM": 1, "GATED": 0},
+        dict(_HALF, NTILES=1, TEAM=8, RESIDENT=1, NORM=1, GATED=1, GROUPED=0),
+        dict(_HALF, NTILES=2, TEAM=4, RESIDENT=0, NORM=0, GATED=0, GROUPED=0),
+        dict(_WIDE, NTILES=1, TEAM=1, RESIDENT=1, NORM=1, GATED=0, GROUPED=0),
+        dict(_HALF, NTILES=1, TEAM=8, RESIDENT=0, NORM=0, GATED=1, GROUPED=1),
+        dict(_HALF, NTILES=4, TEAM=8, RESIDENT=0, NORM=0, GATED=0, GROUPED=2),
     ]
 }
 
@@ -37,9 +39,24 @@ _RESERVED_BYTES = 1024  # what the driver adds to each block's
 class Plan:
     """How a product of few rows is cut up."""
 
-    mtiles: int  # sixteens of outputs a block makes at a time
-    splits: int  # blocks (a cluster) that share the sum over `in`
+    mtiles: int  # sixteens of outputs made at a time
+    team: int  # warps that share the sum over `in`
     stages: int  # chunks on their way at once
+    blocks: int  # at most so many on a multiprocessor
+    resident: bool  # whether all of x lies in shared memory
+
+    def shared_bytes(self, rows: int, inner: int) -> int:
+        """Shared memory of a block."""
+        units = 4 * self.mtiles + (0 if self.resident else 2 * ntiles(rows))
+        ring = self.stages * units * _UNIT * _WARPS
+        sums = _WARPS * 8 * ntiles(rows) * (16 * self.mtiles + 4) * 4
+        pitch = -(-inner // _CHUNK) * 2 * _CHUNK + 64
+        return ring + sums + (rows * pitch if self.resident else 0)
+
+
+def ntiles(rows: int) -> int:
+    """Eights of rows of x that a kernel is compiled for."""
+    return 1 if rows <= 8 else 2 if rows <= 16 else 4
 
 
 def linear(
@@ -55,13 +72,17 @@ def linear(
     """See `tensorray.kernels.linear.linear`."""
     rows = as_rows(x)
     weight = as_rows(weight)
-    few = 0 < len(rows) <= FEW_ROWS and _streams(weight)
+    plan = None
+    if 0 < len(rows) <= FEW_ROWS and _streams(weight) and aligned(rows):
+        plan = choose(*weight.shape, len(rows), gate is not None)
     if norm is not None and not (
-        few and len(rows) <= FEW_NORMED_ROWS and aligned(rows) and aligned(norm.reshape(1, -1))
+        plan is not None
+        and plan.resident
+        and len(rows) <= FEW_NORMED_ROWS
+        and aligned(norm.reshape(1, -1))
     ):
         rows, norm = rms_norm(rows, norm, eps), None
-    if few and aligned(rows):
-        plan = choose(len(weight), weight.shape[1], len(rows), gate is not None)
+    if plan is not None:
         return few_rows(rows, weight, bias, norm, eps, gate, residual, plan)
     y = cublas.matmul(rows, weight)
     if bias is None and gate is None and residual is None:
@@ -87,48 +108,52 @@ def few_rows(
     results = outs // 2 if gate else outs
     base = None if residual is None else as_rows(residual)
     y = cupy.empty((rows, results), weight.dtype if base is None else base.dtype)
-    ntiles = 1 if rows <= 8 else 2 if rows <= 16 else 4
-    units = 4 * plan.mtiles + ntiles * x.itemsize + (0 if norm is None else 2)
-    ring = plan.stages * units * _UNIT * _WARPS
-    sums = _WARPS * 8 * ntiles * (16 * plan.mtiles + 4) * 4
-    shared_bytes = ring + sums
-    function = compiler.load(
-        "linear.cu",
-        WEIGHT=ctype(weight),
-        INPUT=ctype(x),
-        OUTPUT=ctype(y),
-        NTILES=ntiles,
-        MTILES=plan.mtiles,
-        STAGES=plan.stages,
-        NORM=norm is not None,
-        GATED=gate is not None,
-    ).function("few_rows", shared_bytes)
-    tiles = -(-results // (16 * plan.mtiles // (2 if gate else 1)))
-    at_once = _multiprocessors(y.device.id) * (_SHARED_BYTES // (shared_bytes + _RESERVED_BYTES))
-    function(
-        (min(tiles, max(at_once // plan.splits, 1)) * plan.splits,),
+    shared_bytes = plan.shared_bytes(rows, inner)
+    tile = 16 * plan.mtiles // (2 if gate else 1) * (_WARPS // plan.team)
+    kernel(x, weight, y, plan, rows, norm is not None, gate is not None, 0, shared_bytes)(
+        (min(-(-results // tile), multiprocessors(y.device.id) * plan.blocks),),
         (32 * _WARPS,),
         *(weight, x, norm, bias, base, y, inner, outs, rows, stride(x), stride(base)),
-        *(float(eps), KINDS[gate] if gate else 0, _capturing()),
-        cluster=(plan.splits,) if plan.splits > 1 else None,
+        *(float(eps), KINDS[gate] if gate else 0, _capturing(), None, None, 1),
         overlap=True,
     )
     return y
 
 
+def kernel(
+    x: Any,
+    weight: Any,
+    y: Any,
+    plan: Plan,
+    rows: int,
+    norm: bool,
+    gated: bool,
+    grouped: int,
+    shared_bytes: int,
+) -> compiler.Function:
+    """linear.cu for a plan and arrays of these dtypes."""
+    return compiler.load(
+        "linear.cu",
+        WEIGHT=ctype(weight),
+        INPUT=ctype(x),
+        OUTPUT=ctype(y),
+        NTILES=ntiles(rows),
+        MTILES=plan.mtiles,
+        TEAM=plan.team,
+        STAGES=plan.stages,
+        RESIDENT=plan.resident,
+        NORM=norm,
+        GATED=gated,
+        GROUPED=grouped,
+    ).function("few_rows", shared_bytes)
+
+
 def choose(outs: int, inner: int, rows: int, gated: bool) -> Plan:
     """A plan for a product's shape."""
-    import cupy
-
-    device = cupy.cuda.runtime.getDevice()
-    mtiles = 2 if gated or outs >= 32 * _multiprocessors(device) // 2 else 1
-    tiles = -(-outs // (16 * mtiles))
-    splits = 1
-    if _clusters(device):
-        rounds = -(-inner // (_CHUNK * _WARPS))
-        while splits < 8 and tiles * splits < _multiprocessors(device) and rounds > splits:
-            splits *= 2
-    return Plan(mtiles, splits, stages=2 if mtiles == 2 else 4)
+    mtiles = 2 if gated or outs >= 4096 else 1
+    plan = Plan(mtiles, team=8, stages=4 // mtiles, blocks=2, resident=False)
+    resident = replace(plan, resident=True)
+    return resident if resident.shared_bytes(rows, inner) <= _SHARED_BYTES // 2 else plan
 
 
 def _streams(weight: Any) -> bool:
@@ -147,15 +172,8 @@ def _capturing() -> bool:
 
 
 @functools.cache
-def _multiprocessors(device: int) -> int:
+def multiprocessors(device: int) -> int:
     import cupy
 
     count: int = cupy.cuda.Device(device).attributes["MultiProcessorCount"]
     return count
-
-
-@functools.cache
-def _clusters(device: int) -> bool:
-    import cupy
-
-    return int(cupy.cuda.Device(device).compute_capability) >= 90

@@ -10,6 +10,7 @@ of a large copy, measured in the same run. --plans times every plan of the kerne
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
 import os
@@ -41,6 +42,8 @@ SHAPES = {
 }
 L2_BYTES = 60 << 20
 REPLAYS = 7
+WARM_UP = 0.03  # seconds: idle clocks are low
+NORMED_ROWS = 16  # up to here --plans norms in the kernel where x is resident
 
 
 def copy_rate() -> float:
@@ -60,19 +63,24 @@ def time_once(work: Callable[[], Any]) -> float:
     return float(cupy.cuda.get_elapsed_time(begin, end) / 1e3)
 
 
-def time_graph(calls: list[Callable[[], Any]]) -> float:
-    """Seconds a call, of all calls captured in one graph."""
-    calls[0]()
+def time_replays(replay: Callable[[], Any]) -> float:
+    """Seconds of a graph's replay, once the clocks have risen."""
+    first = time_once(replay)
+    for _ in range(min(int(WARM_UP / first) + 1, 1000)):
+        replay()
+    return statistics.median(time_once(replay) for _ in range(REPLAYS))
+
+
+def time_graph(call: Callable[[Any], Any], weights: list[Any]) -> float:
+    """Seconds a call, of one call a weight captured in one graph."""
+    call(weights[0])
     stream = cupy.cuda.Stream(non_blocking=True)
     with stream:
         stream.begin_capture()
-        for call in calls:
-            call()
+        for weight in weights:
+            call(weight)
         graph = stream.end_capture()
-        graph.launch()
-        times = [time_once(graph.launch) for _ in range(REPLAYS)]
-    stream.synchronize()
-    return statistics.median(times) / len(calls)
+        return time_replays(graph.launch) / len(weights)
 
 
 def torch_time(weights: list[Any], x: Any) -> float:
@@ -80,53 +88,74 @@ def torch_time(weights: list[Any], x: Any) -> float:
 
     tensors = [torch.from_dlpack(weight) for weight in weights]
     row = torch.from_dlpack(x)
-    for tensor in tensors[:2]:
-        torch.nn.functional.linear(row, tensor)
+    torch.nn.functional.linear(row, tensors[0])
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         kept = [torch.nn.functional.linear(row, tensor) for tensor in tensors]
-    graph.replay()
-    times = []
-    for _ in range(REPLAYS):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) / 1e3)
+    with cupy.cuda.ExternalStream(torch.cuda.current_stream().cuda_stream):
+        seconds = time_replays(graph.replay)
     del kept
-    return statistics.median(times) / len(tensors)
+    return seconds / len(tensors)
 
 
-def plans(rows: int, gated: bool) -> list[Plan]:
-    ntiles = 1 if rows <= 8 else 2 if rows <= 16 else 4
-    return [
-        Plan(mtiles, splits, stages)
-        for mtiles, splits, stages in itertools.product([1, 2, 4], [1, 2, 4], [2, 3, 4, 6])
-        if not (gated and mtiles == 1)
-        and stages * (4 * mtiles + 2 * ntiles + 2) <= 50
-        and stages * mtiles >= 4
-    ]
+def plans(outs: int, inner: int, rows: int, gated: bool) -> list[Plan]:
+    """What is worth a try: plans whose blocks fit the multiprocessor they share, and no smaller
+    pipelines than need be."""
+    found = []
+    for mtiles, team, blocks, resident in itertools.product(
+        [1, 2, 4], [2, 4, 8], [1, 2], [False, True]
+    ):
+        if (gated and mtiles == 1) or (team < 8 and outs < 4000):
+            continue
+        for kilobytes in (110, 226):
+            fitting = [
+                plan
+                for stages in range(2, 9)
+                for plan in [Plan(mtiles, team, stages, blocks, resident)]
+                if plan.shared_bytes(rows, inner) <= (kilobytes << 10) // blocks
+            ]
+            chunks = -(-inner // (64 * team)) * (1 if outs < 40000 else 4)
+            useful = [plan for plan in fitting if plan.stages <= max(chunks, 2)]
+            found += useful[-1:]
+    return list(dict.fromkeys(found))
 
 
-def compile_plans(rows: list[int]) -> None:
+def compile_plans(cases: list[tuple[int, int, int, str]]) -> None:
     """Fill the cache of cubins on all cores."""
-    sets = {
-        (ntiles, plan.mtiles, plan.stages, norm, gated)
-        for row in rows
-        for ntiles in [1 if row <= 8 else 2 if row <= 16 else 4]
-        for norm, gated in [(row <= 4, 0), (row <= 4, 1), (0, 0)]
-        for plan in plans(row, bool(gated))
-    }
+    half = {"WEIGHT": "__half", "INPUT": "__half", "OUTPUT": "__half", "GROUPED": 0}
+    sets = set()
+    for outs, inner, rows, kind in cases:
+        gated = kind == "gate"
+        for plan in plans(outs, inner, rows, gated):
+            normed = plan.resident and kind != "residual" and rows <= NORMED_ROWS
+            sizes = (cuda.ntiles(rows), plan.mtiles, plan.team, plan.stages, plan.resident)
+            sets.add((*sizes, normed, gated))
+    names = ("NTILES", "MTILES", "TEAM", "STAGES", "RESIDENT", "NORM", "GATED")
 
     def one(key: tuple[Any, ...]) -> None:
-        names = ("NTILES", "MTILES", "STAGES", "NORM", "GATED")
-        types = {"WEIGHT": "__half", "INPUT": "__half", "OUTPUT": "__half"}
-        compiler.compile("linear.cu", **types, **dict(zip(names, map(int, key), strict=True)))
+        compiler.compile("linear.cu", **half, **dict(zip(names, map(int, key), strict=True)))
 
-    with ThreadPoolExecutor(16) as pool:
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(one, sets))
+    print(f"{len(sets)} variants compiled", flush=True)
+
+
+def time_plans(
+    weights: list[Any], x: Any, norm: Any, gate: str | None, residual: Any
+) -> dict[str, float]:
+    """Seconds by plan, the fastest first; a norm that a plan can't have is left out."""
+    times = {}
+    for plan in plans(*weights[0].shape, len(x), gate is not None):
+        own_norm = norm if plan.resident else None
+        call = functools.partial(run_plan, x, own_norm, gate, residual, plan)
+        name = f"{plan.mtiles}/{plan.team}/{plan.stages}/{plan.blocks}{'r' * plan.resident}"
+        times[name] = time_graph(call, weights)
+    return dict(sorted(times.items(), key=lambda item: item[1]))
+
+
+def run_plan(x: Any, norm: Any, gate: str | None, residual: Any, plan: Plan, weight: Any) -> Any:
+    return cuda.few_rows(x, weight, None, norm, 1e-5, gate, residual, plan)
 
 
 def main() -> None:
@@ -135,76 +164,58 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 2, 8, 16, 32, 64])
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES))
     options = parser.parse_args()
+    cases = [
+        (outs, inner, rows, kind)
+        for outs, inner, kind in (SHAPES[name] for name in options.shapes)
+        for rows in options.rows
+    ]
+    if options.plans:
+        compile_plans(cases)
     rate = copy_rate()
     print(f"copy rate {rate / 1e12:.2f} TB/s")
-    if options.plans:
-        compile_plans(options.rows)
     rng = cupy.random.default_rng(0)
     results = []
     for name in options.shapes:
         outs, inner, kind = SHAPES[name]
         size = 2 * outs * inner
-        copies = max(-(-4 * L2_BYTES // size), 3)
         weights = [
             (rng.standard_normal((outs, inner), np.float32) * inner**-0.5).astype(np.float16)
-            for _ in range(copies)
+            for _ in range(max(-(-4 * L2_BYTES // size), 3))
         ]
         for rows in options.rows:
             x = rng.standard_normal((rows, inner), np.float32).astype(np.float16)
-            scale = cupy.ones(inner, np.float16)
             stream = rng.standard_normal((rows, outs), np.float32).astype(np.float16)
+            norm = None if kind == "residual" else cupy.ones(inner, np.float16)
             gate = "silu" if kind == "gate" else None
-            joined = {
-                "norm": scale if kind in ("norm", "gate") else None,
-                "eps": 1e-5,
-                "gate": gate,
-                "residual": stream if kind == "residual" else None,
+            residual = stream if kind == "residual" else None
+            own = functools.partial(run_own, x, norm, gate, residual)
+            times = {
+                "floor": size / rate,
+                "own": time_graph(own, weights),
+                "cublas": time_graph(functools.partial(cublas.matmul, x), weights),
+                "torch": torch_time(weights, x),
             }
-            floor = size / rate
-            times = {"own": time_graph([lambda w=w: cuda.linear(x, w, **joined) for w in weights])}
-            if rows <= 32:
-                plan = cuda.choose(outs, inner, rows, gate is not None)
-                times["plain"] = time_graph(
-                    [
-                        lambda w=w: cuda.few_rows(x, w, None, None, 0.0, None, None, plan)
-                        for w in weights
-                    ]
-                )
-            times["cublas"] = time_graph([lambda w=w: cublas.matmul(x, w) for w in weights])
-            try:
-                times["torch"] = torch_time(weights, x)
-            except Exception as error:
-                print("torch:", error)
-            row = {"name": name, "rows": rows, "floor": floor, **times}
-            if options.plans and rows <= 32:
-                norm = joined["norm"] if rows <= cuda.FEW_NORMED_ROWS else None
-                by_plan = {}
-                for plan in plans(rows, gate is not None):
-                    try:
-                        by_plan[str((plan.mtiles, plan.splits, plan.stages))] = time_graph(
-                            [
-                                lambda w=w, plan=plan: cuda.few_rows(
-                                    x, w, None, norm, 1e-5, gate, joined["residual"], plan
-                                )
-                                for w in weights
-                            ]
-                        )
-                    except Exception as error:
-                        print(name, rows, plan, error)
-                row["plans"] = dict(sorted(by_plan.items(), key=lambda item: item[1]))
-            results.append(row)
-            shown = " ".join(
-                f"{k} {v * 1e6:.1f} us ({floor / v:.2f})" for k, v in times.items() if v
+            results.append({"name": name, "rows": rows, **times})
+            shown = "  ".join(
+                f"{k} {v * 1e6:6.1f} us ({times['floor'] / v:.2f})" for k, v in times.items()
             )
-            print(f"{name:13} {rows:3} floor {floor * 1e6:6.1f} us  {shown}", flush=True)
-            if "plans" in row:
-                best = list(row["plans"].items())
-                listed = ", ".join(f"{k} {v * 1e6:.1f}" for k, v in best[:5] + best[-1:])
-                print(f"    plans (mtiles, splits, stages): {listed}", flush=True)
+            print(f"{name:13} {rows:3} {shown}", flush=True)
+            if options.plans:
+                by_plan = time_plans(
+                    weights, x, norm if rows <= NORMED_ROWS else None, gate, residual
+                )
+                results[-1]["plans"] = by_plan
+                best = list(by_plan.items())
+                listed = ", ".join(f"{k} {v * 1e6:.1f}" for k, v in best[:7] + best[-1:])
+                print(f"    mtiles/team/stages/blocks, resident: {listed}", flush=True)
         del weights
     out = os.environ.get("JOB_OUT") or os.environ.get("OUT")
     if out:
         Path(out, "bench_linear.json").write_text(json.dumps(results, indent=1))
+
+
+def run_own(x: Any, norm: Any, gate: str | None, residual: Any, weight: Any) -> Any:
+    return cuda.linear(x, weight, norm=norm, eps=1e-5, gate=gate, residual=residual)
 
 
 if __name__ == "__main__":

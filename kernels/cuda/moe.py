@@ -1,0 +1,163 @@
+"""Mixture of experts without a word to the host: rows are sorted by expert where they are.
+
+A group's rows and its expert's weights meet in linear.cu where groups are small (each weight is
+read once, and only those of experts that were chosen), else in tiles of moe.cu.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tensorray.kernels.cuda import compiler
+from tensorray.kernels.cuda.activation import KINDS
+from tensorray.kernels.cuda.dtypes import ctype
+from tensorray.kernels.cuda.layout import aligned, as_rows, stride
+from tensorray.kernels.cuda.linear import Plan, kernel, linear
+
+CONSTANT_SETS = {
+    "moe.cu": [
+        {"ELEMENT": "__half", "ITEMS": 1, "GATED": 1, "SCATTERED": 0},
+        {"ELEMENT": "__nv_bfloat16", "ITEMS": 4, "GATED": 0, "SCATTERED": 1},
+        {"ELEMENT": "float", "ITEMS": 8},
+    ]
+}
+
+#: Groups of more rows than these, on the average, are multiplied in tiles of moe.cu.
+FEW_ROWS_A_GROUP = 24
+
+_WARPS = 8
+_ROUTE_THREADS = 128
+_THREADS = 256
+_MOST_BLOCKS = 8192
+_TILE = 128  # as in moe.cu
+_TILE_SHARED_BYTES = 3 * 2 * _TILE * 64 * 2
+
+
+def route(logits: Any, top_k: int, renormalize: bool) -> tuple[Any, Any]:
+    """See `tensorray.kernels.moe.route`."""
+    import cupy
+
+    logits = as_rows(logits)
+    rows, experts = logits.shape
+    weights = cupy.empty((rows, top_k), "float32")
+    ids = cupy.empty((rows, top_k), "int32")
+    items = 1 << (-(-experts // 32) - 1).bit_length()
+    compiler.load("moe.cu", ELEMENT=ctype(logits), ITEMS=items).function("route")(
+        (-(-rows * 32 // _ROUTE_THREADS),),
+        (_ROUTE_THREADS,),
+        *(logits, weights, ids, rows, experts, top_k, stride(logits), renormalize),
+        overlap=True,
+    )
+    return weights, ids
+
+
+def experts(x: Any, weights: Any, ids: Any, gate_up: Any, down: Any) -> Any:
+    """See `tensorray.kernels.moe.experts`."""
+    import cupy
+
+    count, hidden, inner = down.shape
+    rows = as_rows(x)
+    fits = gate_up.itemsize == 2 and hidden % 8 == 0 and inner % 8 == 0
+    if not (fits and all(each.flags.c_contiguous for each in (gate_up, down)) and aligned(rows)):
+        return _every_expert(rows, weights, ids, gate_up, down)
+    top_k = ids.shape[1]
+    choices = len(rows) * top_k
+    out = cupy.empty((len(rows), hidden), x.dtype)
+    if not choices:
+        return out
+    slots = min(count, choices)
+    groups, order = cupy.empty((slots, 4), "int32"), cupy.empty(choices, "int32")
+    module = compiler.load("moe.cu", ELEMENT=ctype(x), ITEMS=1)
+    module.function("group_rows", 4 * count)(
+        (count,), (_THREADS,), *(ids, choices, count, order, groups, slots), overlap=True
+    )
+    grouped = (groups, order, top_k, len(rows))
+    product = _few_rows if choices <= FEW_ROWS_A_GROUP * count else _many_rows
+    gated = product(rows, gate_up, choices, inner, *grouped, gated=True)
+    y = product(gated, down, choices, hidden, *grouped, gated=False)
+    packs = out.size // 8
+    module.function("combine")(
+        (min(-(-packs // _THREADS), _MOST_BLOCKS),),
+        (_THREADS,),
+        *(y, weights, out, hidden, top_k, packs),
+        overlap=True,
+    )
+    return out
+
+
+def _few_rows(
+    x: Any,
+    weight: Any,
+    choices: int,
+    results: int,
+    groups: Any,
+    order: Any,
+    top_k: int,
+    most_rows: int,
+    *,
+    gated: bool,
+) -> Any:
+    """Each group's rows, at most `most_rows`, times its expert's weight, by linear.cu.
+
+    A gate comes first: it gathers x's rows, and its results lie in group order, from which the
+    product after it scatters them.
+    """
+    import cupy
+
+    y = cupy.empty((choices, results), x.dtype)
+    average = -(-choices // len(weight))
+    rows = min(most_rows, 8 if average <= 4 else 16 if average <= 8 else 32)
+    plan = Plan(mtiles=2, team=_WARPS, stages=2 if rows <= 16 else 3, blocks=2, resident=False)
+    inner = x.shape[1]
+    shared_bytes = plan.shared_bytes(rows, inner)
+    tile = 8 * plan.mtiles if gated else 16 * plan.mtiles
+    taken = 8 if rows <= 8 else 16 if rows <= 16 else 32
+    kernel(x, weight, y, plan, rows, False, gated, 1 if gated else 2, shared_bytes)(
+        (-(-results // tile), len(groups), -(-most_rows // taken)),
+        (32 * _WARPS,),
+        *(weight, x, None, None, None, y, inner, weight.shape[1], 0, stride(x), stride(None)),
+        *(0.0, KINDS["silu"] if gated else 0, False, groups, order, top_k),
+        overlap=True,
+    )
+    return y
+
+
+def _many_rows(
+    x: Any,
+    weight: Any,
+    choices: int,
+    results: int,
+    groups: Any,
+    order: Any,
+    top_k: int,
+    most_rows: int,
+    *,
+    gated: bool,
+) -> Any:
+    """`_few_rows` by moe.cu, for groups of any size."""
+    import cupy
+
+    y = cupy.empty((choices, results), x.dtype)
+    module = compiler.load("moe.cu", ELEMENT=ctype(x), ITEMS=1, GATED=gated, SCATTERED=not gated)
+    across = -(-results // (_TILE // 2 if gated else _TILE))
+    # Each group may leave one tile of rows unfilled.
+    along = choices // _TILE + len(groups)
+    module.function("many_rows", _TILE_SHARED_BYTES)(
+        (across, along),
+        (_THREADS,),
+        *(weight, x, y, x.shape[1], weight.shape[1], stride(x), groups, order),
+        *(len(groups), top_k),
+        overlap=True,
+    )
+    return y
+
+
+def _every_expert(x: Any, weights: Any, ids: Any, gate_up: Any, down: Any) -> Any:
+    """All rows through all experts, for dtypes and sizes that the kernels don't take."""
+    import cupy
+
+    out = cupy.zeros(x.shape, "float32")
+    for expert in range(len(down)):
+        share = (weights * (ids == expert)).sum(axis=1, keepdims=True)
+        out += share * linear(linear(x, gate_up[expert], gate="silu"), down[expert])
+    return out.astype(x.dtype)
