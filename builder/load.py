@@ -14,6 +14,7 @@ import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from typing import Any, Protocol
 
@@ -22,8 +23,13 @@ from numpy.typing import DTypeLike, NDArray
 
 from tensorray.builder.checkpoint.base import Checkpoint, CheckpointError
 from tensorray.builder.checkpoint.dummy import DummyCheckpoint
+from tensorray.builder.checkpoint.quantization_config import schemes_of
+from tensorray.builder.checkpoint.quantized import IGNORED, QuantizedTensor
+from tensorray.builder.load_quantized import fill_quantized
 from tensorray.builder.model import Layout, Model, Part, ShardWeights, Weight, Weights
+from tensorray.builder.quantization import weight_forms
 from tensorray.builder.shares import slice_of, weight_shape
+from tensorray.kernels.quantized import QuantizedWeight
 
 logger = logging.getLogger(__name__)
 
@@ -94,18 +100,24 @@ def load_weights(
         checkpoint.xp = place.xp
         for part in _parts(_groups(model, None)):
             checkpoint.declare(part.name, part.shape)
-    _check(groups, checkpoint)
-    _report_unused(model, checkpoint)
+    quantized = _quantized(_groups(model, None), checkpoint)
+    _check(groups, checkpoint, quantized)
+    _report_unused(model, checkpoint, quantized)
+    schemes = {name: tensor.scheme for name, tensor in quantized.items()}
+    forms = weight_forms(model, _unique(groups), schemes.get)
     arrays = {
-        weight: place.empty(weight_shape(weight, model.layout), dtype) for weight in _unique(groups)
+        weight: forms[weight].empty(place.empty)
+        if weight in forms
+        else place.empty(weight_shape(weight, model.layout), dtype)
+        for weight in _unique(groups)
     }
     total = sum(array.nbytes for array in arrays.values())
     done = 0
     with ThreadPoolExecutor(min(_MAX_THREADS, os.cpu_count() or 1)) as pool:
         tasks = [
-            pool.submit(_read, checkpoint, task, place)
+            pool.submit(task)
             for weight, array in arrays.items()
-            for task in _tasks(weight, array, model.layout)
+            for task in _reads(weight, array, model.layout, checkpoint, quantized, place)
         ]
         try:
             for task in tasks:
@@ -128,10 +140,19 @@ def load_weights(
 
 
 def plan_bytes(model: Model, *, layers: range | None = None, dtype: DTypeLike = np.float32) -> int:
-    """Bytes the shard's weights will take, before any of them is loaded."""
+    """Bytes the shard's weights will take, before any of them is loaded.
+
+    What is quantized is as the model's config tells.
+    """
     itemsize = np.dtype(dtype).itemsize
     weights = _unique(_groups(model, layers))
-    return sum(prod(weight_shape(weight, model.layout)) * itemsize for weight in weights)
+    forms = weight_forms(model, weights, schemes_of(model.config))
+    return sum(
+        forms[weight].nbytes
+        if weight in forms
+        else prod(weight_shape(weight, model.layout)) * itemsize
+        for weight in weights
+    )
 
 
 def _groups(model: Model, layers: range | None) -> dict[str | int, dict[str, Weight]]:
@@ -156,10 +177,32 @@ def _parts(groups: dict[str | int, dict[str, Weight]]) -> Iterator[Part]:
         yield from weight.parts
 
 
-def _check(groups: dict[str | int, dict[str, Weight]], checkpoint: Checkpoint) -> None:
+def _quantized(
+    groups: dict[str | int, dict[str, Weight]], checkpoint: Checkpoint
+) -> dict[str, QuantizedTensor]:
+    """Of the tensors that weights are made of, those that the checkpoint has quantized."""
+    found = {}
+    for part in _parts(groups):
+        if len(part.shape) == 2 and part.name not in found:
+            first, second = part.shape
+            shape = (second, first) if part.transpose else (first, second)
+            tensor = checkpoint.quantized(part.name, shape)
+            if tensor is not None:
+                found[part.name] = tensor
+    return found
+
+
+def _check(
+    groups: dict[str | int, dict[str, Weight]],
+    checkpoint: Checkpoint,
+    quantized: dict[str, QuantizedTensor],
+) -> None:
     there = set(checkpoint.names())
     declared = {part.name: part.shape for part in _parts(groups)}
-    missing = [name for name in declared if name not in there]
+    plain = {name: shape for name, shape in declared.items() if name not in quantized}
+    tensors = [tensor for name, tensor in quantized.items() if name in declared]
+    missing = [name for name in plain if name not in there]
+    missing += [name for tensor in tensors for name in tensor.missing()]
     if missing:
         raise CheckpointError(
             f"{checkpoint.path}: {len(missing)} tensors of the model are missing: "
@@ -168,16 +211,25 @@ def _check(groups: dict[str | int, dict[str, Weight]], checkpoint: Checkpoint) -
     wrong = [
         f"{checkpoint.file(name)}: tensor {name!r} has shape {list(checkpoint.shape(name))}, "
         f"but by its config the model needs {list(shape)}"
-        for name, shape in declared.items()
+        for name, shape in plain.items()
         if checkpoint.shape(name) != shape
     ]
+    wrong += [problem for tensor in tensors for problem in tensor.wrong()]
     if wrong:
         raise CheckpointError(_some(wrong, limit=3, separator="; "))
 
 
-def _report_unused(model: Model, checkpoint: Checkpoint) -> None:
+def _report_unused(
+    model: Model, checkpoint: Checkpoint, quantized: dict[str, QuantizedTensor]
+) -> None:
     used = {part.name for part in _parts(_groups(model, None))}
-    unused = [name for name in checkpoint.names() if name not in used and not _IGNORED.search(name)]
+    used.update(name for tensor in quantized.values() for name in tensor.names)
+    known = IGNORED if quantized else ()
+    unused = [
+        name
+        for name in checkpoint.names()
+        if name not in used and not name.endswith(known) and not _IGNORED.search(name)
+    ]
     if unused:
         logger.warning(
             "%s: %d tensors are not used by the model: %s",
@@ -190,6 +242,23 @@ def _report_unused(model: Model, checkpoint: Checkpoint) -> None:
 def _some(items: list[str], limit: int = 10, separator: str = ", ") -> str:
     more = len(items) - limit
     return separator.join(items[:limit]) + (f"{separator}and {more} more" if more > 0 else "")
+
+
+def _reads(
+    weight: Weight,
+    array: Any,
+    layout: Layout,
+    checkpoint: Checkpoint,
+    quantized: dict[str, QuantizedTensor],
+    place: Placement,
+) -> Iterator[Callable[[], int]]:
+    """The reads that fill a weight, each of bounded size; each returns the bytes it filled."""
+    if isinstance(array, QuantizedWeight):
+        fill = partial(place.fill, anywhere=isinstance(checkpoint, DummyCheckpoint))
+        yield from fill_quantized(weight, array, layout, quantized, fill)
+        return
+    for task in _tasks(weight, array, layout):
+        yield partial(_read, checkpoint, quantized.get(task.name), task, place)
 
 
 @dataclass(frozen=True)
@@ -231,17 +300,25 @@ def _within(outer: slice, inner: slice) -> slice:
     return slice(outer.start + inner.start, outer.start + inner.stop)
 
 
-def _read(checkpoint: Checkpoint, task: _Task, place: Placement) -> int:
+def _read(
+    checkpoint: Checkpoint, quantized: QuantizedTensor | None, task: _Task, place: Placement
+) -> int:
     """Do one task; returns the bytes it filled."""
     generated = isinstance(checkpoint, DummyCheckpoint)
 
+    def read_plain(out: Any) -> None:
+        if quantized:  # which is [out, in] already
+            quantized.read(out, task.rows, task.columns)
+        else:
+            checkpoint.read(task.name, out, task.rows, task.columns, task.transpose)
+
     def read(out: Any) -> None:
         if not task.add:
-            checkpoint.read(task.name, out, task.rows, task.columns, task.transpose)
+            read_plain(out)
             return
         # In float32, so that a narrow dtype rounds once.
         exact = (place.xp if generated else np).empty(out.shape, np.float32)
-        checkpoint.read(task.name, exact, task.rows, task.columns, task.transpose)
+        read_plain(exact)
         out[...] = exact + np.float32(task.add)
 
     place.fill(task.out, read, anywhere=generated)

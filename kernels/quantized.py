@@ -144,8 +144,8 @@ def dequantize_rows(weight: QuantizedWeight, start: int, stop: int) -> Any:
     return values
 
 
-def pack_int4(codes: NDArray[np.int8]) -> NDArray[np.uint8]:
-    """Codes `[..., in]` from -8 to 7, in pairs: uint8 `[..., in / 2]`."""
+def pack_int4(codes: NDArray[Any]) -> NDArray[np.uint8]:
+    """int8 codes `[..., in]` from -8 to 7, in pairs: uint8 `[..., in / 2]`."""
     bits = codes.view(np.uint8)
     packed: NDArray[np.uint8] = (bits[..., 0::2] & 15) | (bits[..., 1::2] << 4)
     return packed
@@ -156,9 +156,9 @@ def _codes(kind: Kind, values: Any) -> Any:
     if kind == "float8":
         return _float8_table(is_cuda(values))[values]
     if kind == "int4":
-        values = values.repeat(2, axis=-1)
-        values[..., 0::2] <<= 4
-        values = values.view(np.int8) >> 4
+        wide: Any = values.repeat(2, axis=-1)
+        wide[..., 0::2] <<= 4
+        values = wide.view(np.int8) >> 4
     return values.astype(np.float32)
 
 
@@ -199,10 +199,9 @@ def _linear_in_blocks(x: Any, weight: QuantizedWeight, dense: Callable[[Any, Any
         return dense(x, dequantize_rows(weight, 0, out).astype(x.dtype, copy=False))
     y = _module(x).empty((len(x), out), x.dtype)
     for start in range(0, out, step):
-        stop = min(start + step, out)
-        y[:, start:stop] = dense(
-            x, dequantize_rows(weight, start, stop).astype(x.dtype, copy=False)
-        )
+        rows = slice(start, min(start + step, out))
+        block = dequantize_rows(weight, rows.start, rows.stop)
+        y[:, rows] = dense(x, block.astype(x.dtype, copy=False))
     return y
 
 

@@ -370,8 +370,8 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
         [FILE, "has shape", "[272, 32]", "[272, 64]"],
     ),
     "quantized by another tool": (
-        lambda d: edit_config(d, quantization_config={"quant_method": "awq"}),
-        ["'awq'", "not supported", "GGUF"],
+        lambda d: edit_config(d, quantization_config={"quant_method": "hqq"}),
+        ["'hqq'", "not supported", "GGUF"],
     ),
     "pickles only": (only_pickles, ["pickles", "never loaded", "convert them to safetensors"]),
     "no weights": (lambda d: (d / FILE).unlink(), ["no weights"]),

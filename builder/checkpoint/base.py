@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from tensorray.builder.checkpoint.quantized import QuantizedTensor
 
 
 class CheckpointError(ValueError):
@@ -41,6 +44,10 @@ class Checkpoint(Protocol):
         second copy of the tensor ever exists. Safe to call from several threads. Raises
         CheckpointError naming file and tensor.
         """
+        ...
+
+    def quantized(self, name: str, shape: tuple[int, int]) -> QuantizedTensor | None:
+        """The tensor ("….weight", `[out, in]`) if it is stored quantized, as several others."""
         ...
 
     def close(self) -> None: ...

@@ -11,17 +11,47 @@ from tensorray.builder.checkpoint.base import CheckpointError
 
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
+#: The config's key that says how weights are quantized.
+QUANTIZATION = "quantization_config"
+
+#: Files that say how, where config.json does not, and the method that writes them.
+_QUANTIZATION_FILES = {
+    "hf_quant_config.json": "modelopt",
+    "quantize_config.json": "gptq",
+    "quant_config.json": "awq",
+}
 
 
 def read_config(directory: Path, overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """The directory's config.json, as `flatten_config` gives it."""
+    """The directory's config.json, as `flatten_config` gives it.
+
+    With a `quantization_config`, wherever in the directory its tool wrote it.
+    """
     path = directory / CONFIG
     if not path.is_file():
         raise CheckpointError(
             f"{directory}: no {CONFIG}; a model directory holds {CONFIG}, its tokenizer's files "
             f"and *.safetensors (or a single .gguf file)"
         )
-    return flatten_config(read_json(path), overrides)
+    config = read_json(path)
+    quantization = _read_quantization(directory, config)
+    if quantization is not None:
+        config[QUANTIZATION] = quantization
+    return flatten_config(config, overrides)
+
+
+def _read_quantization(directory: Path, config: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """How the directory's weights are quantized; None if nothing in it says that they are."""
+    section = config.get(QUANTIZATION) or config.get("compression_config")
+    if isinstance(section, Mapping):
+        return section
+    text = config.get("text_config")
+    if isinstance(text, Mapping) and text.get(QUANTIZATION):
+        return None  # it is found there
+    for name, method in _QUANTIZATION_FILES.items():
+        if (directory / name).is_file():
+            return {"quant_method": method, **read_json(directory / name)}
+    return None
 
 
 def flatten_config(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,10 @@ from typing import Any
 import numpy as np
 
 from tensorray.builder.checkpoint.base import CheckpointError
+from tensorray.builder.checkpoint.quantization_config import schemes_of
+from tensorray.builder.checkpoint.quantized import QuantizedTensor
 from tensorray.builder.checkpoint.tensor import PIECE_VALUES, Array, StoredTensor
+from tensorray.builder.quantization import Scheme
 
 _SPREAD = 0.035  # uniform in +-0.035: a standard deviation of 0.02, as models are initialized
 _DEVICE_PIECE = 1 << 24  # values made at a time where a call costs more than its work
@@ -62,6 +65,46 @@ def _uniform(xp: Any, seed: int, start: int, stop: int) -> Array:
     return values
 
 
+class RandomQuantized(QuantizedTensor):
+    """A quantized weight with codes made up on demand, as large as others are."""
+
+    def __init__(self, scheme: Scheme, random: RandomTensor) -> None:
+        out, inputs = random.shape
+        super().__init__(scheme, (out, inputs))
+        self._random = random
+        self._largest = {"int4": 7.0, "int8": 127.0, "float8": 1.0}[scheme.kind]
+
+    def codes(self, rows: slice, columns: slice) -> Array:
+        shape = (rows.stop - rows.start, columns.stop - columns.start)
+        values = self._random.xp.empty(shape, np.float32)
+        self._random.read(values, rows, columns, False)
+        values *= np.float32(self._largest / _SPREAD)
+        if self.scheme.kind != "float8":
+            return values.astype(np.int8)
+        # From 0.5, which is 0x30, to 0.9375, eight codes on, with either sign.
+        codes: Array = (abs(values) * np.float32(7.99)).astype(np.uint8)
+        codes += np.uint8(0x30)
+        codes[values < 0] |= np.uint8(0x80)
+        return codes
+
+    def scales(self, rows: slice, groups: slice) -> Array:
+        shape = (rows.stop - rows.start, groups.stop - groups.start)
+        scales: Array = self._random.xp.full(shape, _SPREAD / self._largest, np.float32)
+        return scales
+
+    def zeros(self, rows: slice, groups: slice) -> Array:
+        shape = (rows.stop - rows.start, groups.stop - groups.start)
+        zeros: Array = self._random.xp.zeros(shape, np.int8)
+        return zeros
+
+    def groups(self) -> Array:
+        groups: Array = np.arange(self.shape[1], dtype=np.int32) // np.int32(self.group)
+        return groups
+
+    def read(self, out: Array, rows: slice, columns: slice) -> None:
+        self._random.read(out, rows, columns, False)
+
+
 class DummyCheckpoint:
     """A checkpoint (base.Checkpoint) that has whatever tensors the model declares.
 
@@ -77,6 +120,7 @@ class DummyCheckpoint:
         self.config = config
         self.generation_config = generation_config
         self._tensors: dict[str, RandomTensor] = {}
+        self._scheme_of = schemes_of(config)
 
     def declare(self, name: str, shape: tuple[int, ...]) -> None:
         """Have a tensor of this name and shape from now on."""
@@ -95,6 +139,12 @@ class DummyCheckpoint:
         self, name: str, out: Array, rows: slice, columns: slice, transpose: bool = False
     ) -> None:
         self._tensor(name).read(out, rows, columns, transpose)
+
+    def quantized(self, name: str, shape: tuple[int, int]) -> QuantizedTensor | None:
+        scheme = self._scheme_of(name)
+        return (
+            None if scheme is None else RandomQuantized(scheme, RandomTensor(shape, name, self.xp))
+        )
 
     def close(self) -> None:
         self._tensors.clear()

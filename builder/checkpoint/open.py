@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,10 @@ from tensorray.builder.checkpoint.base import Checkpoint, CheckpointError
 from tensorray.builder.checkpoint.config import CONFIG, read_config, read_generation_config
 from tensorray.builder.checkpoint.dummy import DummyCheckpoint
 from tensorray.builder.checkpoint.names import canonical_names
+from tensorray.builder.checkpoint.quantization_config import read_quantization
 from tensorray.builder.checkpoint.tensor import TensorCheckpoint
+
+logger = logging.getLogger(__name__)
 
 LoadFormat = Literal["auto", "safetensors", "gguf", "dummy"]
 
@@ -140,15 +144,16 @@ def open_checkpoint(
     config, generation_config = read_config(path, overrides), read_generation_config(path)
     if load_format == "dummy":
         return DummyCheckpoint(path, config, generation_config)
-    _refuse_quantized(path, config)
+    quantization = read_quantization(config, path)
     tensors = safetensors.open_tensors(path)
     if not tensors:
         if any(file.suffix in pickles.SUFFIXES for file in path.iterdir()):
             raise CheckpointError(pickles.refusal(path))
         raise CheckpointError(f"{path}: no weights: no {safetensors.SINGLE} and no .gguf file")
-    return TensorCheckpoint(
-        path, config, generation_config, canonical_names(tensors, config.get("model_type"))
-    )
+    tensors = canonical_names(tensors, config.get("model_type"))
+    for note in quantization.notes(tensors) if quantization else ():
+        logger.warning("%s: %s", path, note)
+    return TensorCheckpoint(path, config, generation_config, tensors, quantization)
 
 
 def _one_file(path: Path, load_format: LoadFormat) -> Path:
@@ -179,13 +184,3 @@ def _directory(path: Path, load_format: LoadFormat) -> Path:
         if load_format == "gguf":
             raise CheckpointError(f"{path}: no .gguf file in the directory")
     return path
-
-
-def _refuse_quantized(path: Path, config: Mapping[str, Any]) -> None:
-    quantization = config.get("quantization_config")
-    if isinstance(quantization, Mapping):
-        method = quantization.get("quant_method", "unknown")
-        raise CheckpointError(
-            f"{path}: weights quantized by {method!r} are not supported; use the unquantized "
-            f"model, or a GGUF file of it"
-        )

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tensorray.builder.checkpoint.base import CheckpointError
+from tensorray.builder.checkpoint.quantized import Quantization, QuantizedTensor
 
 #: Values decoded at a time: a megabyte of float32, which stays in a core's cache.
 PIECE_VALUES = 1 << 18
@@ -158,11 +159,16 @@ class TensorCheckpoint:
         config: dict[str, Any],
         generation_config: dict[str, Any],
         tensors: dict[str, FileTensor],
+        quantization: Quantization | None = None,
     ) -> None:
         self.path = path
         self.config = config
         self.generation_config = generation_config
         self._tensors = tensors
+        self._quantization = quantization
+
+    def has(self, name: str) -> bool:
+        return name in self._tensors
 
     def names(self) -> Iterable[str]:
         return self._tensors.keys()
@@ -170,8 +176,17 @@ class TensorCheckpoint:
     def shape(self, name: str) -> tuple[int, ...]:
         return self._tensor(name).shape
 
+    def dtype(self, name: str) -> np.dtype[Any]:
+        """What the tensor's values are read as."""
+        return self._tensor(name).fetch(0, 0).dtype
+
     def file(self, name: str) -> Path:
         return self._tensor(name).file.path
+
+    def quantized(self, name: str, shape: tuple[int, int]) -> QuantizedTensor | None:
+        if self._quantization is None or not name.endswith(".weight"):
+            return None
+        return self._quantization.tensor(self, name.removesuffix(".weight"), shape)
 
     def read(
         self, name: str, out: Array, rows: slice, columns: slice, transpose: bool = False
