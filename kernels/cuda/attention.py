@@ -81,7 +81,9 @@ def paged_attention(
     With `max_query` 1 row i is sequence i, or a padded one of length 0.
     """
     head_dim = q.shape[2]
-    if ctype(q) == "float" or ctype(k_pages) == "float" or head_dim % 8 or head_dim > 256:
+    one_each = max_query == 1 and len(q) == len(seq_lens)
+    odd = head_dim % (8 if one_each else 16) or head_dim > 256
+    if ctype(q) == "float" or ctype(k_pages) == "float" or odd:
         return simple(
             q,
             *(k_pages, v_pages, query_starts, seq_lens, block_table),
@@ -90,7 +92,7 @@ def paged_attention(
             softcap=softcap,
             kv_scale=kv_scale,
         )
-    if max_query == 1 and len(q) == len(seq_lens):
+    if one_each:
         return decode(
             q,
             *(k_pages, v_pages, seq_lens, block_table),

@@ -8,6 +8,8 @@
 // the packed tokens behind all sequences, whose rows become zeros.
 #pragma once
 
+#include <math_constants.h>
+
 #include "common.cuh"
 
 // What a step's launch is told; the same for every tile.
@@ -18,6 +20,7 @@ struct Step {
   int kv_heads;
   int share;             // heads of a tile; divides heads / kv_heads
   int queries_per_tile;  // Q
+  int q_stride;  // elements from a token's queries to the next token's
   int block_size;
   int table_stride;  // of a sequence's row in the block table
   int window;        // a query sees this many positions, its own included
@@ -82,34 +85,6 @@ __device__ __forceinline__ float exp2_fast(float x) {
 __device__ __forceinline__ float soft_cap(float x, float cap) {
   const float e = exp2_fast(x * (2.0f * LOG2E / cap));
   return cap - __fdividef(2.0f * cap, e + 1.0f);
-}
-
-template <typename T>
-__device__ __forceinline__ unsigned pack_pair(float low, float high);
-template <>
-__device__ __forceinline__ unsigned pack_pair<__half>(float low, float high) {
-  unsigned pair;
-  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
-  return pair;
-}
-template <>
-__device__ __forceinline__ unsigned pack_pair<__nv_bfloat16>(float low, float high) {
-  unsigned pair;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
-  return pair;
-}
-
-// Two packed float8 as two packed elements.
-template <typename T>
-__device__ __forceinline__ unsigned widen_pair(unsigned short pair) {
-  const __half2_raw raw = __nv_cvt_fp8x2_to_halfraw2(pair, __NV_E4M3);
-  const unsigned halves = raw.x | static_cast<unsigned>(raw.y) << 16;
-  if constexpr (sizeof(T) == sizeof(__half) && !__is_same(T, __nv_bfloat16)) {
-    return halves;
-  } else {
-    const float2 both = __half22float2(__half2(raw));
-    return pack_pair<T>(both.x, both.y);
-  }
 }
 
 __device__ __forceinline__ unsigned shared_address(const void* pointer) {
