@@ -88,7 +88,7 @@ class RunningSequences:
             for group in range(groups)
         ]
         self._free = list(range(max_num_seqs - 1, -1, -1))
-        self._last_seqs: list[int] = []
+        self._last_seqs: list[int] | None = None
         self._last_rows = np.zeros(0, np.int32)
 
     def take(self, plan: StepPlan) -> Step:
@@ -97,7 +97,7 @@ class RunningSequences:
         Raises KeyError or IndexError on a plan that contradicts the books.
         """
         if plan.ends or plan.starts:
-            self._last_seqs = []  # a sequence may come back in another row
+            self._last_seqs = None  # a sequence may come back in another row
         for seq in plan.ends:
             self._free.append(self.rows.pop(seq))
             self.prefill.pop(seq, None)
