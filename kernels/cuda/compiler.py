@@ -17,7 +17,9 @@ import hashlib
 import logging
 import os
 import re
+import struct
 import tempfile
+from array import array
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,6 +42,7 @@ _INCLUDE = re.compile(rb'^\s*#\s*include\s*"([^"]+)"', re.MULTILINE)
 _DIGEST_SIZE = hashlib.sha256().digest_size
 # More dynamic shared memory than this has to be asked for.
 _SHARED_LIMIT = 48 * 1024
+_FLOAT, _FLOAT_BITS = struct.Struct("<f"), struct.Struct("<I")
 
 
 class CompileError(RuntimeError):
@@ -325,7 +328,8 @@ class Function:
                 self._handle, *_extents(grid), *_extents(block), dynamic, stream, values.address, 0
             )
         else:
-            config = _config(_extents(grid), _extents(block), dynamic, stream, cluster, overlap)
+            extents = _extents(grid), _extents(block), cluster and _extents(cluster)
+            config = _config(*extents, dynamic, stream, overlap)
             result = driver.cuLaunchKernelEx(config, self._handle, values.address, 0)
         if int(result[0]):
             raise LaunchError(
@@ -339,12 +343,13 @@ def _extents(given: tuple[int, ...]) -> tuple[int, int, int]:
     return x, y, z
 
 
+@functools.lru_cache(4096)
 def _config(
     grid: tuple[int, int, int],
     block: tuple[int, int, int],
+    cluster: tuple[int, int, int] | None,
     shared_bytes: int,
     stream: int,
-    cluster: tuple[int, ...] | None,
     overlap: bool,
 ) -> Any:
     driver = _driver()
@@ -358,7 +363,7 @@ def _config(
         attribute = driver.CUlaunchAttribute()
         attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
         extent = attribute.value.clusterDim
-        extent.x, extent.y, extent.z = _extents(cluster)
+        extent.x, extent.y, extent.z = cluster
         attributes.append(attribute)
     if overlap:
         attribute = driver.CUlaunchAttribute()
@@ -375,25 +380,33 @@ class _Arguments:
     """Kernel arguments as the driver wants them: an array of pointers to values."""
 
     def __init__(self, arguments: Sequence[Any]) -> None:
-        self._values = [_value(argument) for argument in arguments]
-        pointers = [ctypes.addressof(value) for value in self._values]
-        self._pointers = (ctypes.c_void_p * max(1, len(pointers)))(*pointers)
-        self.address = ctypes.addressof(self._pointers)
+        values = [_value(argument) for argument in arguments]
+        self._kept = {i: value for i, value in enumerate(values) if type(value) is not int}
+        for i in self._kept:
+            values[i] = 0
+        self._words = array("Q", values)
+        first, count = self._words.buffer_info()
+        self._pointers = array("Q", range(first, first + 8 * count, 8))
+        for i, buffer in self._kept.items():
+            self._pointers[i] = ctypes.addressof(buffer)
+        self.address = self._pointers.buffer_info()[0]
 
 
 def _value(argument: Any) -> Any:
-    """An argument as a ctypes object that holds its bytes."""
-    data = getattr(argument, "data", None)
-    pointer = getattr(data, "ptr", None)
-    if pointer is not None:  # a CuPy array
-        return ctypes.c_void_p(pointer)
-    if isinstance(argument, int):  # bool as well
-        return ctypes.c_int32(argument)
-    if isinstance(argument, float) and not hasattr(argument, "dtype"):
-        return ctypes.c_float(argument)
+    """An argument's bytes, the lowest first: up to 8 as an int, others as a ctypes buffer."""
+    kind = type(argument)
+    if kind is int or kind is bool:
+        return argument & 0xFFFFFFFF
+    if kind is float:
+        return _FLOAT_BITS.unpack(_FLOAT.pack(argument))[0]
     if argument is None:
-        return ctypes.c_void_p(None)
-    if hasattr(argument, "dtype"):  # a NumPy scalar; np.float64 is a float, too
-        content = argument.tobytes()
-        return ctypes.create_string_buffer(content, len(content))
-    raise TypeError(f"a kernel can't take an argument of type {type(argument).__name__}")
+        return 0
+    pointer = getattr(getattr(argument, "data", None), "ptr", None)
+    if pointer is not None:  # a CuPy array
+        return pointer
+    if not hasattr(argument, "dtype"):
+        raise TypeError(f"a kernel can't take an argument of type {kind.__name__}")
+    content = argument.tobytes()  # a NumPy scalar
+    if len(content) <= 8:
+        return int.from_bytes(content, "little")
+    return ctypes.create_string_buffer(content, len(content))
