@@ -72,38 +72,47 @@ def error_of(
 ) -> float:
     """The largest relative error of a plan's outputs on random inputs; infinite where it gives
     no number. `weights` are the segment's, of any layer."""
+    errors = []
+    for odd in (False, True):  # so that a single row is once large and once small
+        inputs = random_inputs(segment, runner.rows, dtypes, xp, seed, odd=odd)
+        outputs = runner.poisoned_outputs()
+        runner.run_into(inputs, weights, outputs)
+        errors.append(worst_error(segment, inputs, weights, outputs, xp))
+    return max(errors)
+
+
+def random_inputs(
+    segment: Segment, rows: int, dtypes: DTypes, xp: Any, seed: int = 0, *, odd: bool = False
+) -> list[Any]:
+    """Normal values, of rows of different sizes: every other one is small."""
     generator = np.random.default_rng(seed)
-    return max(_trial(runner, segment, weights, dtypes, xp, generator, odd) for odd in (0, 1))
-
-
-def _trial(
-    runner: PlanSegment,
-    segment: Segment,
-    weights: Sequence[Any],
-    dtypes: DTypes,
-    xp: Any,
-    generator: np.random.Generator,
-    odd: int,
-) -> float:
-    rows = runner.rows
-    sizes = generator.uniform(0.5, 1.5, rows) * np.where(np.arange(rows) % 2 == odd, _SMALL, 1.0)
+    sizes = generator.uniform(0.5, 1.5, rows) * np.where(np.arange(rows) % 2 == odd, 1.0, _SMALL)
+    scale = xp.asarray(sizes.astype(np.float32))
     inputs = []
     for spec in segment.inputs:
         some = generator.standard_normal((min(rows, 2 * _SAMPLE), *spec.shape[1:]), np.float32)
-        repeated = xp.asarray(some)[xp.arange(rows) % len(some)]
-        scale = xp.asarray(sizes.astype(np.float32)).reshape(rows, *[1] * (len(spec.shape) - 1))
-        inputs.append((repeated * scale).astype(dtypes.of(spec.dtype)))
-    outputs = runner.poisoned_outputs()
-    runner.run_into(inputs, weights, outputs)
+        values = xp.asarray(some)[xp.arange(rows) % len(some)]
+        values = values * scale.reshape(rows, *[1] * (len(spec.shape) - 1))
+        inputs.append(values.astype(np.dtype(dtypes.of(spec.dtype))))
+    return inputs
 
-    chosen = generator.choice(rows, min(rows, _SAMPLE), replace=False)
-    chosen[0] = rows - 1  # where padding and tiles end
-    sample = xp.asarray(chosen)
+
+def worst_error(
+    segment: Segment,
+    inputs: Sequence[Any],
+    weights: Sequence[Any],
+    outputs: Sequence[Any],
+    xp: Any,
+) -> float:
+    """The largest relative error among outputs, over a sample of rows."""
+    rows = len(inputs[0])
+    sample = np.unique(np.linspace(0, rows - 1, min(rows, _SAMPLE)).astype(np.int64))
+    chosen = xp.asarray(sample)  # the last row among them, where padding and tiles end
     expected = segment.run(
-        WideOps(xp, {}), [each[sample].astype(np.float32) for each in inputs], weights
+        WideOps(xp, {}), [each[chosen].astype(np.float32) for each in inputs], weights
     )
     return max(
-        _relative_error(found[sample], other)
+        _relative_error(found[chosen], other)
         for found, other in zip(outputs, expected, strict=True)
     )
 

@@ -59,8 +59,7 @@ class PlanSegment(Runner):
         self, inputs: Sequence[Any], weights: Sequence[Any], outputs: Sequence[Any]
     ) -> None:
         """`run`, with results written to dense arrays of the outputs' shapes and dtypes."""
-        # An input may be a piece of something wider, a row of which TensorRT can't step over.
-        dense = [self._xp.ascontiguousarray(each) for each in inputs]
+        dense = [self._dense(each) for each in inputs]
         for array, binding in zip(dense, self._plan.inputs, strict=True):
             if (array.shape, array.dtype) != self._form(binding):
                 raise ValueError(
@@ -73,6 +72,12 @@ class PlanSegment(Runner):
             [address(each) for each in outputs],
             self._stream(),
         )
+
+    def _dense(self, x: Any) -> Any:
+        """An input as TensorRT takes it: a copy of what is a piece of something wider, or starts
+        in the midst of something."""
+        x = self._xp.ascontiguousarray(x)
+        return x.copy() if x.data.ptr % ALIGNMENT else x
 
     def poisoned_outputs(self) -> list[Any]:
         """Arrays for `run_into`, and scratch memory, in which nothing is a number yet."""

@@ -30,7 +30,7 @@ from tensorray.builder.build import NamedSegment, name_segments
 from tensorray.builder.graph import DTypes, KernelCall, Program, Segment, SegmentCall, WeightRef
 from tensorray.builder.model import ShardWeights
 from tensorray.builder.plan import Plan
-from tensorray.builder.store import open_store
+from tensorray.builder.store import StoreError, open_store
 from tensorray.builder.tensorrt_flavour import TargetError, TensorRTError
 from tensorray.builder.tensorrt_runtime import Engine
 from tensorray.builder.trials import Trial, TrialRecord, read_record, record_name, write_record
@@ -69,13 +69,16 @@ def open_runners(
         store = open_store(plan_store)
         build = build_plans or backend == "tensorrt"
         try:
-            source = open_source(
-                dtypes, store, max_decode=max_decode, max_rows=max_rows, build=build
-            )
-        except TargetError as error:
+            # TensorRT takes seconds to start, which a store without plans is no reason for.
+            if build or store.has_plans():
+                sizes = {"max_decode": max_decode, "max_rows": max_rows}
+                source = open_source(dtypes, store, build=build, **sizes)
+            else:
+                logger.info("no plans in %s: own kernels run all segments", store.url)
+        except (TargetError, StoreError) as error:
             if backend == "tensorrt":
                 raise
-            logger.info("own kernels run all segments: %s", error)
+            logger.warning("own kernels run all segments: %s", error)
     circumstances = " ".join(
         map(str, (kernels_digest(), cupy.__version__, cupy.cuda.runtime.driverGetVersion()))
     )

@@ -156,6 +156,10 @@ class PlanStore(ABC):
         """What is stored under a name ("plans/….plan"); None if nothing is."""
 
     @abstractmethod
+    def has_plans(self) -> bool:
+        """Whether there is any plan, of whatever key."""
+
+    @abstractmethod
     def write(self, name: str, data: bytes) -> None:
         """Store under a name: readers see all of it, or what was there before."""
 
@@ -184,6 +188,9 @@ class DirectoryStore(PlanStore):
             raise StoreError(
                 f"store {self.url}: {name} cannot be read: {error.strerror}"
             ) from error
+
+    def has_plans(self) -> bool:
+        return any(self.root.glob("plans/*.plan"))
 
     def write(self, name: str, data: bytes) -> None:
         path = self.root / name
@@ -263,6 +270,12 @@ class RemoteStore(PlanStore):
             return None
         except Exception as error:  # each file system's own kind
             raise StoreError(f"store {self.url}: {name} cannot be read: {error!r}") from error
+
+    def has_plans(self) -> bool:
+        try:
+            return bool(self._fs.glob(f"{self._path}/plans/*.plan"))
+        except Exception as error:
+            raise StoreError(f"store {self.url}: cannot be listed: {error!r}") from error
 
     def write(self, name: str, data: bytes) -> None:
         path = f"{self._path}/{name}"

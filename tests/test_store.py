@@ -62,8 +62,10 @@ def entry_path(store: DirectoryStore) -> Path:
 
 def test_a_plan_comes_back_as_it_went_in(store: PlanStore) -> None:
     assert store.get(PLAN.key) is None
+    assert not store.has_plans()
     store.put(PLAN)
     assert store.get(PLAN.key) == PLAN
+    assert store.has_plans()
     assert open_store(store.url).get(PLAN.key) == PLAN
     assert store.get(request(16).key) is None
 
