@@ -103,14 +103,16 @@ class TokenStream(AsyncIterator[list[Delta]]):
             waiting.error = delta.error
         if delta.finish_reason is not None:
             self._unfinished.discard(delta.index)
+        elif self.request.whole:
+            return
         self._ready.set()
 
     async def __anext__(self) -> list[Delta]:
-        if not self._pending:
+        if not self._ready.is_set():
             if not self._unfinished:
                 raise StopAsyncIteration
-            self._ready.clear()
             await self._ready.wait()
+        self._ready.clear()
         deltas = list(self._pending.values())
         self._pending.clear()
         return deltas

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import random
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -308,6 +309,9 @@ class Frontend:
 
     async def collect(self, client: EngineClient, prepared: PreparedRequest) -> RequestOutput:
         """The whole answer. Cancelling the call cancels the request; errors as in `stream`."""
+        if not prepared.params.stop:  # only stop strings need looking for before the end
+            whole = msgspec.structs.replace(prepared.request, whole=True)
+            prepared = replace(prepared, request=whole)
         assembler = Assembler(self.tokenizer, prepared)
         async with contextlib.aclosing(self._run(client, prepared, assembler)) as deltas:
             return assembler.result([delta async for delta in deltas])

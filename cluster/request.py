@@ -25,6 +25,7 @@ class GenerationRequest(msgspec.Struct, frozen=True, omit_defaults=True):
     priority: int = 0  # lower runs first, as in vLLM
     user: str = ""  # admission is fair between users
     cache_salt: str = ""  # prompts share cached blocks only under the same salt
+    whole: bool = False  # its reader wants nothing of a sequence before its end
     reuse_prefix: bool = True  # off when prompt logprobs need every row computed
 
 

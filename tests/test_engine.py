@@ -108,6 +108,16 @@ async def test_a_reader_that_lags_gets_everything_at_once(engine):
         await anext(stream)
 
 
+async def test_a_reader_of_the_whole_is_woken_at_the_end_alone(engine):
+    deltas = engine.generate(request("a", max_tokens=20, whole=True))
+    other = engine.generate(request("b", max_tokens=5))
+    assert tokens(await collect(other))  # steps have run, and nobody was woken for "a"
+    assert not deltas._ready.is_set()
+    (only,) = [delta async for found in deltas for delta in found]
+    assert len(only.tokens) == 20
+    assert only.finish_reason == "length"
+
+
 async def test_cancel_frees_the_blocks_within_two_steps(engine):
     stream = engine.generate(request("a", prompt_len=100, max_tokens=150))
     await anext(stream)
