@@ -9,6 +9,7 @@ from it by the functions here.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -34,27 +35,27 @@ class StepLayout:
 
     max_seqs: int
 
-    @property
+    @cached_property
     def rows(self) -> int:
         return _ALIGN
 
-    @property
+    @cached_property
     def starts(self) -> int:
         return self.rows + _aligned(self.max_seqs)
 
-    @property
+    @cached_property
     def lens(self) -> int:
         return self.starts + _aligned(self.max_seqs + 1)
 
-    @property
+    @cached_property
     def logit_rows(self) -> int:
         return self.lens + _aligned(self.max_seqs)
 
-    @property
+    @cached_property
     def sample_rows(self) -> int:
         return self.logit_rows + _aligned(self.max_seqs)
 
-    @property
+    @cached_property
     def rest(self) -> int:
         """Where the sections of fixed size end."""
         return self.sample_rows + _aligned(self.max_seqs)
