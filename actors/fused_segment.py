@@ -14,10 +14,7 @@ from tensorray.builder.array_ops import ArrayOps
 from tensorray.builder.graph import ELEMENTWISE, Segment, elementwise
 from tensorray.builder.ops import Tensor, segment
 from tensorray.kernels import activation, linear, norm
-
-#: With more rows than these a linear is a plain matrix product, and what follows it a call of
-#: its own.
-FEW_ROWS = 16
+from tensorray.kernels.cuda.linear import FEW_ROWS
 
 
 @cache

@@ -10,12 +10,13 @@ import pytest
 from helpers import tiny_models
 
 from tensorray.actors.array_segment import ArraySegment
-from tensorray.actors.fused_segment import FEW_ROWS, FusedSegment
+from tensorray.actors.fused_segment import FusedSegment
 from tensorray.actors.fusion import fuse
 from tensorray.builder.checkpoint.config import read_config
 from tensorray.builder.graph import ROWS, Segment, Spec, trace, trace_segment
 from tensorray.builder.model import Layout, ModelConfigError
 from tensorray.builder.registry import resolve
+from tensorray.kernels.cuda.linear import FEW_ROWS
 
 
 def family_segments() -> Iterator[Any]:
