@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tensorray.builder.checkpoint.float8 import Float8Tensors, read_block, row_scales
+from tensorray.builder.checkpoint.float8 import float8_tensors, read_block, row_scales
 from tensorray.builder.checkpoint.quantized import (
     SCALES,
     Files,
@@ -123,10 +123,11 @@ class _Group:
             if not files.has(f"{module}.weight_packed"):
                 return None
             return PackedTensors(files, module, self.scheme, shape, self.bits)
-        if not files.has(f"{module}.weight_scale"):
-            return None
         if self.scheme.kind == "float8":
-            return Float8Tensors(files, module, shape, ".weight_scale", self.block)
+            return float8_tensors(files, module, shape, ".weight_scale", self.block)
+        name = f"{module}.weight"
+        if not files.has(name) or files.dtype(name) != np.int8:
+            return None
         return IntTensors(files, module, self.scheme, shape)
 
 
