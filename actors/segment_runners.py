@@ -25,6 +25,7 @@ from tensorray.actors.fused_segment import FusedSegment, kernels_digest
 from tensorray.actors.plan_segment import PlanSegment, SharedScratch, serves
 from tensorray.actors.plan_source import PlanSource, open_source
 from tensorray.actors.protocol import SegmentInfo
+from tensorray.actors.segment_table import table
 from tensorray.actors.segment_timer import GraphTimer, Timer
 from tensorray.builder.build import NamedSegment, name_segments
 from tensorray.builder.graph import DTypes, KernelCall, Program, Segment, SegmentCall, WeightRef
@@ -296,25 +297,3 @@ def _head_segments(program: Program) -> set[Segment]:
 
 def _by_rows(item: tuple[tuple[Segment, int], Runner]) -> int:
     return item[0][1]
-
-
-def table(infos: Sequence[SegmentInfo]) -> str:
-    """What runs what, a line a segment: `1-16 kernels, 32 tensorrt (81 us; kernels 95), …`."""
-    lines = []
-    for info in infos:
-        spans: list[tuple[str, list[int]]] = []
-        for rows, backend in info.backends.items():
-            if rows in info.microseconds or not spans or spans[-1][0] != backend:
-                spans.append((backend, []))
-            spans[-1][1].append(rows)
-        lines.append(f"  {info.name}: " + ", ".join(_span(info, *each) for each in spans))
-    return "\n".join(lines)
-
-
-def _span(info: SegmentInfo, backend: str, rows: list[int]) -> str:
-    text = f"{rows[0]}" if len(rows) == 1 else f"{rows[0]}-{rows[-1]}"
-    times = info.microseconds.get(rows[0])
-    if not times:
-        return f"{text} {backend}"
-    others = [f"{name} {value:.0f}" for name, value in times.items() if name != backend]
-    return f"{text} {backend} ({'; '.join([f'{times[backend]:.0f} us', *others])})"

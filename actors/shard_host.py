@@ -36,6 +36,12 @@ def load_executor(config: ShardConfig) -> StepExecutor:
             from tensorray.actors.gpu_shard import GpuShard
 
             return GpuShard.load(config, device)
+    for flag, wanted in (
+        ("--segment-backend tensorrt", config.segment_backend == "tensorrt"),
+        ("--build-plans", config.build_plans),
+    ):
+        if wanted:
+            raise ValueError(f"{flag}: plans run on a GPU, and the shard has none")
     from tensorray.actors.shard import Shard
 
     return Shard.load(config)

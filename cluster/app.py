@@ -177,6 +177,8 @@ def settled(config: EngineConfig) -> EngineConfig:
     if config.model_class is not None:
         file, _, kind = config.model_class.rpartition(":")
         changes["model_class"] = f"{_absolute(file)}:{kind}"
+    if config.plan_store is not None and "://" not in config.plan_store:  # it may be to be made
+        changes["plan_store"] = str(Path(config.plan_store).expanduser().absolute())
     return config.model_copy(update=changes)
 
 

@@ -106,13 +106,18 @@ class EngineConfig(BaseModel):
     )
     segment_backend: Literal["auto", "tensorrt", "kernels"] = Field(
         "auto",
-        description="What runs dense math on a GPU: TensorRT plans, own kernels, or whichever is "
-        "the faster",
+        description="What runs dense math on a GPU. auto: TensorRT plans that are stored, where "
+        "they are the faster, else own kernels; tensorrt: plans wherever they serve, built if they "
+        "are not there; kernels: own kernels only",
     )
     plan_store: str | None = Field(
-        None, description="Directory or URL of TensorRT plans (default: as `tensorray build`)"
+        None,
+        description="Directory or fsspec URL of TensorRT plans (default: $TENSORRAY_STORE, or "
+        "~/.cache/tensorray/plans)",
     )
-    build_plans: bool = Field(False, description="Build the plans that the store lacks, at start")
+    build_plans: bool = Field(
+        False, description="Build the plans that are not stored, at start; takes minutes"
+    )
     enforce_eager: bool = Field(False, description="On a GPU, record no CUDA graphs")
     cudagraph_capture_sizes: list[int] = Field(
         default_factory=list,

@@ -156,6 +156,11 @@ class EngineMetrics(Collector):
             "Free KV blocks kept for their contents",
             stats.cached_blocks,
         )
+        yield self._gauge(
+            "rejected_plans",
+            "TensorRT plans that gave wrong results, so that own kernels run in their place",
+            engine.info.rejected_plans,
+        )
         for name, help, value in (
             (
                 "prefix_cache_queries",

@@ -11,6 +11,7 @@ import logging
 import ray
 
 from tensorray.actors.protocol import ShardInfo
+from tensorray.actors.segment_table import table
 from tensorray.actors.shard_actor import start_shard
 from tensorray.actors.wire import Endpoint
 from tensorray.cluster.config import EngineConfig
@@ -44,6 +45,8 @@ class Router:
             info.kv.block_size,
             info.load_seconds,
         )
+        if info.segments:
+            logger.info("what runs its segments, by the number of rows:\n%s", table(info.segments))
 
     async def endpoint(self) -> Endpoint:
         """Where ingress replicas connect, with the secret to say."""

@@ -53,6 +53,7 @@ async def test_counts_and_latencies(server: tuple[httpx.AsyncClient, LocalBacken
     assert seen["request_success_totallength"] == 4
     assert seen["prompt_tokens_total"] == 4 * 41
     assert seen["generation_tokens_total"] == 20
+    assert seen["rejected_plans"] == 0
     assert seen["time_to_first_token_seconds_count"] == 4
     assert seen["time_to_first_token_seconds_sum"] > 4 * 0.002
     assert seen["inter_token_latency_seconds_count"] == 16

@@ -16,10 +16,13 @@ from helpers.fake_tensorrt import TARGET, FakeFlavour, plan_of, with_attribute
 
 from tensorray.actors import plan_source
 from tensorray.actors.array_segment import ArraySegment, Runner
+from tensorray.actors.config import ShardConfig
 from tensorray.actors.plan_source import PlanSource, open_source
 from tensorray.actors.protocol import SegmentInfo
-from tensorray.actors.segment_runners import SegmentBackend, SegmentRunners, table
+from tensorray.actors.segment_runners import SegmentBackend, SegmentRunners
+from tensorray.actors.segment_table import table
 from tensorray.actors.segment_timer import rotation
+from tensorray.actors.shard_host import load_executor
 from tensorray.builder.build import PlanRequest, name_segments
 from tensorray.builder.checkpoint import open_checkpoint
 from tensorray.builder.graph import DTypes, Program, Segment, trace
@@ -431,6 +434,19 @@ def test_own_kernels_need_no_source_of_plans(bench: Bench) -> None:
     by_name = {info.name: info for info in runners.report()}
     assert list(by_name["head: norm tokens"].backends) == [1], "rows of the head are its own"
     assert runners.get(head, 1).backend == "kernels"
+
+
+@pytest.mark.parametrize(
+    ("settings", "flag"),
+    [
+        ({"segment_backend": "tensorrt"}, "--segment-backend tensorrt"),
+        ({"build_plans": True}, "--b"),
+    ],
+)
+def test_plans_are_refused_without_a_gpu(settings: dict[str, Any], flag: str) -> None:
+    config = ShardConfig(str(tiny_models.directory("llama3")), device="cpu", **settings)
+    with pytest.raises(ValueError, match=f"{flag}.*: plans run on a GPU, and the shard has none"):
+        load_executor(config)
 
 
 def test_the_table_says_what_runs_what() -> None:

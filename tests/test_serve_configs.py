@@ -75,3 +75,7 @@ def test_local_paths_become_absolute(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert config.chat_template == str(tmp_path / "dir/t.jinja")
     inline = "{{ messages }}" * 500
     assert app.settled(EngineConfig(model="m", chat_template=inline)).chat_template == inline
+    for store in ("s3://bucket/plans", "memory://plans", None):
+        assert app.settled(EngineConfig(model="m", plan_store=store)).plan_store == store
+    store = app.settled(EngineConfig(model="m", plan_store="not-there-yet")).plan_store
+    assert store == str(Path.cwd() / "not-there-yet")

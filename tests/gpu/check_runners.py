@@ -62,7 +62,8 @@ from tensorray.actors.canary import TOLERANCE, error_of, random_inputs, worst_er
 from tensorray.actors.fused_segment import FusedSegment  # noqa: E402
 from tensorray.actors.plan_segment import PlanSegment, SharedScratch  # noqa: E402
 from tensorray.actors.plan_source import PlanSource  # noqa: E402
-from tensorray.actors.segment_runners import SegmentRunners, table, weight_sets  # noqa: E402
+from tensorray.actors.segment_runners import SegmentRunners, weight_sets  # noqa: E402
+from tensorray.actors.segment_table import table  # noqa: E402
 from tensorray.actors.segment_timer import GraphTimer  # noqa: E402
 from tensorray.builder.build import (  # noqa: E402
     PlanRequest,
