@@ -10,6 +10,7 @@ from tensorray.builder.build import Compile, NamedSegment, PlanRequest, compile_
 from tensorray.builder.graph import DTypes
 from tensorray.builder.plan import Plan, ProfileSet, default_profiles
 from tensorray.builder.store import PlanStore, StoreError
+from tensorray.builder.targets import local_target
 from tensorray.builder.tensorrt_flavour import (
     Flavour,
     Target,
@@ -82,7 +83,7 @@ def open_source(
     for name in installed():
         try:
             flavour = load_flavour(name)
-            target = flavour.target(gpu.architecture)
+            target = local_target(flavour, gpu, store)
             for dtype in (dtypes.compute, dtypes.residual):
                 flavour.check_dtype(dtype, target)
         except (TargetError, TensorRTError) as error:

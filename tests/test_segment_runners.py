@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,12 +15,12 @@ from helpers import tiny_models
 from helpers.fake_cupy import cupy
 from helpers.fake_tensorrt import TARGET, FakeFlavour, plan_of, with_attribute
 
-from tensorray.actors import plan_source
+from tensorray.actors import plan_source, segment_runners
 from tensorray.actors.array_segment import ArraySegment, Runner
 from tensorray.actors.config import ShardConfig
 from tensorray.actors.plan_source import PlanSource, open_source
 from tensorray.actors.protocol import SegmentInfo
-from tensorray.actors.segment_runners import SegmentBackend, SegmentRunners
+from tensorray.actors.segment_runners import SegmentBackend, SegmentRunners, open_runners
 from tensorray.actors.segment_table import table
 from tensorray.actors.segment_timer import rotation
 from tensorray.actors.shard_host import load_executor
@@ -96,7 +97,21 @@ class Bench:
         self.timed.clear()
         self.compiled.clear()
         self.flavour.loaded = 0
-        source = PlanSource(
+        runners = SegmentRunners(
+            self.program,
+            weights or self.weights,
+            DTYPES,
+            cupy,
+            backend=backend,
+            plans=self.source(build),
+            circumstances=circumstances,
+            timer=self._time,
+        )
+        runners.prepare(ROWS, ROWS)
+        return runners
+
+    def source(self, build: bool) -> PlanSource:
+        return PlanSource(
             cast(Flavour, self.flavour),
             TARGET,
             DTYPES,
@@ -105,18 +120,6 @@ class Bench:
             build,
             self._compile,
         )
-        runners = SegmentRunners(
-            self.program,
-            weights or self.weights,
-            DTYPES,
-            cupy,
-            backend=backend,
-            plans=source,
-            circumstances=circumstances,
-            timer=self._time,
-        )
-        runners.prepare(ROWS, ROWS)
-        return runners
 
     def _compile(self, request: PlanRequest) -> Plan:
         self.compiled.append(request.name)
@@ -427,6 +430,66 @@ def test_tensorrt_runs_what_it_can_when_told_to(bench: Bench) -> None:
     assert backends(bench.start("tensorrt"), bench.segments[0]) == ["tensorrt"] * 4 + ["kernels"]
 
 
+class TestOpening:
+    """What a shard on a GPU starts with."""
+
+    @pytest.fixture(autouse=True)
+    def machine(self, monkeypatch: pytest.MonkeyPatch, bench: Bench) -> None:
+        self.bench = bench
+        self.built: list[bool] = []
+        self.refuses = False
+        monkeypatch.setitem(sys.modules, "cupy", cupy)
+        monkeypatch.setattr(segment_runners, "open_source", self.open_source)
+
+    def open_source(self, *_: Any, build: bool, **sizes: int) -> PlanSource:
+        assert sizes == {"max_decode": 8, "max_rows": 64}
+        if self.refuses:
+            raise TargetError("TensorRT is not installed")
+        self.built.append(build)
+        return self.bench.source(build)
+
+    def open(self, backend: SegmentBackend, *, build: bool = False) -> SegmentRunners:
+        bench = self.bench
+        return open_runners(
+            bench.program,
+            bench.weights,
+            DTYPES,
+            backend=backend,
+            plan_store=bench.store.url,
+            build_plans=build,
+            max_decode=8,
+            max_rows=64,
+        )
+
+    def test_tensorrt_is_left_alone_while_there_are_no_plans(self) -> None:
+        for backend in ("auto", "kernels"):
+            runners = self.open(cast(SegmentBackend, backend))
+            runners.prepare(ROWS, ROWS)
+            assert set(backends(runners, self.bench.segments[0])) == {"kernels"}
+        assert self.built == []
+        self.open("auto", build=True)
+        self.open("tensorrt")
+        assert self.built == [True, True]
+
+    def test_plans_that_are_stored_are_used(self) -> None:
+        self.bench.fill()
+        self.open("kernels")
+        assert self.built == []
+        runners = self.open("auto")
+        assert self.built == [False]
+        runners._timer = self.bench._time
+        runners.prepare(ROWS, ROWS)
+        assert runners.get(self.bench.segments[0], 1).backend == "tensorrt"
+
+    def test_a_machine_that_cannot(self, caplog: pytest.LogCaptureFixture) -> None:
+        self.bench.fill()
+        self.refuses = True
+        self.open("auto")
+        assert "own kernels run all segments: TensorRT is not installed" in caplog.text
+        with pytest.raises(TargetError, match="not installed"):
+            self.open("tensorrt")
+
+
 def test_own_kernels_need_no_source_of_plans(bench: Bench) -> None:
     runners = SegmentRunners(bench.program, bench.weights, DTYPES, cupy, backend="kernels")
     runners.prepare(ROWS, (1,))
@@ -466,10 +529,13 @@ class TestSource:
         monkeypatch.setattr(plan_source, "local_gpu", lambda: GPU("NVIDIA H200", "sm_90"))
         monkeypatch.setattr(plan_source, "installed", lambda: ["tensorrt"])
         monkeypatch.setattr(plan_source, "load_flavour", lambda _: self)
+        self.asked: list[str] = []
 
+    name, version = "tensorrt", "10.99"
     dtypes = ("float16", "float32")
 
     def target(self, architecture: str) -> Any:
+        self.asked.append(architecture)
         return TARGET
 
     def check_dtype(self, dtype: str, target: Any) -> None:
@@ -485,6 +551,22 @@ class TestSource:
         assert len(source.profiles) == 1, "the sizes that `tensorray build` makes by default"
         source = self.open(DTYPES, bench.store, max_decode=64, max_rows=512)
         assert [profiles.max_rows for profiles in source.profiles] == [512, 8192]
+
+    def test_starts_no_builder_again(
+        self, bench: Bench, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for _ in range(2):
+            assert self.open(DTYPES, bench.store).target == TARGET
+        assert self.asked == ["sm_90"]
+        (path,) = (Path(bench.store.url) / "targets").iterdir()
+        path.write_bytes(path.read_bytes()[:-5])
+        assert self.open(DTYPES, bench.store).target == TARGET
+        assert self.asked == ["sm_90"] * 2
+        assert "asking TensorRT" in caplog.text
+        self.open(DTYPES, bench.store)
+        monkeypatch.setattr(type(self), "version", "10.100")
+        self.open(DTYPES, bench.store)
+        assert self.asked == ["sm_90"] * 3
 
     def test_says_what_is_missing(self, bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(TargetError, match="no bfloat16"):

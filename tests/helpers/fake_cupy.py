@@ -33,7 +33,11 @@ class FakeCupy:
     """The module."""
 
     ndarray = Array
-    cuda = SimpleNamespace(get_current_stream=lambda: SimpleNamespace(ptr=STREAM))
+    __version__ = "14.0"
+    cuda = SimpleNamespace(
+        get_current_stream=lambda: SimpleNamespace(ptr=STREAM),
+        runtime=SimpleNamespace(driverGetVersion=lambda: 13000),
+    )
 
     def __getattr__(self, name: str) -> Any:
         function = getattr(np, name)
