@@ -6,16 +6,23 @@ asked for, so that a machine without one need not have it.
 
 from __future__ import annotations
 
+import gc
+import logging
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+logger = logging.getLogger(__name__)
+
 T = TypeVar("T")
 
+# There when NVIDIA's driver is loaded.
+_DRIVER = Path("/proc/driver/nvidia/version")
 _HINT = "pip install 'tensorray[gpu]' brings CuPy and CUDA's libraries; or run with --device cpu"
 
 
@@ -139,11 +146,12 @@ class CudaDevice:
             # Once for real: kernels compile, handles are made, and the pool fills, none of which
             # a capture allows.
             work()
-            self._stream.begin_capture()
-            try:
-                result = work()
-            finally:
-                graph = self._stream.end_capture()
+            with _uncollected():
+                self._stream.begin_capture()
+                try:
+                    result = work()
+                finally:
+                    graph = self._stream.end_capture()
         graph.upload(self._stream)
         stream = self._stream
 
@@ -162,6 +170,18 @@ class CudaDevice:
         return int(self._device.mem_info[1])
 
 
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Keep the garbage collector from freeing device memory in mid-capture, which CUDA forbids."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
 class _CudaMark:
     def __init__(self, device: CudaDevice, event: Any) -> None:
         self._device = device
@@ -173,12 +193,15 @@ class _CudaMark:
 
 
 def find_device(index: int = 0) -> CudaDevice | None:
-    """The machine's GPU; None where CuPy is not installed or sees none that it can use."""
+    """The machine's GPU; None where there is none, or none that CuPy can use, which is logged."""
     try:
         import cupy
 
-        if not cupy.cuda.runtime.getDeviceCount():
-            return None
-    except Exception:  # no CuPy, no driver, no GPU: what CuPy raises differs
+        count = cupy.cuda.runtime.getDeviceCount()
+    except Exception as error:  # no CuPy, no driver, no GPU: what is raised differs
+        if _DRIVER.exists():
+            logger.warning(
+                "this machine's GPU is not used, as CuPy can't be (%s): %s", error, _HINT
+            )
         return None
-    return CudaDevice(index)
+    return CudaDevice(index) if count else None
