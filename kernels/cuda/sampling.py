@@ -6,30 +6,20 @@ of them being on the device allows.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from tensorray.kernels import batch_sampling as twin
+from tensorray.kernels.batch_sampling import RowState
 from tensorray.kernels.cuda import compiler
 from tensorray.kernels.cuda.dtypes import ctype
 
-if TYPE_CHECKING:
-    from tensorray.kernels.batch_sampling import RowState
-
-# kernels/batch_sampling.py's constants of the same name; it imports this module.
+_WORDS = ("BANNED", "STOP", "BIASED", "SEEN", "COUNT", "ALLOW")
+_NUMBERS = ("OK", "NOT_FINITE", "ALL_EXCLUDED", "NONE_LEFT", "OVERFLOW", "SCORE_HEADER")
 _CONSTANTS: dict[str, int | str] = {
-    "BANNED": "0x80000000u",
-    "STOP": "0x40000000u",
-    "BIASED": "0x20000000u",
-    "SEEN": "0x10000000u",
-    "COUNT": "0x0FFFFFFFu",
-    "ALLOW": "0xFFFFFFFFu",
-    "OK": 0,
-    "NOT_FINITE": 1,
-    "ALL_EXCLUDED": 2,
-    "NONE_LEFT": 3,
-    "OVERFLOW": 4,
-    "SCORE_HEADER": 6,
+    **{name: f"{int(getattr(twin, name)):#x}u" for name in _WORDS},
+    **{name: getattr(twin, name) for name in _NUMBERS},
 }
 CONSTANT_SETS = {
     "sampling.cu": [
@@ -101,7 +91,7 @@ def sample_rows(
 
 def score_rows(logits: Any, index: Any, tokens: Any, out: Any) -> None:
     count, vocab = len(index), logits.shape[1]
-    top = (out.shape[1] - int(_CONSTANTS["SCORE_HEADER"])) // 2
+    top = (out.shape[1] - twin.SCORE_HEADER) // 2
     workspace, stride = _workspace(count, vocab)
     _function("score_rows", ctype(logits))(
         (_parts(count, vocab), count),
@@ -113,7 +103,7 @@ def score_rows(logits: Any, index: Any, tokens: Any, out: Any) -> None:
 
 
 def _function(name: str, logit: str) -> compiler.Function:
-    return compiler.load("sampling.cu", LOGIT=logit, **_CONSTANTS).function(name)
+    return compiler.load("sampling.cu", None, LOGIT=logit, **_CONSTANTS).function(name)
 
 
 def _described(logits: Any) -> tuple[Any, ...]:
