@@ -1,6 +1,7 @@
 """Rotary position embedding (Su et al., arXiv 2104.09864), rotate-half layout.
 
-Alone, and in one pass with what comes next: the append of keys and values to the paged cache.
+Alone, and in one pass with what comes next: the append of keys and values to the paged cache, and
+attention over it.
 """
 
 from __future__ import annotations
@@ -100,6 +101,86 @@ def rope_append_numpy(
     q, k = rope_numpy(q, k, table, positions)
     attention.append_kv_numpy(k, v, k_pages, v_pages, slots, kv_scale=kv_scale)
     return q
+
+
+def rope_attention(
+    q: Any,
+    k: Any,
+    v: Any,
+    table: Any,
+    positions: Any,
+    k_pages: Any,
+    v_pages: Any,
+    slots: Any,
+    query_starts: Any,
+    seq_lens: Any,
+    block_table: Any,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    kv_scale: float = 1.0,
+    q_norm: Any | None = None,
+    k_norm: Any | None = None,
+    eps: float = 0.0,
+    max_query: int | None = None,
+) -> Any:
+    """`rope_append`, then `attention.paged_attention` of the rotated queries; arguments as theirs.
+
+    On a GPU one kernel does all of it where `max_query` is 1: a decode step.
+    """
+    options: dict[str, Any] = {"scale": scale, "window": window, "softcap": softcap}
+    options |= {"kv_scale": kv_scale, "max_query": max_query}
+    norms: dict[str, Any] = {"q_norm": q_norm, "k_norm": k_norm, "eps": eps}
+    new = (q, k, v, table, positions, k_pages, v_pages, slots)
+    if is_cuda(q):
+        from tensorray.kernels.cuda import attention as cuda_attention
+
+        return cuda_attention.rope_attention(
+            *new, query_starts, seq_lens, block_table, **norms, **options
+        )
+    q = rope_append(*new, kv_scale=kv_scale, **norms)
+    return attention.paged_attention(
+        q, k_pages, v_pages, query_starts, seq_lens, block_table, **options
+    )
+
+
+def rope_attention_numpy(
+    q: Any,
+    k: Any,
+    v: Any,
+    table: Any,
+    positions: Any,
+    k_pages: Any,
+    v_pages: Any,
+    slots: Any,
+    query_starts: Any,
+    seq_lens: Any,
+    block_table: Any,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    kv_scale: float = 1.0,
+    q_norm: Any | None = None,
+    k_norm: Any | None = None,
+    eps: float = 0.0,
+) -> Any:
+    """The twin of `rope_attention`."""
+    q = rope_append_numpy(
+        *(q, k, v, table, positions, k_pages, v_pages, slots),
+        kv_scale=kv_scale,
+        q_norm=q_norm,
+        k_norm=k_norm,
+        eps=eps,
+    )
+    return attention.paged_attention_numpy(
+        *(q, k_pages, v_pages, query_starts, seq_lens, block_table),
+        scale=scale,
+        window=window,
+        softcap=softcap,
+        kv_scale=kv_scale,
+    )
 
 
 def _rotate(x: Any, cos: Any, sin: Any) -> Any:

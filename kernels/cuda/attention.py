@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import math
+from dataclasses import dataclass
 from typing import Any
 
-from tensorray.kernels.cuda import compiler
+from tensorray.kernels.cuda import compiler, rope
 from tensorray.kernels.cuda.dtypes import ctype, expect
 
 _TILE = 16  # positions
@@ -25,7 +26,15 @@ def _blocks_held(head_dim: int) -> int:
 
 
 def _decode_constants(
-    dtype: str, kv: str, head_dim: int, group: int, block_size: int, softcap: bool
+    dtype: str,
+    kv: str,
+    head_dim: int,
+    group: int,
+    block_size: int,
+    *,
+    softcap: bool = False,
+    rope: bool = False,
+    norm: bool = False,
 ) -> dict[str, int | str]:
     return {
         **{
@@ -36,7 +45,7 @@ def _decode_constants(
             "BLOCK_SIZE": block_size,
         },
         **{"WARPS": 4, "MIN_BLOCKS": _blocks_held(head_dim), "SPLIT_TILES": 16},
-        "SOFTCAP": int(softcap),
+        **{"SOFTCAP": int(softcap), "ROPE": int(rope), "NORM": int(norm)},
     }
 
 
@@ -51,9 +60,9 @@ def _simple_constants(
 
 CONSTANT_SETS = {
     "decode_attention.cu": [
-        _decode_constants("__half", "__half", 128, 4, 16, False),
-        _decode_constants("__nv_bfloat16", "__nv_fp8_e4m3", 80, 9, 8, True),
-        _decode_constants("__nv_bfloat16", "__nv_bfloat16", 256, 2, 32, False),
+        _decode_constants("__half", "__half", 128, 4, 16, rope=True, norm=True),
+        _decode_constants("__nv_bfloat16", "__nv_fp8_e4m3", 80, 9, 8, softcap=True),
+        _decode_constants("__nv_bfloat16", "__nv_bfloat16", 256, 2, 32, rope=True),
     ],
     "simple_attention.cu": [
         _simple_constants("float", "float", 64, 16, False),
@@ -113,6 +122,74 @@ def paged_attention(
     )
 
 
+def rope_attention(
+    q: Any,
+    k: Any,
+    v: Any,
+    table: Any,
+    positions: Any,
+    k_pages: Any,
+    v_pages: Any,
+    slots: Any,
+    query_starts: Any,
+    seq_lens: Any,
+    block_table: Any,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    kv_scale: float = 1.0,
+    q_norm: Any | None = None,
+    k_norm: Any | None = None,
+    eps: float = 0.0,
+    max_query: int | None = None,
+) -> Any:
+    """See `tensorray.kernels.rope.rope_attention`: one kernel in a decode step.
+
+    That one reads older keys and values before the kernel ahead has finished: it must not be one
+    that wrote them.
+    """
+    options: dict[str, Any] = {"scale": scale, "window": window, "softcap": softcap}
+    options["kv_scale"] = kv_scale
+    head_dim = q.shape[2]
+    fits = (
+        max_query == 1
+        and q.itemsize == 2
+        and ctype(k_pages) != "float"
+        and head_dim % 64 == 0
+        and head_dim <= 256
+        and table.shape[1] == head_dim
+        and all(_row_stride(x) % 8 == 0 and x.data.ptr % 16 == 0 for x in (q, k, v))
+    )
+    if fits:
+        newest = Newest(k, v, table, positions, slots, q_norm, k_norm, eps)
+        return decode(q, k_pages, v_pages, seq_lens, block_table, **options, newest=newest)
+    q = rope.rope_append(
+        *(q, k, v, table, positions, k_pages, v_pages, slots),
+        kv_scale=kv_scale,
+        q_norm=q_norm,
+        k_norm=k_norm,
+        eps=eps,
+    )
+    return paged_attention(
+        *(q, k_pages, v_pages, query_starts, seq_lens, block_table), **options, max_query=max_query
+    )
+
+
+@dataclass(frozen=True)
+class Newest:
+    """What one decode kernel rotates and appends before it attends."""
+
+    k: Any  # [S, kv_heads, head_dim]; rows may be strided, as v's
+    v: Any
+    table: Any
+    positions: Any
+    slots: Any
+    q_norm: Any | None = None
+    k_norm: Any | None = None
+    eps: float = 0.0
+
+
 def decode(
     q: Any,
     k_pages: Any,
@@ -124,11 +201,13 @@ def decode(
     window: int | None = None,
     softcap: float | None = None,
     kv_scale: float = 1.0,
+    newest: Newest | None = None,
     splits: int | None = None,
     constants: dict[str, int | str] | None = None,
 ) -> Any:
     """One query a sequence, float16 or bfloat16: q `[S, heads, head_dim]` -> the same shape.
 
+    With `newest`, q is yet to be rotated, and the newest key and value are yet to be appended.
     `splits`, how many blocks share a sequence at most, and `constants`, in place of some of the
     kernel's own, are chosen here unless given (to measure others).
     """
@@ -137,11 +216,16 @@ def decode(
     expect("int32", seq_lens=seq_lens, block_table=block_table)
     sequences, heads, head_dim = q.shape
     kv_heads, block_size = k_pages.shape[1:3]
+    if sequences != len(seq_lens):
+        raise ValueError(f"{sequences} queries for {len(seq_lens)} sequences in a decode step")
     if _row_stride(q) % 8 or q.data.ptr % 16:
         q = cupy.array(q, order="C")
     group = heads // kv_heads
     chosen = _decode_constants(
-        ctype(q), ctype(k_pages), head_dim, group, block_size, softcap is not None
+        *(ctype(q), ctype(k_pages), head_dim, group, block_size),
+        softcap=softcap is not None,
+        rope=newest is not None,
+        norm=newest is not None and newest.q_norm is not None,
     ) | (constants or {})
     head_tiles = -(-group // _HEADS)
     items = sequences * kv_heads * head_tiles
@@ -168,10 +252,23 @@ def decode(
         (32 * int(chosen["WARPS"]),),
         *(q, k_pages, v_pages, seq_lens, block_table, out, partials, arrivals),
         *(_row_stride(q), kv_heads, _row_stride(block_table), window or 0),
-        *(score_scale, cap, kv_scale),
+        *(score_scale, cap, kv_scale, *_newest_arguments(newest)),
         overlap=True,
     )
     return out
+
+
+def _newest_arguments(newest: Newest | None) -> tuple[Any, ...]:
+    if newest is None:
+        return (*[None] * 7, 0, 0, 0.0)
+    expect("float32", table=newest.table)
+    expect("int32", positions=newest.positions)
+    expect("int64", slots=newest.slots)
+    expect(newest.k.dtype.name, v=newest.v, q_norm=newest.q_norm, k_norm=newest.k_norm)
+    return (
+        *(newest.k, newest.v, newest.table, newest.positions, newest.slots),
+        *(newest.q_norm, newest.k_norm, _row_stride(newest.k), _row_stride(newest.v), newest.eps),
+    )
 
 
 def _splits(items: int, tiles: int, split_tiles: int, held: int) -> int:

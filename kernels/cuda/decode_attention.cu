@@ -2,7 +2,7 @@
 // (Flash-Decoding; online softmax of Milakov & Gimelshein, arXiv 1805.02867).
 //
 // A block takes the query heads of one KV head (eight at most), of one sequence, over one range of
-// its positions; each of its warps takes tiles of 16 positions in turn. Scores are S^T = K Q^T and
+// its positions; each of its warps takes tiles of 16 positions (32 of an 8-bit cache) in turn. Scores are S^T = K Q^T and
 // outputs O^T = V^T P^T, so that positions and dims fill the tensor cores' 16 rows and the few
 // heads their 8 columns. Keys and values go from memory straight into the registers the tensor
 // cores read: a sum over dims may run in any order, and so may the order of O's rows, so each
@@ -10,26 +10,32 @@
 //
 // DTYPE: type of q and out (__half, __nv_bfloat16); KV_DTYPE: of the pages; HEAD_DIM: a multiple of 8;
 // GROUP: query heads a KV head; BLOCK_SIZE; WARPS; MIN_BLOCKS: blocks a multiprocessor should hold;
-// SPLIT_TILES: fewest tiles worth a block of their own; SOFTCAP: 1 if scores are capped.
+// SPLIT_TILES: fewest tiles worth a block of their own; SOFTCAP: 1 if scores are capped; ROPE: 1 to
+// rotate q and the newest key and append key and value first, which takes a HEAD_DIM divisible by 64
+// that rotates whole; NORM: 1 to RMS-normalise q's and that key's heads before.
 #include "common.cuh"
 #include "mma.cuh"
 
 using T = DTYPE;
 using KV = KV_DTYPE;
 
-constexpr int TILE = 16;  // positions
+constexpr int SUB = 16;  // positions that fill the tensor cores' rows
+constexpr int SUBS = 2 / sizeof(KV);  // of a tile: the same bytes in flight for any cache
+constexpr int TILE = SUB * SUBS;
 constexpr int HEADS = GROUP < 8 ? GROUP : 8;  // of this block
 constexpr int HEAD_TILES = (GROUP + 7) / 8;
 constexpr int K_CHUNKS = (HEAD_DIM + 31) / 32;  // 4 threads x 8 dims
 constexpr int V_CHUNKS = (HEAD_DIM + 63) / 64;  // 8 threads x 8 dims
-constexpr bool TILE_IN_BLOCK = BLOCK_SIZE % TILE == 0;
+constexpr bool SUB_IN_BLOCK = BLOCK_SIZE % SUB == 0;
 constexpr float NONE = -3e38f;  // a score below all
 
-using Raw = Pack<KV, 8>;  // 8 dims as they lie in memory
+// 8 dims as they lie in memory. Words: a struct of bytes would take a register each.
+struct alignas(8 * sizeof(KV)) Raw {
+  unsigned words[2 * sizeof(KV)];
+};
 
 struct Range {
   int low, high;  // positions that the query sees
-  int first_tile, last_tile;
 };
 
 // One KV head's pages as one sequence's tiles.
@@ -39,9 +45,9 @@ struct Pages {
   const int* blocks;  // the sequence's row of the block table
   long long block_stride;
 
-  // Where a tile's first row lies; `block` is its id.
-  __device__ long long tile_offset(int tile, int block) const {
-    return block * block_stride + static_cast<long long>(tile * TILE % BLOCK_SIZE) * HEAD_DIM;
+  // Where the row of a position that begins a SUB lies; `block` is its id.
+  __device__ long long sub_offset(int position, int block) const {
+    return block * block_stride + static_cast<long long>(position % BLOCK_SIZE) * HEAD_DIM;
   }
   // Where any position's row lies.
   __device__ long long row_offset(int position) const {
@@ -53,56 +59,113 @@ struct Pages {
 __device__ __forceinline__ Raw load_raw(const KV* from) {
   Raw raw;
   if constexpr (sizeof(Raw) == 16) {
-    uint4& x = reinterpret_cast<uint4&>(raw);
     asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+                 : "=r"(raw.words[0]), "=r"(raw.words[1]), "=r"(raw.words[2]), "=r"(raw.words[3])
                  : "l"(from));
   } else {
-    uint2& x = reinterpret_cast<uint2&>(raw);
     asm volatile("ld.global.L1::no_allocate.v2.u32 {%0, %1}, [%2];"
-                 : "=r"(x.x), "=r"(x.y)
+                 : "=r"(raw.words[0]), "=r"(raw.words[1])
                  : "l"(from));
   }
   return raw;
 }
 
-__device__ __forceinline__ Raw zero_raw() {
-  Raw raw;
-#pragma unroll
-  for (int i = 0; i < sizeof(Raw) / 4; i++) reinterpret_cast<unsigned*>(&raw)[i] = 0;
-  return raw;
-}
-
-// Rows of a tile, a thread's 8 dims of each chunk of WIDTH dims. Positions outside the range, and
-// dims past the head's end, are zeros and not read.
+// A tile's rows, a thread's 8 dims of each chunk of WIDTH dims; offsets are of each SUB's first row.
+// Positions outside the range, and dims past the head's end, are zeros and not read.
 template <int ROWS, int CHUNKS, int WIDTH>
-__device__ __forceinline__ void load_rows(Raw (&to)[ROWS][CHUNKS], const KV* base,
-                                          const Pages& pages, long long tile_offset, int tile,
-                                          const int (&rows)[ROWS], int dim, const Range& range) {
+__device__ __forceinline__ void load_rows(Raw (&to)[SUBS][ROWS][CHUNKS], const KV* base,
+                                          const Pages& pages, const long long (&offsets)[SUBS],
+                                          int tile, const int (&rows)[ROWS], int dim,
+                                          const Range& range) {
   const int start = tile * TILE;
   const bool whole = start >= range.low && start + TILE <= range.high;
-  if (whole && TILE_IN_BLOCK && HEAD_DIM % WIDTH == 0) {
+  if (whole && SUB_IN_BLOCK && HEAD_DIM % WIDTH == 0) {
 #pragma unroll
-    for (int r = 0; r < ROWS; r++)
+    for (int u = 0; u < SUBS; u++)
 #pragma unroll
-      for (int c = 0; c < CHUNKS; c++)
-        to[r][c] = load_raw(base + tile_offset + rows[r] * HEAD_DIM + c * WIDTH + dim);
+      for (int r = 0; r < ROWS; r++)
+#pragma unroll
+        for (int c = 0; c < CHUNKS; c++)
+          to[u][r][c] = load_raw(base + offsets[u] + rows[r] * HEAD_DIM + c * WIDTH + dim);
     return;
   }
 #pragma unroll
-  for (int r = 0; r < ROWS; r++) {
-    const int position = start + rows[r];
-    const bool seen = position >= range.low && position < range.high;
-    const long long offset = TILE_IN_BLOCK ? tile_offset + rows[r] * HEAD_DIM
-                             : seen        ? pages.row_offset(position)
-                                           : 0;
+  for (int u = 0; u < SUBS; u++)
 #pragma unroll
-    for (int c = 0; c < CHUNKS; c++) {
-      const int column = c * WIDTH + dim;
-      to[r][c] = seen && column < HEAD_DIM ? load_raw(base + offset + column) : zero_raw();
+    for (int r = 0; r < ROWS; r++) {
+      const int position = start + u * SUB + rows[r];
+      const bool seen = position >= range.low && position < range.high;
+      const long long offset = SUB_IN_BLOCK ? offsets[u] + rows[r] * HEAD_DIM
+                               : seen       ? pages.row_offset(position)
+                                            : 0;
+#pragma unroll
+      for (int c = 0; c < CHUNKS; c++) {
+        const int column = c * WIDTH + dim;
+        to[u][r][c] = seen && column < HEAD_DIM ? load_raw(base + offset + column) : Raw{};
+      }
+    }
+}
+
+#if ROPE
+static_assert(HEAD_DIM % 64 == 0, "a thread holds both dims of a pair");
+
+// A head's dims as the tensor cores' operands lie: 8 of each chunk of 32, those of lane % 4.
+struct Row {
+  float at[K_CHUNKS][8];
+
+  __device__ __forceinline__ void load(const T* from, int dim) {
+#pragma unroll
+    for (int c = 0; c < K_CHUNKS; c++) {
+      const auto values = *reinterpret_cast<const Pack<T, 8>*>(from + c * 32 + dim);
+#pragma unroll
+      for (int j = 0; j < 8; j++) at[c][j] = to_float(values.at[j]);
     }
   }
+
+  __device__ __forceinline__ void normalise(const T* weight, int dim, float eps) {
+    float squares = 0.0f;
+#pragma unroll
+    for (int c = 0; c < K_CHUNKS; c++)
+#pragma unroll
+      for (int j = 0; j < 8; j++) squares += at[c][j] * at[c][j];
+    squares += __shfl_xor_sync(0xffffffff, squares, 1);
+    squares += __shfl_xor_sync(0xffffffff, squares, 2);
+    const float factor = rsqrtf(squares / HEAD_DIM + eps);
+#pragma unroll
+    for (int c = 0; c < K_CHUNKS; c++) {
+      const auto w = *reinterpret_cast<const Pack<T, 8>*>(weight + c * 32 + dim);
+#pragma unroll
+      for (int j = 0; j < 8; j++) at[c][j] *= factor * to_float(w.at[j]);
+    }
+  }
+
+  __device__ __forceinline__ void rotate(const float* cosines, int dim) {
+    constexpr int HALF = K_CHUNKS / 2;
+#pragma unroll
+    for (int c = 0; c < HALF; c++) {
+      const auto cos = *reinterpret_cast<const Pack<float, 8>*>(cosines + c * 32 + dim);
+      const auto sin =
+          *reinterpret_cast<const Pack<float, 8>*>(cosines + HEAD_DIM / 2 + c * 32 + dim);
+#pragma unroll
+      for (int j = 0; j < 8; j++) {
+        const float first = at[c][j], second = at[c + HALF][j];
+        at[c][j] = first * cos.at[j] - second * sin.at[j];
+        at[c + HALF][j] = second * cos.at[j] + first * sin.at[j];
+      }
+    }
+  }
+};
+
+template <typename U>
+__device__ __forceinline__ void pack(const float (&x)[8], float factor,
+                                     unsigned (&words)[2 * sizeof(U)]) {
+  Pack<U, 8> result;
+#pragma unroll
+  for (int j = 0; j < 8; j++) result.at[j] = from_float<U>(x[j] * factor);
+#pragma unroll
+  for (int i = 0; i < 2 * sizeof(U); i++) words[i] = reinterpret_cast<unsigned*>(&result)[i];
 }
+#endif
 
 // A warp's running softmax and output: heads 2 * (lane % 4) and the next, dims by lane / 4.
 struct State {
@@ -119,30 +182,37 @@ __device__ __forceinline__ float capped(float score, float scale, float cap) {
 #endif
 }
 
+// Enter a tile's scores into the running softmax; `weights` become its keys' weights.
 __device__ __forceinline__ void attend_tile(State& state, const unsigned (&q)[K_CHUNKS][4],
-                                            const Raw (&k)[2][K_CHUNKS], int tile, int lane,
+                                            const Raw (&k)[SUBS][2][K_CHUNKS], int tile, int lane,
                                             const Range& range, float scale, float cap,
-                                            unsigned (&weights)[2]) {
-  float score[4] = {};
+                                            unsigned (&weights)[SUBS][2]) {
+  float score[SUBS][4];
+  float peak[2] = {NONE, NONE};
 #pragma unroll
-  for (int c = 0; c < K_CHUNKS; c++) {
-    unsigned upper[4], lower[4];
-    unpack<T>(k[0][c], upper);
-    unpack<T>(k[1][c], lower);
-    mma<T>(score, {upper[0], lower[0], upper[1], lower[1]}, q[c][0], q[c][1]);
-    mma<T>(score, {upper[2], lower[2], upper[3], lower[3]}, q[c][2], q[c][3]);
-  }
+  for (int u = 0; u < SUBS; u++) {
+    float part[2][4] = {};  // two chains of products finish sooner than one
 #pragma unroll
-  for (int i = 0; i < 4; i++) score[i] = capped(score[i], scale, cap);
-  const int start = tile * TILE;
-  if (start < range.low || start + TILE > range.high) {
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-      const int position = start + lane / 4 + (i / 2) * 8;
-      if (position < range.low || position >= range.high) score[i] = NONE;
+    for (int c = 0; c < K_CHUNKS; c++) {
+      unsigned upper[4], lower[4];
+      unpack<T>(k[u][0][c].words, upper);
+      unpack<T>(k[u][1][c].words, lower);
+      mma<T>(part[0], {upper[0], lower[0], upper[1], lower[1]}, q[c][0], q[c][1]);
+      mma<T>(part[1], {upper[2], lower[2], upper[3], lower[3]}, q[c][2], q[c][3]);
     }
+#pragma unroll
+    for (int i = 0; i < 4; i++) score[u][i] = capped(part[0][i] + part[1][i], scale, cap);
+    const int start = tile * TILE + u * SUB;
+    if (start < range.low || start + SUB > range.high) {
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        const int position = start + lane / 4 + (i / 2) * 8;
+        if (position < range.low || position >= range.high) score[u][i] = NONE;
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < 4; i++) peak[i % 2] = fmaxf(peak[i % 2], score[u][i]);
   }
-  float peak[2] = {fmaxf(score[0], score[2]), fmaxf(score[1], score[3])};
 #pragma unroll
   for (int offset = 4; offset < 32; offset *= 2) {
     peak[0] = fmaxf(peak[0], __shfl_xor_sync(0xffffffff, peak[0], offset));
@@ -165,31 +235,38 @@ __device__ __forceinline__ void attend_tile(State& state, const unsigned (&q)[K_
 #pragma unroll
         for (int i = 0; i < 4; i++) state.out[v][t][i] *= factor[i % 2];
   }
-  float weight[4];
 #pragma unroll
-  for (int i = 0; i < 4; i++) {
-    weight[i] = exp2f(score[i] - state.peak[i % 2]);
-    state.sum[i % 2] += weight[i];
+  for (int u = 0; u < SUBS; u++) {
+    float weight[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      weight[i] = exp2f(score[u][i] - state.peak[i % 2]);
+      state.sum[i % 2] += weight[i];
+    }
+    weights[u][0] = transpose(pair<T>(weight[0], weight[1]));
+    weights[u][1] = transpose(pair<T>(weight[2], weight[3]));
   }
-  weights[0] = transpose(pair<T>(weight[0], weight[1]));
-  weights[1] = transpose(pair<T>(weight[2], weight[3]));
 }
 
-__device__ __forceinline__ void add_values(State& state, const Raw (&v)[4][V_CHUNKS],
-                                           const unsigned (&weights)[2]) {
+__device__ __forceinline__ void add_values(State& state, const Raw (&v)[SUBS][4][V_CHUNKS],
+                                           const unsigned (&weights)[SUBS][2]) {
 #pragma unroll
-  for (int c = 0; c < V_CHUNKS; c++) {
-    unsigned row[4][4];
+  for (int u = 0; u < SUBS; u++)
 #pragma unroll
-    for (int r = 0; r < 4; r++) unpack<T>(v[r][c], row[r]);
+    for (int c = 0; c < V_CHUNKS; c++) {
+      unsigned row[4][4];
 #pragma unroll
-    for (int t = 0; t < 4; t++) {
-      mma<T>(state.out[c][t],
-             {__byte_perm(row[0][t], row[1][t], 0x5410), __byte_perm(row[0][t], row[1][t], 0x7632),
-              __byte_perm(row[2][t], row[3][t], 0x5410), __byte_perm(row[2][t], row[3][t], 0x7632)},
-             weights[0], weights[1]);
+      for (int r = 0; r < 4; r++) unpack<T>(v[u][r][c].words, row[r]);
+#pragma unroll
+      for (int t = 0; t < 4; t++) {
+        mma<T>(state.out[c][t],
+               {__byte_perm(row[0][t], row[1][t], 0x5410),
+                __byte_perm(row[0][t], row[1][t], 0x7632),
+                __byte_perm(row[2][t], row[3][t], 0x5410),
+                __byte_perm(row[2][t], row[3][t], 0x7632)},
+               weights[u][0], weights[u][1]);
+      }
     }
-  }
 }
 
 // The factor by which a part with peak `peak` enters a sum with peak `all`.
@@ -206,15 +283,18 @@ __device__ __forceinline__ void store_out(T* to, float4 x, float factor) {
   *reinterpret_cast<Pack<T, 4>*>(to) = result;
 }
 
-// Grid: kv_heads * HEAD_TILES, the most splits of a sequence, sequences. q's rows are q_stride
-// elements apart. scale: of a score, in powers of two unless capped; window: 0 for none.
-// partials: float [sequences, kv_heads * HEAD_TILES, splits, HEADS, HEAD_DIM], then their peak and
-// sum [.., HEADS, 2]; arrivals [sequences * kv_heads * HEAD_TILES], zeros before and after.
+// Grid: kv_heads * HEAD_TILES, the most splits of a sequence, sequences. Rows of q (and of new_k,
+// new_v) are `*_stride` elements apart. scale: of a score, in powers of two unless capped; window:
+// 0 for none; value_scale: what the pages' values are multiplied by. partials: float [sequences,
+// kv_heads * HEAD_TILES, splits, HEADS, HEAD_DIM], then their peak and sum [.., HEADS, 2]; arrivals
+// [sequences * kv_heads * HEAD_TILES], zeros before and after. From new_k on, for ROPE alone.
 extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_BLOCKS)
-    decode_attention(const T* q, const KV* k_pages, const KV* v_pages, const int* seq_lens,
+    decode_attention(const T* q, KV* k_pages, KV* v_pages, const int* seq_lens,
                      const int* block_table, T* out, float* partials, unsigned* arrivals,
                      int q_stride, int kv_heads, int table_width, int window, float scale,
-                     float cap, float value_scale) {
+                     float cap, float value_scale, const T* new_k, const T* new_v,
+                     const float* cosines, const int* positions, const long long* slots,
+                     const T* q_weight, const T* k_weight, int k_stride, int v_stride, float eps) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int kv_head = blockIdx.x / HEAD_TILES;
   const int first_head = blockIdx.x % HEAD_TILES * 8;  // within the group
@@ -224,30 +304,58 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_BLOCKS)
 
   // Metadata comes from the host, ahead of the kernel before this one.
   const int length = seq_lens[sequence];
-  Range range;
-  range.low = window > 0 ? max(0, length - window) : 0;
-  range.high = length;
-  const int first = range.low / TILE;
-  const int tiles = (length + TILE - 1) / TILE - first;
+  const Range range = {window > 0 ? max(0, length - window) : 0, length};
+  const int lowest = range.low / TILE;
+  const int tiles = (length + TILE - 1) / TILE - lowest;
   int splits = max(1, min(static_cast<int>(gridDim.y), tiles / SPLIT_TILES));
   const int each = (tiles + splits - 1) / splits;
   if (each > 0) splits = (tiles + each - 1) / each;
   const int split = blockIdx.y;
-  range.first_tile = first + split * each;
-  range.last_tile = min(range.first_tile + each, first + tiles);
+  // Tiles are taken from the last on: the newest key comes in the first that any warp takes.
+  const int first = lowest + split * each;
+  int tile = min(first + each, lowest + tiles) - 1 - warp;
 
   Pages pages;
   pages.blocks = block_table + static_cast<long long>(sequence) * table_width;
   pages.block_stride = static_cast<long long>(kv_heads) * BLOCK_SIZE * HEAD_DIM;
   pages.keys = k_pages + static_cast<long long>(kv_head) * BLOCK_SIZE * HEAD_DIM;
   pages.values = v_pages + static_cast<long long>(kv_head) * BLOCK_SIZE * HEAD_DIM;
-  // The blocks of this warp's next 32 tiles, one a lane.
-  const auto blocks_from = [&](int tile) {
-    tile += lane * WARPS;
-    return tile < range.last_tile ? pages.blocks[tile * TILE / BLOCK_SIZE] : 0;
+  // The blocks of this warp's next 32 SUBs, one a lane.
+  const auto blocks_from = [&](int from) {
+    const int start = (from - lane / SUBS * WARPS) * TILE + lane % SUBS * SUB;
+    const bool wanted = SUB_IN_BLOCK && start >= first * TILE && start < length;
+    return wanted ? pages.blocks[start / BLOCK_SIZE] : 0;
   };
-  int tile = range.first_tile + warp;
-  int ids = split < splits && TILE_IN_BLOCK ? blocks_from(tile) : 0;
+  int ids = split < splits ? blocks_from(tile) : 0;
+  int done = 0;
+  long long offsets[SUBS];
+  const auto find_tile = [&] {
+#pragma unroll
+    for (int u = 0; u < SUBS; u++) {
+      const int block = __shfl_sync(0xffffffff, ids, (done * SUBS + u) % 32);
+      offsets[u] = pages.sub_offset(tile * TILE + u * SUB, block);
+    }
+  };
+  const int k_rows[2] = {lane / 4, lane / 4 + 8};
+  const int v_rows[4] = {lane % 4 * 2, lane % 4 * 2 + 1, lane % 4 * 2 + 8, lane % 4 * 2 + 9};
+  const int k_dim = lane % 4 * 8, v_dim = lane / 4 * 8;
+  Raw k[SUBS][2][K_CHUNKS], v[SUBS][4][V_CHUNKS];
+  const auto load_keys = [&](const Range& seen) {
+    load_rows<2, K_CHUNKS, 32>(k, pages.keys, pages, offsets, tile, k_rows, k_dim, seen);
+  };
+  const auto load_values = [&](const Range& seen) {
+    load_rows<4, V_CHUNKS, 64>(v, pages.values, pages, offsets, tile, v_rows, v_dim, seen);
+  };
+  find_tile();
+#if ROPE
+  // All but the newest key and value have been there since before the kernel ahead.
+  const Range older = {range.low, length - 1};
+  const bool newest = warp == 0 && split == splits - 1;  // this warp appends
+  if (split < splits && tile >= first) {
+    load_keys(older);
+    load_values(older);
+  }
+#endif
 
   wait_for_previous_kernel();
   let_next_kernel_start();
@@ -259,47 +367,89 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_BLOCKS)
       own_out[i] = from_float<T>(0.0f);
     return;
   }
-
-  const int k_rows[2] = {lane / 4, lane / 4 + 8};
-  const int v_rows[4] = {lane % 4 * 2, lane % 4 * 2 + 1, lane % 4 * 2 + 8, lane % 4 * 2 + 9};
-  const int k_dim = lane % 4 * 8, v_dim = lane / 4 * 8;
-  Raw k[2][K_CHUNKS], v[4][V_CHUNKS];
   unsigned query[K_CHUNKS][4];
-  State state;
-  int done = 0;
-  const auto offset_of_next = [&] {
-    return pages.tile_offset(tile, __shfl_sync(0xffffffff, ids, done % 32));
-  };
-  long long offset = offset_of_next();
-  if (tile < range.last_tile) {
-    load_rows<2, K_CHUNKS, 32>(k, pages.keys, pages, offset, tile, k_rows, k_dim, range);
-    load_rows<4, V_CHUNKS, 64>(v, pages.values, pages, offset, tile, v_rows, v_dim, range);
-  }
-  {
-    const int head = lane / 4;
-    const T* row = q + static_cast<long long>(sequence) * q_stride +
+  const int head = min(lane / 4, own_heads - 1);  // those past the last compute what is not used
+  const T* q_row = q + static_cast<long long>(sequence) * q_stride +
                    (kv_head * GROUP + first_head + head) * HEAD_DIM;
+#if ROPE
+  const float* angles = cosines + static_cast<long long>(positions[sequence]) * HEAD_DIM;
+  {
+    Row row;
+    row.load(q_row, k_dim);
+#if NORM
+    row.normalise(q_weight, k_dim, eps);
+#endif
+    row.rotate(angles, k_dim);
+#pragma unroll
+    for (int c = 0; c < K_CHUNKS; c++) pack<T>(row.at[c], 1.0f, query[c]);
+  }
+  if (newest) {
+    const float inverse = 1.0f / value_scale;
+    const long long slot = slots[sequence];
+    const long long to = (slot / BLOCK_SIZE * kv_heads + kv_head) * BLOCK_SIZE + slot % BLOCK_SIZE;
+    const bool stores = slot >= 0 && first_head == 0;
+    const int own = (length - 1) % SUB, own_sub = (length - 1) % TILE / SUB;
+    Row row;
+    row.load(new_k + static_cast<long long>(sequence) * k_stride + kv_head * HEAD_DIM, k_dim);
+#if NORM
+    row.normalise(k_weight, k_dim, eps);
+#endif
+    row.rotate(angles, k_dim);
 #pragma unroll
     for (int c = 0; c < K_CHUNKS; c++) {
-      const int column = c * 32 + k_dim;
-      uint4 x = {0, 0, 0, 0};
-      if (head < own_heads && column < HEAD_DIM) x = *reinterpret_cast<const uint4*>(row + column);
-      query[c][0] = x.x, query[c][1] = x.y, query[c][2] = x.z, query[c][3] = x.w;
+      Raw key;
+      pack<KV>(row.at[c], inverse, key.words);
+#pragma unroll
+      for (int u = 0; u < SUBS; u++)
+#pragma unroll
+        for (int r = 0; r < 2; r++)
+          if (u == own_sub && k_rows[r] == own) k[u][r][c] = key;
+      if (stores && lane < 4)
+        *reinterpret_cast<Raw*>(k_pages + to * HEAD_DIM + c * 32 + k_dim) = key;
+    }
+    const T* v_row = new_v + static_cast<long long>(sequence) * v_stride + kv_head * HEAD_DIM;
+#pragma unroll
+    for (int c = 0; c < V_CHUNKS; c++) {
+      const auto wide = *reinterpret_cast<const Pack<T, 8>*>(v_row + c * 64 + v_dim);
+      float x[8];
+#pragma unroll
+      for (int j = 0; j < 8; j++) x[j] = to_float(wide.at[j]);
+      Raw value;
+      pack<KV>(x, inverse, value.words);
+#pragma unroll
+      for (int u = 0; u < SUBS; u++)
+#pragma unroll
+        for (int r = 0; r < 4; r++)
+          if (u == own_sub && v_rows[r] == own) v[u][r][c] = value;
+      if (stores && lane % 4 == 0)
+        *reinterpret_cast<Raw*>(v_pages + to * HEAD_DIM + c * 64 + v_dim) = value;
     }
   }
-  while (tile < range.last_tile) {
-    const int next = tile + WARPS;
-    unsigned weights[2];
+#else
+  if (tile >= first) {
+    load_keys(range);
+    load_values(range);
+  }
+#pragma unroll
+  for (int c = 0; c < K_CHUNKS; c++) {
+    const int column = c * 32 + k_dim;
+    uint4 x = {0, 0, 0, 0};
+    if (column < HEAD_DIM) x = *reinterpret_cast<const uint4*>(q_row + column);
+    query[c][0] = x.x, query[c][1] = x.y, query[c][2] = x.z, query[c][3] = x.w;
+  }
+#endif
+
+  State state;
+  while (tile >= first) {
+    unsigned weights[SUBS][2];
     attend_tile(state, query, k, tile, lane, range, scale, cap, weights);
-    tile = next;
+    tile -= WARPS;
     done++;
-    if (done % 32 == 0 && TILE_IN_BLOCK) ids = blocks_from(tile);
-    offset = offset_of_next();
-    if (tile < range.last_tile)
-      load_rows<2, K_CHUNKS, 32>(k, pages.keys, pages, offset, tile, k_rows, k_dim, range);
+    if (done * SUBS % 32 == 0) ids = blocks_from(tile);
+    find_tile();
+    if (tile >= first) load_keys(range);
     add_values(state, v, weights);
-    if (tile < range.last_tile)
-      load_rows<4, V_CHUNKS, 64>(v, pages.values, pages, offset, tile, v_rows, v_dim, range);
+    if (tile >= first) load_values(range);
   }
 
   // The warps' results become one.

@@ -45,13 +45,6 @@ __device__ __forceinline__ unsigned transpose(unsigned x) {
   return y;
 }
 
-// Eight elements as T, two a register.
-template <typename T>
-__device__ __forceinline__ void unpack(const Pack<T, 8>& raw, unsigned (&to)[4]) {
-#pragma unroll
-  for (int i = 0; i < 4; i++) to[i] = reinterpret_cast<const unsigned*>(&raw)[i];
-}
-
 template <typename T>
 __device__ __forceinline__ unsigned from_halves(__half2_raw x) {  // exact for what was 8 bits
   const float2 floats = __half22float2(__half2(x));
@@ -62,12 +55,23 @@ __device__ __forceinline__ unsigned from_halves<__half>(__half2_raw x) {
   return *reinterpret_cast<const unsigned*>(&x);
 }
 
+// Eight elements as T, two a register: from 16 bytes of T, or 8 bytes of float8_e4m3.
 template <typename T>
-__device__ __forceinline__ void unpack(const Pack<__nv_fp8_e4m3, 8>& raw, unsigned (&to)[4]) {
+__device__ __forceinline__ void unpack(const unsigned (&words)[4], unsigned (&to)[4]) {
+#pragma unroll
+  for (int i = 0; i < 4; i++) to[i] = words[i];
+}
+
+template <typename T>
+__device__ __forceinline__ void unpack(const unsigned (&words)[2], unsigned (&to)[4]) {
 #pragma unroll
   for (int i = 0; i < 4; i++) {
-    const __half2_raw halves = __nv_cvt_fp8x2_to_halfraw2(
-        reinterpret_cast<const __nv_fp8x2_storage_t*>(&raw)[i], __NV_E4M3);
-    to[i] = from_halves<T>(halves);
+    const auto two = static_cast<__nv_fp8x2_storage_t>(words[i / 2] >> i % 2 * 16);
+    to[i] = from_halves<T>(__nv_cvt_fp8x2_to_halfraw2(two, __NV_E4M3));
   }
+}
+
+template <typename T, typename U>
+__device__ __forceinline__ void unpack(const Pack<U, 8>& elements, unsigned (&to)[4]) {
+  unpack<T>(reinterpret_cast<const unsigned (&)[2 * sizeof(U)]>(elements), to);
 }

@@ -50,6 +50,7 @@ def rope_append(
     import cupy
 
     out = cupy.empty(q.shape, q.dtype)
+    expect(q.dtype.name, k=k, v=v, q_norm=q_norm, k_norm=k_norm)
     norms = None if q_norm is None else (q_norm, k_norm, eps)
     _launch(q, k, v, table, positions, norms, out, k_pages, v_pages, slots, 1.0 / kv_scale)
     return out
