@@ -251,9 +251,10 @@ def timed_cases(
         "head": trace_segment(head, [x], [norm, weight(vocabulary, hidden)]),
     }
     for name, segment in segments.items():
-        rows = tuple(r for r in TIMED_ROWS if name != "head" or r <= 512)
-        profiles = ProfileSet(tuple(Profile(r, r, r) for r in rows))
-        yield Case(name, segment, HALF, profiles, rows)
+        for rows in TIMED_ROWS:
+            if name != "head" or rows <= 512:
+                profiles = ProfileSet((Profile(rows, rows, rows),))
+                yield Case(f"{name} {rows}", segment, HALF, profiles, (rows,))
 
 
 # --- building ------------------------------------------------------------------------------------
@@ -606,12 +607,15 @@ class Session:
 
     def times(self) -> None:
         """Of the plans that `parallel` left, once the GPU is quiet."""
-        for name, plan in self.timed.items():
+        for case in timed_cases():
+            plan = self.timed.get(case.name)
+            if plan is None:
+                continue
             sets = weight_sets(self.runner, plan)
-            rows = [profile.best for profile in plan.profiles.profiles]
-            self.report.times[name] = {r: self.runner.microseconds(plan, r, sets) for r in rows}
+            name, rows = case.name.split()
+            taken = self.runner.microseconds(plan, int(rows), sets)
+            self.report.times.setdefault(name, {})[int(rows)] = taken
             del sets
-            self.report.say(f"{name}: {self.report.times[name]}")
             self.runner.cupy.get_default_memory_pool().free_all_blocks()
         self.torch_times()
 
