@@ -19,8 +19,8 @@ __device__ __forceinline__ float activate(float x, float cap) {
 extern "C" __global__ void __launch_bounds__(256)
     elementwise(const T* x, const T* bias, const Y* residual, Y* y, int columns, unsigned packs,
                 long long x_stride, long long residual_stride, float cap) {
-  let_next_kernel_start();
   wait_for_previous_kernel();
+  let_next_kernel_start();
   const unsigned across = columns / VEC;
   for (unsigned i = blockIdx.x * blockDim.x + threadIdx.x; i < packs; i += gridDim.x * blockDim.x) {
     const unsigned row = i / across, column = i % across * VEC;

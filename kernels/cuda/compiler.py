@@ -291,10 +291,11 @@ class Function:
         self._handle = _checked(driver.cuModuleGetFunction(module, name.encode()), label)
         if shared_bytes > _SHARED_LIMIT:
             attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-            _checked(
-                driver.cuFuncSetAttribute(self._handle, attribute, shared_bytes),
-                f"{label}: {shared_bytes} bytes of shared memory",
-            )
+            doing = f"{label}: {shared_bytes} bytes of shared memory"
+            # The kernel's own, shared by all that launch it: it may only rise.
+            allowed = _checked(driver.cuFuncGetAttribute(attribute, self._handle), doing)
+            if shared_bytes > allowed:
+                _checked(driver.cuFuncSetAttribute(self._handle, attribute, shared_bytes), doing)
 
     def __call__(
         self,

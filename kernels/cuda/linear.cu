@@ -7,13 +7,13 @@
 // from shared memory just what it copied there itself (cp.async): the pipeline needs no barriers,
 // and is as deep as shared memory is large.
 //
-// A team of TEAM warps makes tiles of 16 * MTILES outputs. Its warps share `in` between them in
-// chunks of 64; their sums meet in shared memory, always in the same order. With RESIDENT a block
-// keeps all of x in shared memory; otherwise x comes with the weights, chunk by chunk.
+// A block makes tiles of 16 * MTILES outputs, as many at a time as the pipeline has room for. Its
+// warps share `in` between them in chunks of 32 * HALVES; their sums meet in shared memory, always
+// in the same order. x comes with the weights, chunk by chunk, unless NORM: then a block norms it
+// first and keeps all of it in shared memory.
 //
-// WEIGHT: element type of weight, norm and bias; INPUT: of x, WEIGHT unless RESIDENT; OUTPUT: of
-// residual and result. NORM: x is normed as it is made resident. GATED: tiles alternate between a
-// gate's 16 outputs and those that it gates.
+// WEIGHT: element type of weight, norm and bias; INPUT: of x, WEIGHT unless NORM; OUTPUT: of
+// residual and result. GATED: tiles alternate between a gate's 16 outputs and those that it gates.
 //
 // GROUPED, if not 0: a block takes rows of a group, ROWS of them, and one of the weights that
 // `weight` is a stack of (moe.cu says how groups are made). 1: x is gathered, 2: y is scattered.
@@ -30,16 +30,15 @@ using Y = OUTPUT;
 
 constexpr int WARPS = 8;
 constexpr int THREADS = 32 * WARPS;
-constexpr int TEAMS = WARPS / TEAM;
-constexpr int CHUNK = 64;
+constexpr int CHUNK = 32 * HALVES;
 constexpr int ROWS = 8 * NTILES;
 constexpr int OUTS = 16 * MTILES;
 constexpr int RESULTS = GATED ? OUTS / 2 : OUTS;
 
 // What a warp copies at a time, in units of 16 bytes a lane.
 constexpr int UNIT = 32 * 16;
-constexpr int X_FIRST = 4 * MTILES;
-constexpr int UNITS = X_FIRST + (RESIDENT ? 0 : 2 * NTILES);
+constexpr int X_FIRST = 2 * HALVES * MTILES;
+constexpr int UNITS = X_FIRST + (NORM ? 0 : HALVES * NTILES);
 
 constexpr int PITCH = OUTS + 4;  // spreads a warp's sums over the banks
 constexpr int RING_BYTES = STAGES * WARPS * UNITS * UNIT;
@@ -53,56 +52,53 @@ __device__ __forceinline__ uint4 load_unit(unsigned source) {
   return v;
 }
 
-__device__ __forceinline__ void team_barrier(int team) {
-  if (TEAM == 1)
-    __syncwarp();
-  else if (TEAM == WARPS)
-    __syncthreads();
-  else
-    asm volatile("bar.sync %0, %1;" ::"r"(team + 1), "n"(TEAM * 32) : "memory");
+// The packs of a row of x, or of its norm's weight, that a thread holds while x is normed.
+constexpr int HELD = 4;  // of 8 elements: rows of up to 8192
+
+template <typename E>
+__device__ __forceinline__ void hold(Pack<E, 8> (&held)[HELD], const E* row, int in) {
+#pragma unroll
+  for (int i = 0; i < HELD; i++) {
+    const int k = (i * THREADS + threadIdx.x) * 8;
+    if (k < in) held[i] = *reinterpret_cast<const Pack<E, 8>*>(row + k);
+  }
 }
 
-// x's rows in shared memory, `pitch` bytes from one to the next, as T and normed if asked.
-__device__ __forceinline__ void make_resident(unsigned char* target, int pitch, const X* x,
-                                              const T* norm, float (*partial)[WARPS], int rows,
-                                              int in, long long stride, float eps) {
+// Norms x's rows into shared memory, `pitch` bytes from one to the next.
+__device__ __forceinline__ void norm_rows(unsigned char* target, int pitch, const X* x,
+                                          const Pack<T, 8> (&factors)[HELD],
+                                          float (*partial)[WARPS], int rows, int in,
+                                          long long stride, float eps) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  if (NORM) {
-    for (int row = 0; row < rows; row++) {
-      float sum = 0.0f;
-#pragma unroll 2
-      for (int k = threadIdx.x * 8; k < in; k += THREADS * 8) {
-        const auto values = *reinterpret_cast<const Pack<X, 8>*>(x + row * stride + k);
-#pragma unroll
-        for (int j = 0; j < 8; j++) sum += to_float(values.at[j]) * to_float(values.at[j]);
-      }
-#pragma unroll
-      for (int mask = 16; mask > 0; mask /= 2) sum += __shfl_xor_sync(~0u, sum, mask);
-      if (lane == 0) partial[row][warp] = sum;
-    }
-    __syncthreads();
-  }
+  Pack<X, 8> values[HELD], next[HELD];
+  hold(next, x, in);
   for (int row = 0; row < rows; row++) {
-    float scale = 0.0f;
-    if (NORM) {
+    float sum = 0.0f;
 #pragma unroll
-      for (int w = 0; w < WARPS; w++) scale += partial[row][w];
-      scale = rsqrtf(scale / in + eps);
+    for (int i = 0; i < HELD; i++) {
+      values[i] = next[i];
+      if ((i * THREADS + threadIdx.x) * 8 >= in) continue;
+#pragma unroll
+      for (int j = 0; j < 8; j++) sum += to_float(values[i].at[j]) * to_float(values[i].at[j]);
     }
-#pragma unroll 4
-    for (int k = threadIdx.x * 8; k < in; k += THREADS * 8) {
-      const auto values = *reinterpret_cast<const Pack<X, 8>*>(x + row * stride + k);
-      Pack<T, 8> kept;
-      if (NORM) {
-        const auto factors = *reinterpret_cast<const Pack<T, 8>*>(norm + k);
+    if (row + 1 < rows) hold(next, x + (row + 1) * stride, in);
 #pragma unroll
-        for (int j = 0; j < 8; j++)
-          kept.at[j] = from_float<T>(to_float(values.at[j]) * scale * to_float(factors.at[j]));
-      } else {
+    for (int mask = 16; mask > 0; mask /= 2) sum += __shfl_xor_sync(~0u, sum, mask);
+    if (lane == 0) partial[row][warp] = sum;
+    __syncthreads();
+    sum = 0.0f;
 #pragma unroll
-        for (int j = 0; j < 8; j++) kept.at[j] = from_float<T>(to_float(values.at[j]));
-      }
-      *reinterpret_cast<Pack<T, 8>*>(target + row * pitch + k * 2) = kept;
+    for (int w = 0; w < WARPS; w++) sum += partial[row][w];
+    const float scale = rsqrtf(sum / in + eps);
+#pragma unroll
+    for (int i = 0; i < HELD; i++) {
+      const int k = (i * THREADS + threadIdx.x) * 8;
+      if (k >= in) continue;
+      Pack<T, 8> normed;
+#pragma unroll
+      for (int j = 0; j < 8; j++)
+        normed.at[j] = from_float<T>(to_float(values[i].at[j]) * scale * to_float(factors[i].at[j]));
+      *reinterpret_cast<Pack<T, 8>*>(target + row * pitch + k * 2) = normed;
     }
   }
   __syncthreads();
@@ -116,15 +112,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, NTILES > 2 ? 1 : 2)
              int gate, int weights_ahead, const int4* groups, const int* order, int choices) {
   extern __shared__ __align__(128) unsigned char shared[];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int team = warp / TEAM, mate = warp % TEAM;
   const int group = lane / 4, quad = lane % 4;
   const unsigned ring = shared_address(shared);
   const unsigned own = ring + warp * UNITS * UNIT + lane * 16;
 
   const int results = GATED ? out / 2 : out;
   const int tiles = (results + RESULTS - 1) / RESULTS;
-  const int first = blockIdx.x * TEAMS + team, stride = gridDim.x * TEAMS;
-  const int rounds = (in + CHUNK * TEAM - 1) / (CHUNK * TEAM);
+  const int first = blockIdx.x, stride = gridDim.x;
+  const int rounds = (in + CHUNK * WARPS - 1) / (CHUNK * WARPS);
+  const int own_k = warp * CHUNK + quad * 8;  // where in a round's share of `in` this thread is
   const int steps = first < tiles ? ((tiles - first + stride - 1) / stride) * rounds : 0;
 
   int first_row = 0;
@@ -140,7 +136,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, NTILES > 2 ? 1 : 2)
   // The rows of x that this thread copies, null past the last.
   const X* x_rows[NTILES];
   // The next copy: its number, tile and place in `in`, and the rows of the weight there.
-  int copied = 0, copied_tile = first, copied_k = mate * CHUNK + quad * 8;
+  int copied = 0, copied_tile = first, copied_k = own_k;
   unsigned copied_to = own;
   const T* weight_rows[MTILES][2];
   const auto find_weight_rows = [&] {
@@ -165,23 +161,23 @@ extern "C" __global__ void __launch_bounds__(THREADS, NTILES > 2 ? 1 : 2)
 #pragma unroll
       for (int half = 0; half < 2; half++) {
 #pragma unroll
-        for (int h = 0; h < 2; h++) {
+        for (int h = 0; h < HALVES; h++) {
           const int k = at + h * 32;
-          copy_async(target + (m * 4 + half * 2 + h) * UNIT,
+          copy_async(target + ((m * 2 + half) * HALVES + h) * UNIT,
                      weight_rows[m][half] + (k < in ? k : 0), k < in);
         }
       }
     }
   };
   const auto copy_x = [&](unsigned target, int at) {
-    if (RESIDENT) return;
+    if (NORM) return;
 #pragma unroll
     for (int n = 0; n < NTILES; n++) {
 #pragma unroll
-      for (int h = 0; h < 2; h++) {
+      for (int h = 0; h < HALVES; h++) {
         const int k = at + h * 32;
         const bool valid = x_rows[n] != nullptr && k < in;
-        copy_async(target + (X_FIRST + n * 2 + h) * UNIT, valid ? x_rows[n] + k : x, valid);
+        copy_async(target + (X_FIRST + n * HALVES + h) * UNIT, valid ? x_rows[n] + k : x, valid);
       }
     }
   };
@@ -189,13 +185,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, NTILES > 2 ? 1 : 2)
     copied++;
     copied_to += WARPS * UNITS * UNIT;
     if (copied_to == own + RING_BYTES) copied_to = own;
-    copied_k += TEAM * CHUNK;
-    if (copied_k - mate * CHUNK - quad * 8 >= rounds * TEAM * CHUNK) {
-      copied_k = mate * CHUNK + quad * 8;
+    copied_k += WARPS * CHUNK;
+    if (copied_k == own_k + rounds * WARPS * CHUNK) {
+      copied_k = own_k;
       copied_tile += stride;
       find_weight_rows();
     }
-    if (copied == steps) let_next_kernel_start();  // memory has nothing to do but its copies
   };
 
   find_weight_rows();
@@ -208,6 +203,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, NTILES > 2 ? 1 : 2)
       }
     }
   }
+  Pack<T, 8> factors[HELD];
+  if (NORM) hold(factors, norm, in);
   wait_for_previous_kernel();
 #pragma unroll
   for (int n = 0; n < NTILES; n++) {
@@ -217,17 +214,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, NTILES > 2 ? 1 : 2)
       x_rows[n] = x + (GROUPED == 1 ? order[first_row + row] / choices : first_row + row) * x_stride;
   }
   if (weights_ahead) {
-    // Their x: a tile has at least one step and may have fewer than there are stages.
-    int k = mate * CHUNK + quad * 8, round = 0;
+    int k = own_k;  // of the x that goes with them
 #pragma unroll
     for (int s = 0; s < STAGES; s++) {
       if (s < steps) copy_x(own + s * (WARPS * UNITS * UNIT), k);
       commit_copies();
-      k += TEAM * CHUNK;
-      if (++round == rounds) {
-        round = 0;
-        k = mate * CHUNK + quad * 8;
-      }
+      k += WARPS * CHUNK;
+      if (k == own_k + rounds * WARPS * CHUNK) k = own_k;
     }
   } else {
 #pragma unroll
@@ -240,11 +233,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, NTILES > 2 ? 1 : 2)
       commit_copies();
     }
   }
+  // When memory has nothing left to do but copies under way, the next kernel's may follow.
+  if (copied == steps) let_next_kernel_start();
   const int pitch = (in + 63) / 64 * 128 + 64;  // spreads a row's neighbours over the banks
-  unsigned char* const resident = shared + RING_BYTES + SUMS_BYTES;
-  if (RESIDENT)
-    make_resident(resident, pitch, x, norm, reinterpret_cast<float(*)[WARPS]>(shared + RING_BYTES),
-                  rows, in, x_stride, eps);
+  unsigned char* const normed = shared + RING_BYTES + SUMS_BYTES;
+  float* const sums = reinterpret_cast<float*>(shared + RING_BYTES);
+  if (NORM)
+    norm_rows(normed, pitch, x, factors, reinterpret_cast<float(*)[WARPS]>(sums), rows, in, x_stride,
+              eps);
 
   float acc[MTILES][NTILES][4] = {};
   unsigned source = own;
@@ -252,22 +248,22 @@ extern "C" __global__ void __launch_bounds__(THREADS, NTILES > 2 ? 1 : 2)
   for (int step = 0; step < steps; step++) {
     wait_for_copies<STAGES - 1>();
 #pragma unroll
-    for (int h = 0; h < 2; h++) {
+    for (int h = 0; h < HALVES; h++) {
       uint4 b[NTILES];
 #pragma unroll
       for (int n = 0; n < NTILES; n++) {
-        if (RESIDENT) {
-          const int k = (round * TEAM + mate) * CHUNK + quad * 8 + h * 32, row = n * 8 + group;
+        if (NORM) {
+          const int k = round * WARPS * CHUNK + own_k + h * 32, row = n * 8 + group;
           b[n] = make_uint4(0, 0, 0, 0);
-          if (row < rows && k < in) b[n] = load_unit(shared_address(resident) + row * pitch + k * 2);
+          if (row < rows && k < in) b[n] = load_unit(shared_address(normed) + row * pitch + k * 2);
         } else {
-          b[n] = load_unit(source + (X_FIRST + n * 2 + h) * UNIT);
+          b[n] = load_unit(source + (X_FIRST + n * HALVES + h) * UNIT);
         }
       }
 #pragma unroll
       for (int m = 0; m < MTILES; m++) {
-        const uint4 low = load_unit(source + (m * 4 + h) * UNIT);
-        const uint4 high = load_unit(source + (m * 4 + 2 + h) * UNIT);
+        const uint4 low = load_unit(source + (m * 2 * HALVES + h) * UNIT);
+        const uint4 high = load_unit(source + ((m * 2 + 1) * HALVES + h) * UNIT);
 #pragma unroll
         for (int n = 0; n < NTILES; n++) {
           mma<T>(acc[m][n], {low.x, high.x, low.y, high.y}, b[n].x, b[n].y);
@@ -279,17 +275,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, NTILES > 2 ? 1 : 2)
       copy_weight(copied_to, copied_k);
       copy_x(copied_to, copied_k);
       advance();
+      if (copied == steps) let_next_kernel_start();
     }
     commit_copies();
     source += WARPS * UNITS * UNIT;
     if (source == own + RING_BYTES) source = own;
     if (++round < rounds) continue;
 
-    // The tile is whole: add up what the team's warps have of it.
-    float* const sums =
-        reinterpret_cast<float*>(shared + RING_BYTES) + team * TEAM * ROWS * PITCH;
-    float* const mine = sums + (mate * ROWS + quad * 2) * PITCH + group;
-    team_barrier(team);  // the tile before this one has been read
+    // The tile is whole: add up what the warps have of it.
+    float* const mine = sums + (warp * ROWS + quad * 2) * PITCH + group;
+    __syncthreads();  // the sums of the tile before have been read
 #pragma unroll
     for (int m = 0; m < MTILES; m++) {
 #pragma unroll
@@ -301,14 +296,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, NTILES > 2 ? 1 : 2)
         }
       }
     }
-    team_barrier(team);
+    __syncthreads();
     const auto total = [&](int row, int at) {
       float sum = 0.0f;
 #pragma unroll
-      for (int w = 0; w < TEAM; w++) sum += sums[(w * ROWS + row) * PITCH + at];
+      for (int w = 0; w < WARPS; w++) sum += sums[(w * ROWS + row) * PITCH + at];
       return sum;
     };
-    for (int i = mate * 32 + lane; i < rows * RESULTS; i += TEAM * 32) {
+    for (int i = threadIdx.x; i < rows * RESULTS; i += THREADS) {
       const int row = i / RESULTS, at = i % RESULTS, result = tile * RESULTS + at;
       if (result >= results) continue;
       float value;

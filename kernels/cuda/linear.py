@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from tensorray.kernels.cuda import compiler, cublas
@@ -12,27 +12,30 @@ from tensorray.kernels.cuda.dtypes import ctype
 from tensorray.kernels.cuda.layout import aligned, as_rows, stride
 from tensorray.kernels.cuda.norm import rms_norm
 
-_HALF = {"WEIGHT": "__half", "INPUT": "__half", "OUTPUT": "__half", "MTILES": 2, "STAGES": 2}
-_WIDE = {"WEIGHT": "__nv_bfloat16", "INPUT": "float", "OUTPUT": "float", "MTILES": 1, "STAGES": 4}
+_HALF = {"WEIGHT": "__half", "INPUT": "__half", "OUTPUT": "__half", "MTILES": 2, "STAGES": 5}
+_WIDE = {"WEIGHT": "__nv_bfloat16", "INPUT": "float", "OUTPUT": "float", "MTILES": 1, "STAGES": 8}
 CONSTANT_SETS = {
     "linear.cu": [
-        dict(_HALF, NTILES=1, TEAM=8, RESIDENT=1, NORM=1, GATED=1, GROUPED=0),
-        dict(_HALF, NTILES=2, TEAM=4, RESIDENT=0, NORM=0, GATED=0, GROUPED=0),
-        dict(_WIDE, NTILES=1, TEAM=1, RESIDENT=1, NORM=1, GATED=0, GROUPED=0),
-        dict(_HALF, NTILES=1, TEAM=8, RESIDENT=0, NORM=0, GATED=1, GROUPED=1),
-        dict(_HALF, NTILES=4, TEAM=8, RESIDENT=0, NORM=0, GATED=0, GROUPED=2),
+        dict(_HALF, NTILES=1, HALVES=2, NORM=1, GATED=1, GROUPED=0),
+        dict(_HALF, NTILES=2, HALVES=1, NORM=0, GATED=0, GROUPED=0),
+        dict(_WIDE, NTILES=1, HALVES=2, NORM=1, GATED=0, GROUPED=0),
+        dict(_HALF, NTILES=1, HALVES=2, NORM=0, GATED=1, GROUPED=1),
+        dict(_HALF, NTILES=4, HALVES=2, NORM=0, GATED=0, GROUPED=2),
     ]
 }
 
 #: With more rows cuBLAS is faster, or nearly so.
 FEW_ROWS = 16
-#: With more rows a norm is a launch of its own: each block of the product would repeat it.
+#: With more rows, or longer ones, a norm is a launch of its own: each block would repeat it.
 FEW_NORMED_ROWS = 4
+LONGEST_NORMED_ROW = 8192
 
 # As in linear.cu.
-_WARPS, _CHUNK, _UNIT = 8, 64, 512
-_SHARED_BYTES = 227 * 1024  # of a multiprocessor, all of its blocks together
-_RESERVED_BYTES = 1024  # what the driver adds to each block's
+_WARPS, _UNIT = 8, 512
+_SHARED_BYTES = 226 * 1024  # what a block may have
+# Weights that the blocks of one launch hold in flight all at once.
+_SMALL_WEIGHT = 16 << 20
+_SMALL_TILE = 128 << 10
 
 
 @dataclass(frozen=True)
@@ -40,18 +43,16 @@ class Plan:
     """How a product of few rows is cut up."""
 
     mtiles: int  # sixteens of outputs made at a time
-    team: int  # warps that share the sum over `in`
-    stages: int  # chunks on their way at once
-    blocks: int  # at most so many on a multiprocessor
-    resident: bool  # whether all of x lies in shared memory
+    halves: int  # of 64 bytes of a weight's row that a warp takes at a time
+    stages: int  # such pieces on their way at once
 
-    def shared_bytes(self, rows: int, inner: int) -> int:
+    def shared_bytes(self, rows: int, inner: int, normed: bool) -> int:
         """Shared memory of a block."""
-        units = 4 * self.mtiles + (0 if self.resident else 2 * ntiles(rows))
+        units = self.halves * (2 * self.mtiles + (0 if normed else ntiles(rows)))
         ring = self.stages * units * _UNIT * _WARPS
         sums = _WARPS * 8 * ntiles(rows) * (16 * self.mtiles + 4) * 4
-        pitch = -(-inner // _CHUNK) * 2 * _CHUNK + 64
-        return ring + sums + (rows * pitch if self.resident else 0)
+        pitch = -(-inner // 64) * 128 + 64
+        return ring + sums + (rows * pitch if normed else 0)
 
 
 def ntiles(rows: int) -> int:
@@ -72,17 +73,24 @@ def linear(
     """See `tensorray.kernels.linear.linear`."""
     rows = as_rows(x)
     weight = as_rows(weight)
-    plan = None
-    if 0 < len(rows) <= FEW_ROWS and _streams(weight) and aligned(rows):
-        plan = choose(*weight.shape, len(rows), gate is not None)
+    few = 0 < len(rows) <= FEW_ROWS and _streams(weight) and aligned(rows)
+    inner = weight.shape[1]
     if norm is not None and not (
-        plan is not None
-        and plan.resident
+        few
         and len(rows) <= FEW_NORMED_ROWS
+        and inner <= LONGEST_NORMED_ROW
         and aligned(norm.reshape(1, -1))
     ):
         rows, norm = rms_norm(rows, norm, eps), None
-    if plan is not None:
+    if few:
+        plan = choose(
+            len(weight),
+            inner,
+            len(rows),
+            norm is not None,
+            gate is not None,
+            multiprocessors(weight.device.id),
+        )
         return few_rows(rows, weight, bias, norm, eps, gate, residual, plan)
     y = cublas.matmul(rows, weight)
     if bias is None and gate is None and residual is None:
@@ -108,10 +116,10 @@ def few_rows(
     results = outs // 2 if gate else outs
     base = None if residual is None else as_rows(residual)
     y = cupy.empty((rows, results), weight.dtype if base is None else base.dtype)
-    shared_bytes = plan.shared_bytes(rows, inner)
-    tile = 16 * plan.mtiles // (2 if gate else 1) * (_WARPS // plan.team)
+    shared_bytes = plan.shared_bytes(rows, inner, norm is not None)
+    tile = 16 * plan.mtiles // (2 if gate else 1)
     kernel(x, weight, y, plan, rows, norm is not None, gate is not None, 0, shared_bytes)(
-        (min(-(-results // tile), multiprocessors(y.device.id) * plan.blocks),),
+        (min(-(-results // tile), multiprocessors(y.device.id)),),
         (32 * _WARPS,),
         *(weight, x, norm, bias, base, y, inner, outs, rows, stride(x), stride(base)),
         *(float(eps), KINDS[gate] if gate else 0, _capturing(), None, None, 1),
@@ -139,21 +147,39 @@ def kernel(
         OUTPUT=ctype(y),
         NTILES=ntiles(rows),
         MTILES=plan.mtiles,
-        TEAM=plan.team,
+        HALVES=plan.halves,
         STAGES=plan.stages,
-        RESIDENT=plan.resident,
         NORM=norm,
         GATED=gated,
         GROUPED=grouped,
     ).function("few_rows", shared_bytes)
 
 
-def choose(outs: int, inner: int, rows: int, gated: bool) -> Plan:
-    """A plan for a product's shape."""
-    mtiles = 2 if gated or outs >= 4096 else 1
-    plan = Plan(mtiles, team=8, stages=4 // mtiles, blocks=2, resident=False)
-    resident = replace(plan, resident=True)
-    return resident if resident.shared_bytes(rows, inner) <= _SHARED_BYTES // 2 else plan
+@functools.cache
+def choose(
+    outs: int, inner: int, rows: int, normed: bool, gated: bool, multiprocessors: int
+) -> Plan:
+    """A plan for a product's shape; NOTES.md has the times behind it."""
+    rounds = -(-inner // 512)
+    sizes = (4, 2) if gated else (4, 2, 1)
+    if 2 * outs * inner <= _SMALL_WEIGHT:
+        # Few blocks that have all of their weights on the way at once: the next launch's blocks
+        # find free multiprocessors, and do the same while this one's compute.
+        fitting = [m for m in sizes if 32 * m * inner <= _SMALL_TILE]
+        mtiles = fitting[0] if fitting else sizes[-1]
+        most = rounds
+    else:
+
+        def cost(mtiles: int) -> float:
+            tiles = -(-outs // (16 * mtiles))
+            waves = -(-tiles // multiprocessors) * multiprocessors / tiles
+            x_share = rows / (16 * mtiles)  # of x's bytes to the weight's, a tile
+            return (1 + 0.25 * x_share) * (1 + 0.2 * (waves - 1))
+
+        mtiles = min(sizes, key=cost)
+        most = 8
+    plans = [Plan(mtiles, 2, stages) for stages in range(2, max(most, 2) + 1)]
+    return [p for p in plans if p.shared_bytes(rows, inner, normed) <= _SHARED_BYTES][-1]
 
 
 def _streams(weight: Any) -> bool:

@@ -16,8 +16,8 @@ constexpr float LOWEST = -3.4e38f;  // of what is not there
 extern "C" __global__ void __launch_bounds__(128)
     route(const T* logits, float* weights, int* ids, int rows, int experts, int top_k,
           long long stride, int renormalize) {
-  let_next_kernel_start();
   wait_for_previous_kernel();
+  let_next_kernel_start();
   const int lane = threadIdx.x % 32;
   const int row = (blockIdx.x * blockDim.x + threadIdx.x) / 32;
   if (row >= rows) return;
@@ -95,8 +95,8 @@ extern "C" __global__ void __launch_bounds__(256)
     group_rows(const int* ids, int choices, int experts, int* order, int4* groups, int slots) {
   extern __shared__ int seen[];  // per lower expert, whether anybody chose it
   __shared__ int partial[3][8];
-  let_next_kernel_start();
   wait_for_previous_kernel();
+  let_next_kernel_start();
   const int expert = blockIdx.x, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   for (int i = threadIdx.x; i < expert; i += blockDim.x) seen[i] = 0;
   __syncthreads();
@@ -149,8 +149,8 @@ extern "C" __global__ void __launch_bounds__(256)
 // out[row] = sum over a row's choices of their weights times y[row * top_k + choice].
 extern "C" __global__ void __launch_bounds__(256)
     combine(const T* y, const float* weights, T* out, int columns, int top_k, unsigned packs) {
-  let_next_kernel_start();
   wait_for_previous_kernel();
+  let_next_kernel_start();
   const unsigned across = columns / 8;
   for (unsigned i = blockIdx.x * blockDim.x + threadIdx.x; i < packs; i += gridDim.x * blockDim.x) {
     const long long row = i / across, column = i % across * 8;
@@ -196,8 +196,8 @@ extern "C" __global__ void __launch_bounds__(256, 2)
               const int4* groups, const int* order, int slots, int choices) {
   extern __shared__ __align__(128) unsigned char shared[];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  let_next_kernel_start();
   wait_for_previous_kernel();
+  let_next_kernel_start();
 
   // The group that this block's tile of rows belongs to.
   int expert = 0, first_row = 0, rows = 0, tiles_before = 0;

@@ -107,9 +107,9 @@ def _few_rows(
     y = cupy.empty((choices, results), x.dtype)
     average = -(-choices // len(weight))
     rows = min(most_rows, 8 if average <= 4 else 16 if average <= 8 else 32)
-    plan = Plan(mtiles=2, team=_WARPS, stages=2 if rows <= 16 else 3, blocks=2, resident=False)
+    plan = Plan(mtiles=2, halves=2, stages=2)
     inner = x.shape[1]
-    shared_bytes = plan.shared_bytes(rows, inner)
+    shared_bytes = plan.shared_bytes(rows, inner, normed=False)
     tile = 8 * plan.mtiles if gated else 16 * plan.mtiles
     taken = 8 if rows <= 8 else 16 if rows <= 16 else 32
     kernel(x, weight, y, plan, rows, False, gated, 1 if gated else 2, shared_bytes)(

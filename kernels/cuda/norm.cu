@@ -75,8 +75,8 @@ __device__ __forceinline__ void scale_and_store(W* y, const float (&row)[ITEMS][
 extern "C" __global__ void __launch_bounds__(1024)
     rms_norm(const X* x, const W* weight, W* y, int n, long long x_stride, float eps) {
   __shared__ float scratch[32];
-  let_next_kernel_start();
   wait_for_previous_kernel();
+  let_next_kernel_start();
   x += blockIdx.x * x_stride;
   float row[ITEMS][VEC];
   each_pack(threadIdx.x, blockDim.x, n, [&](int item, int column) { load(row[item], x + column); });
@@ -90,8 +90,8 @@ extern "C" __global__ void __launch_bounds__(1024)
     add_rms_norm(const X* x, const D* delta, const W* delta_weight, const W* weight, X* total, W* y,
                  int n, long long x_stride, long long delta_stride, float eps) {
   __shared__ float scratch[2][32];
-  let_next_kernel_start();
   wait_for_previous_kernel();
+  let_next_kernel_start();
   x += blockIdx.x * x_stride;
   delta += blockIdx.x * delta_stride;
   total += static_cast<long long>(blockIdx.x) * n;
@@ -122,8 +122,8 @@ extern "C" __global__ void __launch_bounds__(1024)
     layer_norm(const X* x, const W* weight, const W* bias, W* y, int n, long long x_stride,
                float eps) {
   __shared__ float scratch[2][32];
-  let_next_kernel_start();
   wait_for_previous_kernel();
+  let_next_kernel_start();
   x += blockIdx.x * x_stride;
   y += static_cast<long long>(blockIdx.x) * n;
   float row[ITEMS][VEC], sum = 0.0f;
@@ -154,8 +154,8 @@ extern "C" __global__ void __launch_bounds__(128)
     head_norms(const X* q, const X* k, const W* q_weight, const W* k_weight, W* q_out, W* k_out,
                int tokens, int q_heads, int k_heads, int n, long long q_stride,
                long long q_head_stride, long long k_stride, long long k_head_stride, float eps) {
-  let_next_kernel_start();
   wait_for_previous_kernel();
+  let_next_kernel_start();
   const int lane = threadIdx.x % 32, heads = q_heads + k_heads;
   const long long i = (static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x) / 32;
   const long long token = i / heads;

@@ -43,7 +43,6 @@ SHAPES = {
 L2_BYTES = 60 << 20
 REPLAYS = 7
 WARM_UP = 0.03  # seconds: idle clocks are low
-NORMED_ROWS = 16  # up to here --plans norms in the kernel where x is resident
 
 
 def copy_rate() -> float:
@@ -93,65 +92,43 @@ def torch_time(weights: list[Any], x: Any) -> float:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         kept = [torch.nn.functional.linear(row, tensor) for tensor in tensors]
-    with cupy.cuda.ExternalStream(torch.cuda.current_stream().cuda_stream):
+    with cupy.cuda.Stream.from_external(torch.cuda.current_stream()):
         seconds = time_replays(graph.replay)
     del kept
     return seconds / len(tensors)
 
 
-def plans(outs: int, inner: int, rows: int, gated: bool) -> list[Plan]:
-    """What is worth a try: plans whose blocks fit the multiprocessor they share, and no smaller
-    pipelines than need be."""
+def plans(outs: int, inner: int, rows: int, normed: bool, gated: bool) -> list[Plan]:
+    """What is worth a try: the deepest pipelines that fit, and shallower ones of small weights."""
     found = []
-    for mtiles, team, blocks, resident in itertools.product(
-        [1, 2, 4], [2, 4, 8], [1, 2], [False, True]
-    ):
-        if (gated and mtiles == 1) or (team < 8 and outs < 4000):
+    for mtiles, halves in itertools.product([1, 2, 4], [1, 2]):
+        if gated and mtiles == 1:
             continue
-        for kilobytes in (110, 226):
-            fitting = [
-                plan
-                for stages in range(2, 9)
-                for plan in [Plan(mtiles, team, stages, blocks, resident)]
-                if plan.shared_bytes(rows, inner) <= (kilobytes << 10) // blocks
-            ]
-            chunks = -(-inner // (64 * team)) * (1 if outs < 40000 else 4)
-            useful = [plan for plan in fitting if plan.stages <= max(chunks, 2)]
-            found += useful[-1:]
-    return list(dict.fromkeys(found))
+        fitting = [
+            plan
+            for plan in (Plan(mtiles, halves, stages) for stages in range(2, 17 // halves))
+            if plan.shared_bytes(rows, inner, normed) <= 226 << 10
+        ]
+        rounds = max(-(-inner // (256 * halves)), 2) if outs < 40000 else 8
+        found += [plan for plan in fitting if plan.stages <= rounds][-1:]
+    return found
 
 
-def compile_plans(cases: list[tuple[int, int, int, str]]) -> None:
+def compile_all(calls: list[tuple[int, int, int, bool, bool, list[Plan]]]) -> None:
     """Fill the cache of cubins on all cores."""
     half = {"WEIGHT": "__half", "INPUT": "__half", "OUTPUT": "__half", "GROUPED": 0}
-    sets = set()
-    for outs, inner, rows, kind in cases:
-        gated = kind == "gate"
-        for plan in plans(outs, inner, rows, gated):
-            normed = plan.resident and kind != "residual" and rows <= NORMED_ROWS
-            sizes = (cuda.ntiles(rows), plan.mtiles, plan.team, plan.stages, plan.resident)
-            sets.add((*sizes, normed, gated))
-    names = ("NTILES", "MTILES", "TEAM", "STAGES", "RESIDENT", "NORM", "GATED")
+    names = ("NTILES", "MTILES", "HALVES", "STAGES", "NORM", "GATED")
+    sets = {
+        (cuda.ntiles(rows), plan.mtiles, plan.halves, plan.stages, normed, gated)
+        for _, _, rows, normed, gated, listed in calls
+        for plan in listed
+    }
 
     def one(key: tuple[Any, ...]) -> None:
         compiler.compile("linear.cu", **half, **dict(zip(names, map(int, key), strict=True)))
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(one, sets))
-    print(f"{len(sets)} variants compiled", flush=True)
-
-
-def time_plans(
-    weights: list[Any], x: Any, norm: Any, gate: str | None, residual: Any
-) -> dict[str, float]:
-    """Seconds by plan, the fastest first; a norm that a plan can't have is left out."""
-    times = {}
-    for plan in plans(*weights[0].shape, len(x), gate is not None):
-        own_norm = norm if plan.resident else None
-        call = functools.partial(run_plan, x, own_norm, gate, residual, plan)
-        name = f"{plan.mtiles}/{plan.team}/{plan.stages}/{plan.blocks}{'r' * plan.resident}"
-        times[name] = time_graph(call, weights)
-    return dict(sorted(times.items(), key=lambda item: item[1]))
 
 
 def run_plan(x: Any, norm: Any, gate: str | None, residual: Any, plan: Plan, weight: Any) -> Any:
@@ -164,13 +141,20 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 2, 8, 16, 32, 64])
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES))
     options = parser.parse_args()
-    cases = [
-        (outs, inner, rows, kind)
-        for outs, inner, kind in (SHAPES[name] for name in options.shapes)
-        for rows in options.rows
-    ]
-    if options.plans:
-        compile_plans(cases)
+    multiprocessors = cuda.multiprocessors(0)
+    cases: dict[tuple[str, int], list[Plan]] = {}
+    calls = []
+    for name, rows in itertools.product(options.shapes, options.rows):
+        outs, inner, kind = SHAPES[name]
+        if rows > cuda.FEW_ROWS:
+            continue
+        flags = (kind != "residual" and rows <= cuda.FEW_NORMED_ROWS, kind == "gate")
+        listed = [cuda.choose(outs, inner, rows, *flags, multiprocessors)]
+        if options.plans:
+            listed += plans(outs, inner, rows, *flags)
+        cases[name, rows] = listed
+        calls.append((outs, inner, rows, *flags, listed))
+    compile_all(calls)
     rate = copy_rate()
     print(f"copy rate {rate / 1e12:.2f} TB/s")
     rng = cupy.random.default_rng(0)
@@ -200,14 +184,22 @@ def main() -> None:
                 f"{k} {v * 1e6:6.1f} us ({times['floor'] / v:.2f})" for k, v in times.items()
             )
             print(f"{name:13} {rows:3} {shown}", flush=True)
-            if options.plans:
-                by_plan = time_plans(
-                    weights, x, norm if rows <= NORMED_ROWS else None, gate, residual
-                )
+            if options.plans and (name, rows) in cases:
+                if rows > cuda.FEW_NORMED_ROWS:
+                    norm = None
+                by_plan = {}
+                for plan in dict.fromkeys(cases[name, rows][1:]):
+                    call = functools.partial(run_plan, x, norm, gate, residual, plan)
+                    key = f"{plan.mtiles}/{plan.halves}/{plan.stages}"
+                    by_plan[key] = time_graph(call, weights)
                 results[-1]["plans"] = by_plan
-                best = list(by_plan.items())
-                listed = ", ".join(f"{k} {v * 1e6:.1f}" for k, v in best[:7] + best[-1:])
-                print(f"    mtiles/team/stages/blocks, resident: {listed}", flush=True)
+                chosen = cases[name, rows][0]
+                best = sorted(by_plan.items(), key=lambda item: item[1])
+                listed_times = ", ".join(f"{k} {v * 1e6:.1f}" for k, v in best)
+                print(
+                    f"    chosen {chosen.mtiles}/{chosen.halves}/{chosen.stages} of {listed_times}",
+                    flush=True,
+                )
         del weights
     out = os.environ.get("JOB_OUT") or os.environ.get("OUT")
     if out:
