@@ -1,0 +1,79 @@
+"""Joined programs: what goes into one call, and that they compute what the plain ones do."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from helpers.running import load
+from helpers.tiny_models import NAMES, directory
+
+from tensorray.builder.array_ops import ArrayOps
+from tensorray.builder.graph import KernelCall, Program, SegmentCall, trace
+from tensorray.builder.joining import ROPE_ATTENTION, join_rope
+
+
+def kernels(program: Program) -> list[str]:
+    return [call.op for call in program.calls if isinstance(call, KernelCall)]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_rope_is_joined_with_its_attention(name: str) -> None:
+    model, _ = load(directory(name))
+    plain, joined = trace(model), join_rope(trace(model))
+    expected = kernels(plain)
+    if "rope" in expected:
+        expected = [op for op in expected if op != "rope"]
+        expected = [ROPE_ATTENTION if op == "attention" else op for op in expected]
+    assert kernels(joined) == expected
+    assert joined.result == plain.result
+
+
+@pytest.mark.parametrize(("name", "normed"), [("qwen3", True), ("gemma3", True), ("llama3", False)])
+def test_norms_of_heads_go_into_the_call(name: str, normed: bool) -> None:
+    model, _ = load(directory(name))
+    program = join_rope(trace(model))
+    norms = [
+        node
+        for segment in program.segments()
+        for node in segment.nodes
+        if node.op == "rms_norm" and len(node.outputs[0].shape) == 3
+    ]
+    assert norms == []
+    calls = [c for c in program.calls if isinstance(c, KernelCall) and c.op == ROPE_ATTENTION]
+    assert all(len(call.arguments) == (5 if normed else 3) for call in calls)
+    # A weight that the call takes is one that no segment takes any more.
+    taken = {ref for call in program.calls if isinstance(call, SegmentCall) for ref in call.weights}
+    assert not any(argument in taken for call in calls for argument in call.arguments)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_joined_segment_computes_what_is_left_of_it(name: str) -> None:
+    """The heads it gives, normed, are those of the plain segment; all else is equal."""
+    model, weights = load(directory(name))
+    rng = np.random.default_rng(3)
+    ops = ArrayOps(np, {})
+    groups = {"embed": weights.embed, "head": weights.head, **weights.layers}
+    plain, joined = trace(model), join_rope(trace(model))
+    ropes = {c.arguments[:2]: c for c in joined.calls if getattr(c, "op", "") == ROPE_ATTENTION}
+    pairs = zip(
+        *([c for c in each.calls if isinstance(c, SegmentCall)] for each in (plain, joined)),
+        strict=True,
+    )
+    for whole, smaller in pairs:
+        assert whole.inputs == smaller.inputs
+        assert whole.outputs == smaller.outputs
+        inputs = [
+            rng.standard_normal((5, *spec.shape[1:])).astype(np.float32)
+            for spec in whole.segment.inputs
+        ]
+        results = [
+            each.segment.run(ops, inputs, [groups[w.group].arrays[w.name] for w in each.weights])
+            for each in (whole, smaller)
+        ]
+        for value, theirs, ours in zip(whole.outputs, *results, strict=True):
+            for arguments, call in ropes.items():
+                if value in arguments and len(call.arguments) == 5:
+                    ref = call.arguments[3 + arguments.index(value)]
+                    scale = groups[ref.group].arrays[ref.name]
+                    ours = ops.rms_norm(ours, scale, dict(call.attributes)["eps"])
+            np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-6)
