@@ -82,6 +82,9 @@ class Device(Protocol):
 
     def total_memory(self) -> int: ...
 
+    def release(self) -> None:
+        """Give memory that no array holds back to the driver. Recorded work must be gone."""
+
 
 class CudaDevice:
     """An NVIDIA GPU through CuPy. Raises DeviceError if there is none that can be used."""
@@ -168,6 +171,10 @@ class CudaDevice:
 
     def total_memory(self) -> int:
         return int(self._device.mem_info[1])
+
+    def release(self) -> None:
+        self._recorded.free_all_blocks()
+        self.xp.get_default_memory_pool().free_all_blocks()
 
 
 @contextmanager

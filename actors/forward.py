@@ -119,12 +119,6 @@ class Forward:
             (before - self._device.free_memory()) / 2**20,
         )
 
-    def release(self) -> None:
-        """Let the graphs go; steps run eagerly from now on."""
-        for recorded in (self._decodes, self._bodies, self._heads):
-            recorded.clear()
-        self._decode_sizes = self._body_sizes = self._head_sizes = Buckets([])
-
     def _recorded(self, kind: str, size: int, work: Callable[[int], Any]) -> Callable[[], Any]:
         began = time.perf_counter()
         recorded = self._device.record(lambda: work(size))

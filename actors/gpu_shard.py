@@ -7,6 +7,8 @@ returns waits for the copy of the tokens that the host sees, while the next step
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import logging
 import threading
 import time
@@ -18,7 +20,7 @@ from tensorray.actors.array_segment import Runner
 from tensorray.actors.buckets import decode_sizes, mixed_sizes
 from tensorray.actors.communicator import Communicator
 from tensorray.actors.config import ShardConfig
-from tensorray.actors.device import CudaDevice, Device, Mark
+from tensorray.actors.device import CudaDevice, Device, DeviceError, Mark
 from tensorray.actors.device_sampler import DeviceSampler, PromptScores, Sampled
 from tensorray.actors.device_weights import DevicePlacement
 from tensorray.actors.forward import Forward
@@ -32,6 +34,7 @@ from tensorray.actors.step_buffers import RunningSequences, Scored, Step, StepBu
 from tensorray.builder.array_ops import ArrayOps
 from tensorray.builder.checkpoint import open_checkpoint
 from tensorray.builder.graph import DTypes, Program, Segment, trace
+from tensorray.builder.joining import join_rope
 from tensorray.builder.load import load_weights, plan_bytes
 from tensorray.builder.model import Model, ShardWeights
 from tensorray.builder.precision import choose_dtypes, numpy_dtype
@@ -115,7 +118,7 @@ class GpuShard:
         `began` is when loading did, by time.perf_counter."""
         began = time.perf_counter() if began is None else began
         self._device = device
-        self._vocab_size = model.vocab_size
+        self._program = program
         self._limits = limits
         self._groups = len(groups.groups)
         # A pipelined step may run one token past the last one that counts.
@@ -219,7 +222,7 @@ class GpuShard:
             checkpoint.close()
         logger.info("loaded the weights in %.1f s", time.perf_counter() - began)
         limits = Limits(max_model_len, config.max_num_seqs, config.step_tokens(DEFAULT_STEP_TOKENS))
-        program = trace(model)
+        program = join_rope(trace(model))
         with device.current():
             runners = open_runners(
                 program,
@@ -297,8 +300,12 @@ class GpuShard:
             self._running = self._no_sequences()
 
     def close(self) -> None:
-        self._device.mark().wait()
-        self._forward.release()
+        """Give all of the device's memory back; nothing may be submitted any more."""
+        with contextlib.suppress(DeviceError):  # one that failed has nothing to wait for
+            self._device.mark().wait()
+        del self._forward, self._sampler, self._buffers
+        gc.collect()
+        self._device.release()
 
     def _no_sequences(self) -> RunningSequences:
         return RunningSequences(self._limits.max_num_seqs, self._groups, self._width)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from tensorray.actors.array_segment import Runner
@@ -31,7 +32,7 @@ class ProgramRunner:
         self._ops = ops
         self._weights = weights
         self._runner = runner
-        calls = _fused(program.calls)
+        calls = program.calls
         cut = next((i for i, call in enumerate(calls) if _is(call, "select_rows")), len(calls))
         self._result = program.result
         self._select: KernelCall | None = None
@@ -67,27 +68,27 @@ class ProgramRunner:
         self, calls: list[tuple[Call, tuple[int, ...]]], values: dict[int, Any], end: int, rows: int
     ) -> Any:
         for call, ends in calls:
-            outputs: Sequence[Any]
-            if isinstance(call, SegmentCall):
-                outputs = self._runner(call.segment, rows).run(
-                    [values[index] for index in call.inputs],
-                    [self._weight(ref) for ref in call.weights],
-                )
-            else:
-                outputs = self._kernel(call, values)
+            outputs = self.bound(call, values, rows)()
             values.update(zip(call.outputs, outputs, strict=True))
             # What nobody reads any more frees its memory for what comes next.
             for index in ends:
                 del values[index]
         return values[end]
 
-    def _kernel(self, call: KernelCall, values: dict[int, Any]) -> Sequence[Any]:
+    def bound(
+        self, call: Call, values: Mapping[int, Any], rows: int
+    ) -> Callable[[], Sequence[Any]]:
+        """A call on what it reads, in a step of so many rows; calling it gives its outputs."""
+        if isinstance(call, SegmentCall):
+            run = self._runner(call.segment, rows).run
+            inputs = [values[index] for index in call.inputs]
+            return partial(run, inputs, [self._weight(ref) for ref in call.weights])
         arguments = [
             self._weight(argument) if isinstance(argument, WeightRef) else values[argument]
             for argument in call.arguments
         ]
-        produced = getattr(self._ops, call.op)(*arguments, **dict(call.attributes))
-        return produced if len(call.outputs) > 1 else [produced]
+        op = partial(getattr(self._ops, call.op), *arguments, **dict(call.attributes))
+        return op if len(call.outputs) > 1 else lambda: [op()]
 
     def _weight(self, ref: WeightRef) -> Any:
         weights = self._weights
@@ -101,32 +102,6 @@ class ProgramRunner:
 
 def _is(call: Call, op: str) -> bool:
     return isinstance(call, KernelCall) and call.op == op
-
-
-def _fused(calls: Sequence[Call]) -> list[Call]:
-    """The calls, each rope joined with the attention that follows it.
-
-    The keys it rotates go nowhere but to the cache, so one kernel rotates and appends.
-    """
-    fused: list[Call] = []
-    for call in calls:
-        last = fused[-1] if fused else None
-        if (
-            isinstance(call, KernelCall)
-            and call.op == "attention"
-            and isinstance(last, KernelCall)
-            and last.op == "rope"
-            and call.arguments[:2] == last.outputs
-        ):
-            fused[-1] = KernelCall(
-                "rope_attention",
-                (*last.arguments, call.arguments[2]),
-                (*call.attributes, *last.attributes),
-                call.outputs,
-            )
-        else:
-            fused.append(call)
-    return fused
 
 
 def _with_ends(calls: Sequence[Call], kept: int) -> list[tuple[Call, tuple[int, ...]]]:

@@ -147,12 +147,8 @@ class ArrayOps(Ops):
         scale: float,
         softcap: float | None = None,
     ) -> Tensor:
-        kv, slots = self.kv[layer], self.batch.slots[self.kv[layer].group]
-        attention.append_kv(k, v, kv.k_pages, kv.v_pages, slots)
-        return self._attend(q, kv, scale, softcap)
-
-    def _attend(self, q: Tensor, kv: LayerKV, scale: float, softcap: float | None) -> Tensor:
-        batch = self.batch
+        kv, batch = self.kv[layer], self.batch
+        attention.append_kv(k, v, kv.k_pages, kv.v_pages, batch.slots[kv.group])
         return attention.paged_attention(
             q,
             kv.k_pages,
@@ -171,15 +167,19 @@ class ArrayOps(Ops):
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        layer: int,
+        q_norm: Tensor | None = None,
+        k_norm: Tensor | None = None,
         *,
+        layer: int,
         spec: RopeSpec,
         scale: float,
         softcap: float | None = None,
+        eps: float = 0.0,
     ) -> Tensor:
-        """`rope`, then `attention` of what it gives. Not an op of its own: how the two may run."""
+        """`rope` of q and k, each head normed before if weights for that are given, then
+        `attention`. Not an op of its own: how these may run (joining.py)."""
         kv, batch = self.kv[layer], self.batch
-        q = rope.rope_append(
+        return rope.rope_attention(
             q,
             k,
             v,
@@ -188,8 +188,17 @@ class ArrayOps(Ops):
             kv.k_pages,
             kv.v_pages,
             batch.slots[kv.group],
+            batch.query_starts,
+            batch.seq_lens,
+            batch.block_tables[kv.group],
+            scale=scale,
+            window=kv.window,
+            softcap=softcap,
+            q_norm=q_norm,
+            k_norm=k_norm,
+            eps=eps,
+            max_query=batch.max_query,
         )
-        return self._attend(q, kv, scale, softcap)
 
     @kernel
     def select_rows(self, x: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -192,3 +193,13 @@ def test_what_the_shard_reports() -> None:
     assert shard.info.kv.num_blocks == 77
     assert shard.info.max_model_len == 64
     assert shard.info.device == "NumPy"
+
+
+def test_a_closed_shard_holds_no_arrays() -> None:
+    shard = make_gpu_shard(directory("llama3"), limits=LIMITS)
+    run(shard, scheduler(shard), arrivals(3))
+    pages = weakref.ref(shard._forward._ops.kv[0].k_pages)
+    weights = weakref.ref(shard._forward._runner)
+    shard.close()
+    assert pages() is None
+    assert weights() is None

@@ -12,6 +12,7 @@ from tensorray.actors.gpu_shard import GpuShard, GraphSizes, Limits
 from tensorray.actors.kv_cache import plan_groups
 from tensorray.actors.protocol import SegmentInfo, StepPlan, StepResult
 from tensorray.builder.graph import DTypes, Segment, trace
+from tensorray.builder.joining import join_rope
 from tensorray.builder.load import plan_bytes
 
 from .host_device import HostDevice
@@ -61,7 +62,7 @@ def make_gpu_shard(
     return kind(
         device or HostDevice(),
         model,
-        trace(model),
+        join_rope(trace(model)),
         weights,
         runners or ArrayRunners(),
         plan_groups([model.kv_spec(i) for i in range(model.num_layers)], block_size),

@@ -67,6 +67,9 @@ class HostDevice:
     def total_memory(self) -> int:
         return self._memory
 
+    def release(self) -> None:
+        pass
+
 
 class _Passed:
     def wait(self) -> None:
