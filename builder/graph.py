@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import operator
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -23,6 +24,7 @@ from tensorray.builder.model import Layout, Model, Weight, Weights
 from tensorray.builder.ops import Ops, SegmentOps, Tensor, kernel, segment
 from tensorray.builder.rope import RopeSpec
 from tensorray.builder.shares import weight_shape
+from tensorray.kernels.quantized import Kind
 
 #: The dynamic dimension. Negative, as no other dimension is.
 ROWS = -1
@@ -30,7 +32,8 @@ ROWS = -1
 Shape = tuple[int, ...]
 # "compute" is the dtype of products, "residual" that of the residual stream between layers
 # (float32 where the compute dtype would overflow); a program is bound to concrete ones at build.
-DType = Literal["compute", "residual", "float32", "int32"]
+# int4, int8 and float8 are quantized weights' codes.
+DType = Literal["compute", "residual", "float32", "int32", "int4", "int8", "float8"]
 
 #: What "compute" and "residual" may be bound to.
 FLOATS = ("bfloat16", "float16", "float32")
@@ -304,6 +307,27 @@ class GraphOps(Ops):
         return self._record("linear", "segment", (x, weight, bias), {}, spec)
 
     @segment
+    def linear_quantized(
+        self,
+        x: Tensor,
+        values: Tensor,
+        scales: Tensor,
+        zeros: Tensor | None,
+        order: Tensor | None,
+        groups: Tensor | None,
+        bias: Tensor | None = None,
+        *,
+        kind: Kind,
+        group: int,
+    ) -> Tensor:
+        if len(x.shape) != 2 or x.shape[1] != values.shape[1]:
+            raise ValueError(f"linear_quantized of {x.shape} by {values.shape}")
+        arguments = (x, values, scales, zeros, order, groups, bias)
+        attributes = {"kind": kind, "group": group}
+        spec = Spec((x.shape[0], values.shape[0]), "compute")
+        return self._record("linear_quantized", "segment", arguments, attributes, spec)
+
+    @segment
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         _check_norm("rms_norm", x, weight)
         spec = Spec(x.shape, "compute")
@@ -521,16 +545,18 @@ def _check_norm(op: str, x: Symbol, *weights: Symbol) -> None:
             raise ValueError(f"{op} of {x.shape} by {weight.shape}")
 
 
+_OPERATORS = {"add": operator.add, "sub": operator.sub, "mul": operator.mul}
 #: Ops that a definition writes as operators.
-ELEMENTWISE = ("add", "sub", "mul")
+ELEMENTWISE = tuple(_OPERATORS)
 
 
 def elementwise(op: str, arguments: Sequence[Any], attributes: Mapping[str, Any]) -> Any:
-    """A node of an elementwise op, computed."""
+    """A node of an elementwise op, computed; its result has its first argument's dtype."""
     left, right = arguments[0], arguments[1] if len(arguments) > 1 else attributes["value"]
-    if op == "add":
-        return left + right
-    return left - right if op == "sub" else left * right
+    result = _OPERATORS[op](left, right)
+    dtype = getattr(left, "dtype", None)
+    # CuPy makes float32 of a bfloat16 array and a number.
+    return result if getattr(result, "dtype", None) == dtype else result.astype(dtype)
 
 
 def _only(produced: Any) -> Any:

@@ -300,3 +300,18 @@ def test_residual_and_compute_values_meet_in_add_residual_only() -> None:
         trace_segment(lambda op, x, y: x + y, [X, residual])
     segment = trace_segment(lambda op, x, y: op.add_residual(y, x), [X, residual])
     assert segment.output_specs == [residual]
+
+
+class Widening(np.ndarray):
+    """An array that is widened by a number, as CuPy's of bfloat16 are."""
+
+    def __mul__(self, other: Any) -> Any:
+        return np.asarray(self, np.float32) * other
+
+
+def test_a_number_widens_nothing() -> None:
+    segment = trace_segment(lambda op, x: x * 25.3, [Spec((ROWS, 4), "residual")])
+    x = np.ones((2, 4), np.float16).view(Widening)
+    (y,) = segment.run(ArrayOps(np, []), [x], [])
+    assert y.dtype == np.float16
+    np.testing.assert_array_equal(y, np.full((2, 4), 25.3, np.float16))

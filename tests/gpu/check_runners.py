@@ -87,13 +87,16 @@ LAYERS = {"Llama-3.1-8B": 4, "Qwen3-0.6B": 6}  # how many layers each is tried w
 class Check:
     """One run of the script: its device, what it was asked for, and what went wrong."""
 
-    def __init__(self, store: Path, workers: int, rows: Sequence[int]) -> None:
+    def __init__(
+        self, store: Path, workers: int, rows: Sequence[int], models: Sequence[str] = ()
+    ) -> None:
         import cupy
 
         self.cupy: Any = cupy
         self.store_path = store
         self.workers = workers
         self.rows = tuple(rows)
+        self.models = tuple(models) or (*tiny_models.NAMES, *LAYERS)
         self.failures: list[str] = []
         self.started = time.perf_counter()
 
@@ -109,7 +112,7 @@ class Check:
     def kernels(self) -> None:
         worst: dict[str, tuple[float, str]] = {}
         count = 0
-        for name, program in programs():
+        for name, program in programs(self.models):
             for dtypes in (HALF, DTypes("bfloat16", "bfloat16"), DTypes("float32", "float32")):
                 if name in LAYERS and dtypes.compute == "float32":
                     continue
@@ -365,12 +368,13 @@ def build(request: PlanRequest, url: str) -> Plan:
     return plan_for(request, open_store(url))
 
 
-def programs() -> Iterator[tuple[str, Program]]:
-    for name in tiny_models.NAMES:
-        config = read_config(tiny_models.directory(name), {})
-        yield name, trace(resolve(config)(config))
-    for name in LAYERS:
-        yield name, trace(few_layers(name))
+def programs(names: Sequence[str]) -> Iterator[tuple[str, Program]]:
+    for name in names:
+        if name in LAYERS:
+            yield name, trace(few_layers(name))
+        else:
+            config = read_config(tiny_models.directory(name), {})
+            yield name, trace(resolve(config)(config))
 
 
 def few_layers(name: str) -> Model:
@@ -404,13 +408,15 @@ def main() -> int:
     parser.add_argument("--store", type=Path, help="keeps plans for another run")
     parser.add_argument("--workers", type=int, default=4)
     parser.add_argument("--rows", default="1,16,64,256,512,2048")
+    parser.add_argument("--models", default="", help="of the stage `kernels`")
     arguments = parser.parse_args()
     if unknown := set(arguments.stages) - set(STAGES):
         parser.error(f"no stage {unknown}; there are {', '.join(STAGES)}")
     logging.basicConfig(level=logging.WARNING)
     with tempfile.TemporaryDirectory() as folder:
         rows = [int(each) for each in arguments.rows.split(",")]
-        check = Check(arguments.store or Path(folder), arguments.workers, rows)
+        models = [name for name in arguments.models.split(",") if name]
+        check = Check(arguments.store or Path(folder), arguments.workers, rows, models)
         for stage in arguments.stages or STAGES:
             try:
                 STAGES[stage](check)
