@@ -30,6 +30,10 @@ class GroupFailed(ShardError):
         self.ranks = ranks
 
 
+class _Elsewhere(ShardError):
+    """What the shard that samples is told when another is at fault, or nobody knows which."""
+
+
 class GroupLink:
     """The links to a replica's shards, by rank, as one."""
 
@@ -60,14 +64,22 @@ class GroupLink:
             except ShardError as error:  # noqa: PERF203
                 # Told by `receive`, which can wait for the cause; there is a step to wait for now.
                 self._errors.setdefault(rank, error)
-                self._speaker.fail(error)
+                self._speaker.fail(_Elsewhere())
 
     async def receive(self) -> StepResult:
         try:
             return await self._speaker.receive()
         except ShardError as error:
-            self._errors.setdefault(self.links.index(self._speaker), error)
-            raise await self._failure() from error
+            raise await self._failure(error) from error
+
+    async def check(self) -> None:
+        try:
+            await self._speaker.check()
+        except ShardError as error:
+            raise await self._failure(error) from error
+
+    def fail(self, error: ShardError) -> None:
+        self._speaker.fail(_Elsewhere(str(error)))
 
     async def close(self) -> None:
         for watcher in self._watchers:
@@ -82,15 +94,18 @@ class GroupLink:
         except ShardError as failure:
             error = failure
         self._errors.setdefault(rank, error)
-        self._speaker.fail(error)
+        self._speaker.fail(_Elsewhere())
 
-    async def _failure(self) -> GroupFailed:
+    async def _failure(self, error: ShardError) -> GroupFailed:
+        """What to raise, once the shard that samples has failed or was told to give up."""
+        if not isinstance(error, _Elsewhere):
+            self._errors.setdefault(self.links.index(self._speaker), error)
         deadline = asyncio.get_running_loop().time() + _CAUSE_SECONDS
         while not (causes := self._causes()) and asyncio.get_running_loop().time() < deadline:
             await asyncio.sleep(0.01)
-        told = causes or {rank: str(error) for rank, error in self._errors.items()}
+        told = causes or {rank: str(each) for rank, each in self._errors.items()}
         text = "; ".join(f"rank {rank}: {reason}" for rank, reason in sorted(told.items()))
-        return GroupFailed(text, causes)
+        return GroupFailed(text or str(error), causes)
 
     def _causes(self) -> dict[int, str]:
         return {

@@ -65,6 +65,12 @@ class ShardLink(Protocol):
         """The next result. Raises `ShardError` when the shard died or the step failed."""
         ...
 
+    def fail(self, error: ShardError) -> None:
+        """Have `receive` raise this error instead of waiting on."""
+
+    async def check(self) -> None:
+        """While nothing is on its way: raise `ShardError` if the shard is known to be gone."""
+
     async def close(self) -> None: ...
 
 
@@ -80,6 +86,7 @@ class LocalLink:
         self.info = executor.info
         self._executor = executor
         self._pending: deque[PendingStep] = deque()
+        self._failure: ShardError | None = None
         self._results: deque[asyncio.Future[StepResult]] = deque()
         self._thread = None if inline else ThreadPoolExecutor(1, thread_name_prefix="shard")
 
@@ -100,9 +107,23 @@ class LocalLink:
                 # The loop's other tasks get their turn first: readers of the last step's tokens.
                 await asyncio.sleep(0)
                 return self._pending.popleft()()
-            return await self._results.popleft()
+            result = await self._results[0]
+            self._results.popleft()
+            return result
+        except asyncio.CancelledError:
+            if self._failure is not None:
+                raise self._failure from None
+            raise
         except Exception as error:
             raise ShardError(f"{type(error).__name__}: {error}") from error
+
+    async def check(self) -> None:
+        pass  # it lives as long as this process
+
+    def fail(self, error: ShardError) -> None:
+        self._failure = error
+        for result in self._results:
+            result.cancel()
 
     async def close(self) -> None:
         if self._thread is not None:

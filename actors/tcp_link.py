@@ -219,6 +219,14 @@ class TcpLink:
             raise (LostPeer if answer.by_peer else ShardError)(answer.error)
         return answer.result
 
+    async def check(self) -> None:
+        if isinstance(error := self._reader.exception(), ShardError):
+            raise error
+        if error is not None:
+            raise ShardError(f"the shard's connection ended: {error}") from error
+        if self._reader.at_eof():
+            raise ShardError("the shard's connection ended")
+
     def fail(self, error: ShardError) -> None:
         """End the wait for a result with this error."""
         self._reader.set_exception(error)

@@ -11,7 +11,7 @@ fields under `args`. On the command line: `serve run tensorray.cluster.app:build
 import asyncio
 import signal
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing, nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -34,6 +34,8 @@ from tensorray.cluster.engine import EngineFailed
 from tensorray.cluster.engine_link import EngineLink
 from tensorray.cluster.frontend import Frontend, PreparedRequest
 from tensorray.cluster.ingress import create_app
+from tensorray.cluster.metrics import join_scrapes
+from tensorray.cluster.replicas import Replicas
 from tensorray.cluster.router import Router
 
 APP_NAME = "tensorray"
@@ -45,8 +47,8 @@ _ROUTER_SECONDS = 5.0
 class RouterClient(EngineLink):
     """The router as an ingress sees it: a Backend. Serve finds it, the link carries requests."""
 
-    def __init__(self, router: "DeploymentHandle[Any]") -> None:
-        super().__init__(self._endpoint)
+    def __init__(self, router: "DeploymentHandle[Any]", patience: float) -> None:
+        super().__init__(self._endpoint, patience=patience)
         self._router = router
 
     async def failure(self) -> str | None:
@@ -68,6 +70,25 @@ class RouterClient(EngineLink):
             raise EngineFailed(f"its router does not answer ({type(error).__name__})") from error
 
 
+class RouterClients(Replicas):
+    """Data-parallel routers as an ingress sees them: a Backend."""
+
+    def __init__(self, routers: "Sequence[RouterClient]") -> None:
+        super().__init__(routers)
+        self._routers = routers
+
+    async def failure(self) -> str | None:
+        """Why no router can serve; None while one can."""
+        reasons = await asyncio.gather(*(router.failure() for router in self._routers))
+        return None if None in reasons else "; ".join(map(str, reasons))
+
+    async def metrics(self) -> bytes:
+        scrapes = await asyncio.gather(
+            *(router.metrics() for router in self._routers), return_exceptions=True
+        )
+        return join_scrapes([each for each in scrapes if isinstance(each, bytes)])
+
+
 class Ingress:
     """One HTTP replica; also what `serve.get_app_handle("tensorray")` talks to.
 
@@ -85,12 +106,13 @@ class Ingress:
     _here: "Ingress"
 
     async def __init__(  # type: ignore[misc]
-        self, config: EngineConfig, router: "DeploymentHandle[Any]"
+        self, config: EngineConfig, *routers: "DeploymentHandle[Any]"
     ) -> None:
-        info = await router.info.remote()
+        info = await routers[0].info.remote()
         config = config.model_copy(update={"max_model_len": info.max_model_len})
         self._frontend = Frontend.load(config)
-        self._client = RouterClient(router)
+        clients = [RouterClient(router, config.router_timeout_seconds) for router in routers]
+        self._client = clients[0] if len(clients) == 1 else RouterClients(clients)
         self.http = create_app(self._frontend, self._client, config)
         Ingress._here = self
 
@@ -148,16 +170,24 @@ def build_app(args: EngineConfig) -> serve.Application:
         "ray_actor_options": {"num_cpus": 0},
     }
     deployment = cast(Any, serve.deployment)
-    router = deployment(
-        Router, name="Router", health_check_period_s=2, health_check_timeout_s=10, **common
-    )
+    count = config.data_parallel_size
+    routers = [
+        deployment(
+            Router,
+            name="Router" if count == 1 else f"Router-{number}",
+            health_check_period_s=2,
+            health_check_timeout_s=10,
+            **common,
+        ).bind(config, number)
+        for number in range(count)
+    ]
     ingress = deployment(
         cast(Any, serve.ingress(_http))(Ingress),
         name="Ingress",
         num_replicas=config.num_ingress_replicas,
         **common,
     )
-    return cast(serve.Application, ingress.bind(config, router.bind(config)))
+    return cast(serve.Application, ingress.bind(config, *routers))
 
 
 def build_demo(args: dict[str, Any]) -> serve.Application:

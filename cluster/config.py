@@ -6,7 +6,9 @@ Names are vLLM's where it has one. A field here is a flag of `tensorray serve`, 
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import fields
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -77,6 +79,21 @@ class EngineConfig(BaseModel):
     data_parallel_size: int = Field(1, ge=1, description="Replicas of the whole model")
     enable_expert_parallel: bool = Field(
         False, description="Share out whole experts over the tensor-parallel shards"
+    )
+    accelerator_type: str | None = Field(
+        None, description="Ray's name of the GPU type to run on, such as H100"
+    )
+    placement_strategy: Literal["pack", "spread"] = Field(
+        "pack", description="Pipeline stages on few nodes, or on as many as there are"
+    )
+    placement_timeout_seconds: float = Field(
+        600.0, gt=0, description="When serving: how long to wait for room in the cluster"
+    )
+    shard_lease_seconds: float = Field(
+        60.0, gt=0, description="How long shards whose router is gone wait for the next one"
+    )
+    router_timeout_seconds: float = Field(
+        120.0, ge=0, description="How long requests wait for a router that is lost; 0: not at all"
     )
     collective_timeout_seconds: float = Field(
         300.0, gt=0, description="A shard that its peers wait longer for within a step is given up"
@@ -156,6 +173,11 @@ class EngineConfig(BaseModel):
             return self.served_model_name
         path = Path(self.model).expanduser()
         return [path.resolve().name.removesuffix(".gguf") if path.exists() else self.model]
+
+    def digest(self) -> str:
+        """A name for this very configuration, of this version."""
+        text = f"{version('tensorray')} {self.model_dump_json()}"
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     @property
     def num_shards(self) -> int:

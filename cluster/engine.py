@@ -11,7 +11,7 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -19,11 +19,23 @@ import msgspec
 
 from tensorray.actors.link import ShardError, ShardLink
 from tensorray.actors.protocol import ShardInfo, StepPlan
-from tensorray.cluster.request import Delta, FinishReason, GenerationRequest
+from tensorray.cluster.request import Delta, FinishReason, GenerationRequest, Resumed
 from tensorray.cluster.scheduler import Progress, Scheduler
 from tensorray.cluster.sequence import Sequence
 
 logger = logging.getLogger(__name__)
+
+
+#: Puts shards that failed right: takes their link's error, and what to call with the reason once
+#: that is known better; returns a new link. Raises when it can't.
+Recover = Callable[[ShardError, Callable[[str], None]], Awaitable[ShardLink]]
+
+#: How often an idle engine looks whether its shards are still there.
+_IDLE_SECONDS = 0.5
+
+#: A sequence that ran in so many steps that failed, with no token in between, is given up: it may
+#: be what the shards die of.
+_MOST_FAILURES = 3
 
 
 class EngineFailed(RuntimeError):
@@ -43,6 +55,12 @@ class EngineObserver(Protocol):
         self, reason: FinishReason, prompt_tokens: int, generated: int, since_arrival: float
     ) -> None: ...
 
+    def failed(self, reason: str) -> None:
+        """Shards were lost."""
+
+    def recovered(self, reason: str, seconds: float) -> None:
+        """They are back, so long after they were lost; the reason is known better by now."""
+
 
 class SilentObserver:
     """Hears everything, says nothing."""
@@ -61,6 +79,12 @@ class SilentObserver:
     ) -> None:
         pass
 
+    def failed(self, reason: str) -> None:
+        pass
+
+    def recovered(self, reason: str, seconds: float) -> None:
+        pass
+
 
 @dataclass(slots=True)
 class _Tracked:
@@ -71,6 +95,7 @@ class _Tracked:
     arrival: float
     last_token: float = 0.0
     generated: int = 0
+    failures: int = 0  # of the shards while it ran, since its last token
 
 
 class TokenStream(AsyncIterator[list[Delta]]):
@@ -80,12 +105,14 @@ class TokenStream(AsyncIterator[list[Delta]]):
     cancels what still runs.
     """
 
-    def __init__(self, engine: Engine, request: GenerationRequest, sequences: list[int]) -> None:
+    def __init__(
+        self, engine: Engine, request: GenerationRequest, sequences: dict[int, int]
+    ) -> None:
         self.request = request
         self.sequences = sequences  # the engine's ids, by index
         self._engine = engine
         self._pending: dict[int, Delta] = {}
-        self._unfinished = set(range(request.n))
+        self._unfinished = set(sequences)
         self._ready = asyncio.Event()
 
     def push(self, delta: Delta) -> None:
@@ -131,12 +158,16 @@ class Engine:
         *,
         observer: EngineObserver | None = None,
         depth: int | None = None,
+        recover: Recover | None = None,
     ) -> None:
         """`depth` is how many steps may be on their way to the shard at once, by default as many
-        as it asks for: 2 schedules step n+1 while step n runs."""
+        as it asks for: 2 schedules step n+1 while step n runs. Without `recover` the engine fails
+        for good when its shards do."""
         self.info: ShardInfo = link.info
         self.scheduler = scheduler
         self.failure: str | None = None
+        self.recovering: str | None = None  # from what, while it waits for its shards
+        self._recover = recover
         self._link = link
         self._observer: EngineObserver = observer or SilentObserver()
         self._depth = link.info.depth if depth is None else depth
@@ -168,18 +199,23 @@ class Engine:
             raise EngineFailed(self.failure)
         if request.request_id in self._streams:
             raise ValueError(f"request id {request.request_id!r} is already running")
-        sequences = []
-        for index in range(request.n):
+        resumed: dict[int, Resumed | None] = dict.fromkeys(range(request.n))
+        if request.resumed is not None:
+            resumed = {each.index: each for each in request.resumed}
+        sequences = {}
+        for index, begun in resumed.items():
             sampling = request.sampling
             if index:
                 sampling = msgspec.structs.replace(sampling, seed=sampling.seed + index)
-            sequences.append(Sequence(self._next_sequence + index, request, sampling))
-        self.scheduler.add(*sequences)
+            seq = self._next_sequence + index
+            sequences[index] = Sequence(seq, request, sampling, begun)
+        self.scheduler.add(*sequences.values(), always=request.resumed is not None)
         self._next_sequence += request.n
-        stream = TokenStream(self, request, [sequence.seq for sequence in sequences])
+        stream = TokenStream(self, request, {i: each.seq for i, each in sequences.items()})
         now = time.perf_counter()
-        for index, seq in enumerate(stream.sequences):
-            self._tracked[seq] = _Tracked(stream, index, now)
+        for index, sequence in sequences.items():
+            generated = sequence.output_len
+            self._tracked[sequence.seq] = _Tracked(stream, index, now, now, generated)
         self._streams[request.request_id] = stream
         self._wake.set()
         return stream
@@ -194,7 +230,8 @@ class Engine:
         stream = self._streams.get(request_id)
         if stream is None:
             return
-        for seq in stream.sequences if index is None else [stream.sequences[index]]:
+        for at in stream.sequences if index is None else [index]:
+            seq = stream.sequences.get(at, -1)
             tracked = self._tracked.get(seq)
             if tracked is not None:
                 self.scheduler.cancel(seq)
@@ -205,29 +242,84 @@ class Engine:
     async def _run(self) -> None:
         in_flight: deque[StepPlan] = deque()
         try:
-            while True:
-                while len(in_flight) < self._depth and (plan := self.scheduler.schedule()):
-                    self._link.send(plan)
-                    in_flight.append(plan)
-                if not in_flight:
-                    self._wake.clear()
-                    await self._wake.wait()
-                    continue
-                self._waits_since = time.monotonic()
-                result = await self._link.receive()
-                self._waits_since = None
-                now = time.perf_counter()
-                plan = in_flight.popleft()
-                for item in self.scheduler.update(result):
-                    self._advance(item, now)
-                self._observer.step(len(plan.seqs), sum(plan.counts), result.seconds)
-        except ShardError as error:
-            self.fail(f"the shard failed: {error}")
+            while self.failure is None:
+                try:
+                    await self._step(in_flight)
+                except ShardError as error:  # noqa: PERF203
+                    if self._recover is None:
+                        self.fail(f"the shard failed: {error}")
+                    else:
+                        await self._restart(error, in_flight, self._recover)
+                        in_flight.clear()
         except asyncio.CancelledError:
             raise
         except Exception as error:
             logger.exception("the engine's loop failed")
             self.fail(f"the engine's loop failed: {type(error).__name__}: {error}")
+
+    async def _step(self, in_flight: deque[StepPlan]) -> None:
+        """Send plans as far as depth goes, then take one result in, or wait for work."""
+        while len(in_flight) < self._depth and (plan := self.scheduler.schedule()):
+            in_flight.append(plan)
+            self._link.send(plan)
+        if not in_flight:
+            self._wake.clear()
+            try:
+                await asyncio.wait_for(self._wake.wait(), _IDLE_SECONDS)
+            except asyncio.TimeoutError:
+                await self._link.check()
+            return
+        self._waits_since = time.monotonic()
+        try:
+            result = await self._link.receive()
+        finally:
+            self._waits_since = None
+        now = time.perf_counter()
+        plan = in_flight.popleft()
+        for item in self.scheduler.update(result):
+            self._advance(item, now)
+        self._observer.step(len(plan.seqs), sum(plan.counts), result.seconds)
+
+    async def _restart(
+        self, error: ShardError, in_flight: deque[StepPlan], recover: Recover
+    ) -> None:
+        """Wait for the shards to be put right; then everything goes on from the tokens it has."""
+        began = time.perf_counter()
+        self._note(str(error))
+        self._observer.failed(str(error))
+        for seq in {seq for plan in in_flight for seq in plan.seqs}:
+            tracked = self._tracked.get(seq)
+            if tracked is None:
+                continue
+            tracked.failures += 1
+            if tracked.failures == _MOST_FAILURES:
+                self.scheduler.cancel(seq)
+                reason = f"it ran in {_MOST_FAILURES} steps that failed, the last so: {error}"
+                self._give_up(seq, reason)
+        self.scheduler.restart(self.info.kv)
+        try:
+            self._link = await recover(error, self._note)
+        except Exception as failure:
+            logger.exception("the shards can't be put right")
+            self.fail(f"the shards failed ({self.recovering}) and can't be put right: {failure}")
+            return
+        self.info = self._link.info
+        for sequence in self.scheduler.restart(self.info.kv):
+            self._give_up(sequence.seq, "the KV cache has become too small for it")
+        seconds = time.perf_counter() - began
+        logger.warning("the shards are back after %.1f s", seconds)
+        self._observer.recovered(self.recovering or "", seconds)
+        self.recovering = None
+
+    def _note(self, reason: str) -> None:
+        """Why shards failed, as far as it is known now."""
+        self.recovering = reason
+        logger.error("shards failed: %s", reason)
+
+    def _give_up(self, seq: int, reason: str) -> None:
+        tracked = self._tracked[seq]
+        delta = Delta(tracked.index, [], finish_reason="error", error=reason)
+        self._finish(seq, tracked, delta)
 
     def _advance(self, item: Progress, now: float) -> None:
         """Pass on what a step brought one sequence."""
@@ -252,6 +344,7 @@ class Engine:
                 self._observer.next_token(now - tracked.last_token)
             tracked.last_token = now
             tracked.generated += 1
+            tracked.failures = 0
         if item.finish_reason is None:
             tracked.stream.push(delta)
         else:
@@ -263,7 +356,7 @@ class Engine:
         del self._tracked[seq]
         stream = tracked.stream
         stream.push(delta)
-        if not any(other in self._tracked for other in stream.sequences):
+        if not any(other in self._tracked for other in stream.sequences.values()):
             self._streams.pop(stream.request.request_id, None)
         assert delta.finish_reason is not None
         self._observer.finished(
@@ -278,7 +371,12 @@ class Engine:
         `step_timeout` seconds. A dead shard ends its link; this finds one that hangs."""
         since = self._waits_since
         if self.failure is None and since is not None and time.monotonic() - since > step_timeout:
-            self.fail(f"the shard has not answered a step for {step_timeout:g} s")
+            reason = f"the shard has not answered a step for {step_timeout:g} s"
+            if self._recover is None:
+                self.fail(reason)
+            else:
+                self._waits_since = None
+                self._link.fail(ShardError(reason))
         if self.failure is not None:
             raise EngineFailed(self.failure)
 

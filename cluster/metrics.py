@@ -8,9 +8,10 @@ Names and meanings follow vLLM's, with `tensorray:` for `vllm:`.
 
 from __future__ import annotations
 
+import time
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import (
@@ -28,6 +29,23 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 _POWERS = tuple(2**i for i in range(15))
+
+
+def join_scrapes(scrapes: Sequence[bytes]) -> bytes:
+    """Several engines' scrapes as one: a family's samples have to stand together, under one head.
+
+    The engines' labels tell their samples apart.
+    """
+    families: dict[str, list[str]] = {}
+    for scrape in scrapes:
+        lines: list[str] = []
+        for line in scrape.decode().splitlines():
+            if line.startswith("# HELP "):
+                lines = families.setdefault(line, [])
+            elif not line.startswith("# TYPE ") or line not in lines:
+                lines.append(line)
+    text = "".join("\n".join([head, *lines]) + "\n" for head, lines in families.items())
+    return text.encode()
 
 
 class Histogram:
@@ -61,8 +79,8 @@ class EngineMetrics(Collector):
     engine tells it.
     """
 
-    def __init__(self, model_name: str) -> None:
-        self._labels = {"model_name": model_name}
+    def __init__(self, model_name: str, engine: str = "0") -> None:
+        self._labels = {"model_name": model_name, "engine": engine}
         self._engine: Engine | None = None
         self._first_token = Histogram(_SECONDS)
         self._next_token = Histogram(_SECONDS)
@@ -75,6 +93,9 @@ class EngineMetrics(Collector):
         self._generated = 0
         self._prompt_tokens = 0
         self._finished: Counter[str] = Counter({"stop": 0, "length": 0, "abort": 0, "error": 0})
+        self._failures = 0
+        self._last_failure = ("", 0.0)  # its reason, and when
+        self._recovery = Histogram(_SECONDS)
         self._registry = CollectorRegistry(auto_describe=False)
         self._registry.register(self)
 
@@ -106,6 +127,14 @@ class EngineMetrics(Collector):
         self._output_lengths.observe(generated)
         self._request.observe(since_arrival)
 
+    def failed(self, reason: str) -> None:
+        self._failures += 1
+        self._last_failure = (reason, time.time())
+
+    def recovered(self, reason: str, seconds: float) -> None:
+        self._last_failure = (reason, self._last_failure[1])
+        self._recovery.observe(seconds)
+
     # --- Prometheus ---
 
     def text(self) -> bytes:
@@ -131,6 +160,7 @@ class EngineMetrics(Collector):
             ("time_to_first_token_seconds", "Arrival to first token", self._first_token),
             ("inter_token_latency_seconds", "From one token to the next", self._next_token),
             ("e2e_request_latency_seconds", "Arrival to last token", self._request),
+            ("recovery_seconds", "From a loss of shards to their return", self._recovery),
             ("step_duration_seconds", "A step's time on the shard", self._step_seconds),
             ("batch_size", "Sequences in a step", self._step_sequences),
             ("iteration_tokens_total", "Tokens in a step", self._step_tokens),
@@ -142,7 +172,18 @@ class EngineMetrics(Collector):
     def _state(self, engine: Engine) -> Iterator[Metric]:
         stats = engine.scheduler.stats()
         used = stats.total_blocks - stats.free_blocks
-        yield self._gauge("engine_up", "1 while the engine can serve", engine.failure is None)
+        up = engine.failure is None and engine.recovering is None
+        yield self._gauge("engine_up", "1 while the engine can serve", up)
+        yield self._counter("shard_failures", "Times that shards were lost", self._failures)
+        reason, when = self._last_failure
+        if when:
+            last = GaugeMetricFamily(
+                "tensorray:last_shard_failure_seconds",
+                "When shards were lost last, in seconds since 1970, and why",
+                labels=[*self._labels, "reason"],
+            )
+            last.add_metric([*self._labels.values(), engine.recovering or reason], when)
+            yield last
         yield self._gauge("num_requests_running", "Sequences in the batch", stats.running)
         yield self._gauge("num_requests_waiting", "Sequences in the queue", stats.waiting)
         yield self._gauge(

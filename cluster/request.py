@@ -14,6 +14,14 @@ from tensorray.actors.protocol import Logprobs, Sampling
 FinishReason = Literal["stop", "length", "abort", "error"]
 
 
+class Resumed(msgspec.Struct, frozen=True, array_like=True):
+    """A sequence that another engine began: what it had told of it."""
+
+    index: int  # which of the request's n sequences
+    tokens: list[int]  # generated
+    prompt_rows: int = 0  # prompt logprobs told
+
+
 class GenerationRequest(msgspec.Struct, frozen=True, omit_defaults=True):
     """One prompt, `n` sequences. Sequence i draws with `sampling.seed + i`."""
 
@@ -27,6 +35,8 @@ class GenerationRequest(msgspec.Struct, frozen=True, omit_defaults=True):
     cache_salt: str = ""  # prompts share cached blocks only under the same salt
     whole: bool = False  # its reader wants nothing of a sequence before its end
     reuse_prefix: bool = True  # off when prompt logprobs need every row computed
+    # Sequences to go on with; those of the n that are not named have ended. None: all begin.
+    resumed: list[Resumed] | None = None
 
 
 class Delta(msgspec.Struct, omit_defaults=True):

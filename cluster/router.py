@@ -7,12 +7,14 @@ the endpoint and talk to the engine over a connection of their own (engine_link.
 from __future__ import annotations
 
 import logging
+import os
 
 import ray
 
 from tensorray.actors.protocol import ShardInfo
+from tensorray.actors.replica import Replica, Where
 from tensorray.actors.segment_table import table
-from tensorray.actors.shard_actor import start_shard
+from tensorray.actors.shard_actor import Description
 from tensorray.actors.wire import Endpoint
 from tensorray.cluster.config import EngineConfig
 from tensorray.cluster.engine import Engine
@@ -23,14 +25,31 @@ logger = logging.getLogger("ray.serve")
 
 
 class Router:
-    """One engine. The constructor returns when its shard has loaded; Serve awaits it."""
+    """One engine. The constructor returns when its shards have loaded; Serve awaits it.
 
-    async def __init__(self, config: EngineConfig) -> None:  # type: ignore[misc]
-        shard = await start_shard(config.shard())
-        self._metrics = EngineMetrics(config.names()[0])
-        self._engine = Engine(shard.link, config.scheduler(shard.link.info), observer=self._metrics)
+    It takes over the shards that a router before it has left behind.
+    """
+
+    async def __init__(self, config: EngineConfig, number: int = 0) -> None:  # type: ignore[misc]
+        """`number` is which of the data-parallel engines it is."""
+        where = Where(
+            accelerator_type=config.accelerator_type,
+            strategy=config.placement_strategy,
+            timeout=config.placement_timeout_seconds,
+            lease=config.shard_lease_seconds,
+            replicas=config.data_parallel_size,
+        )
+        shards = [config.shard(rank) for rank in range(config.num_shards)]
+        self._replica = await Replica.open(config.digest(), shards, where)
+        link = await self._replica.connect()
+        self._metrics = EngineMetrics(config.names()[0], engine=str(number))
+        self._engine = Engine(
+            link,
+            config.scheduler(link.info),
+            observer=self._metrics,
+            recover=self._replica.recover,
+        )
         self._metrics.watch(self._engine)
-        self._shard = shard
         self._step_timeout = config.step_timeout_seconds
         self._server = EngineServer(self._engine)
         await self._engine.start()
@@ -56,16 +75,22 @@ class Router:
         return self._engine.info
 
     async def failure(self) -> str | None:
-        """Why the engine can't serve; None while it can."""
+        """Why the engine can't serve, for good or for now; None while it can."""
+        if self._engine.failure is None and self._engine.recovering is not None:
+            return f"shards failed and are started again: {self._engine.recovering}"
         return self._engine.failure
 
     async def metrics(self) -> bytes:
         """A Prometheus scrape."""
         return self._metrics.text()
 
-    async def shards(self) -> list[dict[str, int]]:
-        """Each shard's process id and peak memory; see ShardActor.describe."""
-        return [await self._shard.actor.describe.remote()]
+    async def shards(self) -> list[Description]:
+        """Each shard's process, by rank."""
+        return await self._replica.describe()
+
+    async def process(self) -> int:
+        """The router's own process id."""
+        return os.getpid()
 
     async def check_health(self) -> None:
         """Serve calls this; an exception has the replica replaced."""
@@ -77,4 +102,4 @@ class Router:
             await self._server.drain()
             await self._server.close()
             await self._engine.close()
-            await self._shard.close()
+            await self._replica.close()

@@ -120,15 +120,16 @@ class Scheduler:
 
     # --- what the engine calls ---------------------------------------------------------------
 
-    def add(self, *sequences: Sequence) -> None:
+    def add(self, *sequences: Sequence, always: bool = False) -> None:
         """Queue sequences: all of them or, when this raises, none.
 
-        RequestRefused: one of them can never run here. QueueFull: too many wait already.
+        RequestRefused: one of them can never run here. QueueFull: too many wait already, which
+        does not keep out what has to be taken `always`.
         """
         for s in sequences:
             self._check(s)
         room = self._max_waiting + self._max_num_seqs - self._running - len(self._waiting)
-        if len(sequences) > room:
+        if len(sequences) > room and not always:
             raise QueueFull(
                 f"{len(self._waiting)} sequences wait already and {len(sequences)} more would "
                 f"exceed max_waiting ({self._max_waiting}); try again later"
@@ -274,6 +275,34 @@ class Scheduler:
             self._prefilling = [s for s in self._prefilling if s.status is Status.RUNNING]
         return progress
 
+    def restart(self, kv: KVGroups) -> list[Sequence]:
+        """The shards have lost every sequence, and have a cache of this shape now.
+
+        What ran waits again, ahead of what is new, to be computed from the tokens it has; results
+        on the way are not to come. Returns the sequences that will never fit the new cache; they
+        are forgotten.
+        """
+        self._in_flight.clear()
+        self._ends = []
+        self._new_blocks = {}
+        self.blocks = BlockManager(kv, enable_prefix_caching=self.blocks.enable_prefix_caching)
+        ran = self._prefilling + self._decoding
+        self._prefilling, self._decoding = [], []
+        for s in ran:
+            s.tables = []
+            s.computed = s.registered = s.promised = 0
+            s.first_step = NEVER
+            s.status = Status.WAITING
+            self._waiting.put_back(s)
+        unfit = [
+            s
+            for s in self._sequences.values()
+            if self.blocks.blocks_needed(s.max_len - 1) > self.blocks.total
+        ]
+        for s in unfit:
+            self.cancel(s.seq)
+        return unfit
+
     @property
     def unfinished(self) -> int:
         """Sequences that are running or waiting."""
@@ -304,7 +333,8 @@ class Scheduler:
         """The decodes to leave out of this micro-batch: those whose last token is on its way, and
         of the others all but an even share, which goes to those who have waited longest."""
         turn = [s for s in self._decoding if s.computed < len(s.tokens)]
-        share = -(-len(self._decoding) // self._micro_batches)
+        free = max(1, self._micro_batches - len(self._in_flight))  # plans to share these out over
+        share = min(-(-len(turn) // free), -(-len(self._decoding) // self._micro_batches))
         return set(self._decoding) - set(turn[:share])
 
     def _extend_decodes(self, left_out: set[Sequence]) -> set[Sequence]:

@@ -7,7 +7,7 @@ from enum import Enum
 from typing import TYPE_CHECKING
 
 from tensorray.actors.protocol import Sampling
-from tensorray.cluster.request import GenerationRequest
+from tensorray.cluster.request import GenerationRequest, Resumed
 
 if TYPE_CHECKING:
     from tensorray.cluster.blocks import Table
@@ -55,11 +55,18 @@ class Sequence:
         "tokens",
     )
 
-    def __init__(self, seq: int, request: GenerationRequest, sampling: Sampling) -> None:
+    def __init__(
+        self,
+        seq: int,
+        request: GenerationRequest,
+        sampling: Sampling,
+        resumed: Resumed | None = None,
+    ) -> None:
         self.seq = seq
         self.request = request
         self.sampling = sampling
-        self.tokens = list(request.prompt)  # then what was generated and told
+        # The prompt, then what was generated and told.
+        self.tokens = [*request.prompt, *(resumed.tokens if resumed else ())]
         self.prompt_len = len(request.prompt)
         self.max_len = self.prompt_len + request.max_tokens  # the scheduler caps it
         self.stops = frozenset(sampling.stop_token_ids)
@@ -74,9 +81,10 @@ class Sequence:
         self.computed = 0
         self.target = 0  # tokens known at (re)start: below it prefill, from it on decode
         self.pause_at = 0  # `computed` at which a decode needs more than its next token
-        self.charged = self.prompt_len  # tokens its user's account has been charged for
+        self.charged = len(self.tokens)  # tokens its user's account has been charged for
         self.prompt_rows = 0  # prompt logprobs received since it (re)started
-        self.prompt_rows_given = 0  # and passed on, over all restarts
+        # And passed on, over all restarts.
+        self.prompt_rows_given = resumed.prompt_rows if resumed else 0
 
         # The block manager's own.
         self.tables: list[Table] = []  # one per kind of KV group, while it runs

@@ -10,7 +10,7 @@ from tensorray.actors.link import LocalLink, ShardError
 from tensorray.actors.null_shard import NullShard
 from tensorray.actors.protocol import KVGroups, Sampling, ShardInfo, StepPlan, StepResult
 from tensorray.cluster.engine import Engine, EngineFailed
-from tensorray.cluster.request import Delta, GenerationRequest, QueueFull, RequestRefused
+from tensorray.cluster.request import Delta, GenerationRequest, QueueFull, RequestRefused, Resumed
 from tensorray.cluster.scheduler import Scheduler
 
 INFO = ShardInfo(
@@ -229,4 +229,120 @@ async def test_a_shard_that_hangs_is_found_by_the_health_check():
     with pytest.raises(EngineFailed, match="not answered a step"):
         engine.check(0.05)
     assert [delta.finish_reason for delta in await collect(stream)] == ["error"]
+    await engine.close()
+
+
+class Mortal(NullShard):
+    """Dies in the steps it is told to, by their number."""
+
+    def __init__(self, *deaths: int, victim: int | None = None) -> None:
+        super().__init__(INFO)
+        self.deaths = set(deaths)
+        self.victim = victim  # a prompt's first token that is its death, each time
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        if plan.step in self.deaths:
+            raise MemoryError("out of luck")
+        for start in plan.starts:
+            if start.tokens[0] == self.victim:
+                raise MemoryError("out of luck again")
+        return super().execute(plan)
+
+
+def recovering_engine(shard: Mortal, *, depth: int = 1) -> Engine:
+
+    async def recover(error: ShardError, tell) -> CountingLink:
+        tell(f"rank 0: {error}, says Ray")
+        await asyncio.sleep(0.02)
+        assert engine.recovering.endswith("says Ray")
+        shard.reset()
+        return CountingLink(shard, inline=True)
+
+    engine = Engine(
+        CountingLink(shard, inline=True),
+        Scheduler(
+            INFO.kv, max_model_len=INFO.max_model_len, max_num_seqs=4, max_num_batched_tokens=64
+        ),
+        depth=depth,
+        recover=recover,
+    )
+    return engine
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+async def test_requests_outlive_their_shard(depth):
+    """Running, waiting and new ones; tokens as if nothing had happened."""
+    whole = make_engine()
+    await whole.start()
+    names = [f"r{i}" for i in range(7)]
+    streams = [whole.generate(request(name, 5 + i, 12)) for i, name in enumerate(names)]
+    expected = [tokens(await collect(stream)) for stream in streams]
+    await whole.close()
+
+    engine = recovering_engine(Mortal(0, 4, 5, 17), depth=depth)
+    await engine.start()
+    streams = [engine.generate(request(name, 5 + i, 12)) for i, name in enumerate(names)]
+    found = await asyncio.gather(*map(collect, streams))
+    assert [tokens(deltas) for deltas in found] == expected
+    assert engine.failure is None
+    assert engine.recovering is None
+    stats = engine.scheduler.stats()
+    assert stats.free_blocks == stats.total_blocks
+    await engine.close()
+
+
+async def test_what_shards_keep_dying_of_is_given_up():
+    engine = recovering_engine(Mortal(victim=9))
+    await engine.start()
+    poison = GenerationRequest("poison", [9, 9, 9], Sampling(), 5)
+    deltas = await asyncio.wait_for(collect(engine.generate(poison)), 5)
+    assert deltas[-1].finish_reason == "error"
+    assert "3 steps that failed" in deltas[-1].error
+    assert len(tokens(await collect(engine.generate(request("fine"))))) == 8
+    await engine.close()
+
+
+async def test_shards_that_can_not_be_put_right_fail_the_engine():
+    async def recover(error, tell):
+        raise ShardError("no room in the cluster")
+
+    engine = Engine(
+        CountingLink(Mortal(2), inline=True),
+        Scheduler(
+            INFO.kv, max_model_len=INFO.max_model_len, max_num_seqs=4, max_num_batched_tokens=64
+        ),
+        recover=recover,
+    )
+    await engine.start()
+    deltas = await asyncio.wait_for(collect(engine.generate(request("a"))), 5)
+    assert "out of luck" in deltas[-1].error
+    assert "no room in the cluster" in deltas[-1].error
+    with pytest.raises(EngineFailed, match="no room"):
+        engine.check(60)
+    await engine.close()
+
+
+async def test_a_cancelled_request_stays_cancelled_while_shards_are_away():
+    engine = recovering_engine(Mortal(3))
+    await engine.start()
+    streams = [engine.generate(request(name, max_tokens=30)) for name in "ab"]
+    while engine.recovering is None:
+        await asyncio.sleep(0)
+    await engine.cancel("a")
+    first, second = await asyncio.gather(*map(collect, streams))
+    assert first[-1].finish_reason == "abort"
+    assert len(tokens(second)) == 30
+    await engine.close()
+
+
+async def test_a_request_that_another_engine_began_goes_on():
+    engine = make_engine()
+    await engine.start()
+    whole = await collect(engine.generate(request("a", n=3, max_tokens=20)))
+    resumed = [Resumed(0, tokens(whole, 0)[:7]), Resumed(2, tokens(whole, 2)[:19])]
+    rest = await collect(engine.generate(request("b", n=3, max_tokens=20, resumed=resumed)))
+    assert tokens(rest, 0) == tokens(whole, 0)[7:]
+    assert tokens(rest, 1) == []
+    assert tokens(rest, 2) == tokens(whole, 2)[19:]
+    assert [delta.finish_reason for delta in rest if delta.finish_reason] == ["length"] * 2
     await engine.close()

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
+import msgspec
 import pytest
 
 from tensorray.actors.protocol import Sampling
@@ -194,3 +195,90 @@ async def test_all_who_wait_for_a_lost_router_share_one_attempt() -> None:
     with pytest.raises(EngineFailed):  # who comes later tries again
         await gather(link.generate(request("late")))
     assert attempts == 2
+
+
+async def test_a_lost_router_is_a_pause_for_those_who_are_patient() -> None:
+    """Nothing told twice, nothing left out, whatever each sequence had when the router died."""
+    engines = [null_engine(step_ms=2) for _ in range(3)]
+    servers = [EngineServer(engine) for engine in engines]
+    endpoints = []
+    for engine, server in zip(engines, servers, strict=True):
+        await engine.start()
+        endpoints.append(await server.start("127.0.0.1"))
+    alone = await gather(engines[0].generate(request("alone", tokens=60, n=3)))
+
+    async def find() -> Endpoint:
+        if not endpoints:
+            raise EngineFailed("its router does not answer")
+        return endpoints[0]
+
+    link = EngineLink(find, patience=10)
+    scored = request("scored", tokens=60)
+    scored = msgspec.structs.replace(
+        scored, sampling=Sampling(seed=7, prompt_logprobs=0, logprobs=0), reuse_prefix=False
+    )
+    deltas: list[Delta] = []
+
+    async def read(stream: AsyncIterator[list[Delta]]) -> None:
+        async for each in stream:
+            deltas.extend(each)
+
+    tasks = [
+        asyncio.create_task(gather(link.generate(request(f"r{i}", tokens=60, n=3))))
+        for i in range(10)
+    ]
+    tasks.append(asyncio.create_task(read(link.generate(scored))))  # type: ignore[arg-type]
+    for server in servers[:2]:
+        await asyncio.sleep(0.04)
+        assert not any(task.done() for task in tasks)
+        lost = endpoints.pop(0)
+        await server.close()
+        assert lost not in endpoints
+    found = await asyncio.wait_for(asyncio.gather(*tasks), 10)
+    assert all(tokens == alone for tokens in found[:-1])
+    assert [token for delta in deltas for token in delta.tokens] == alone[0]
+    told = [entry.token for delta in deltas for entry in delta.logprobs]
+    assert told == alone[0]
+    assert [entry.token for delta in deltas for entry in delta.prompt_logprobs] == [1, 2, 3, 4]
+    assert engines[2].scheduler.stats().running == 0
+    endpoints.clear()
+    await servers[2].close()
+    await link.close()
+    for engine in engines:
+        await engine.close()
+
+
+async def test_a_sequence_that_was_cancelled_is_not_resumed() -> None:
+    engines = [null_engine(step_ms=2) for _ in range(2)]
+    servers = [EngineServer(engine) for engine in engines]
+    endpoints = []
+    for engine, server in zip(engines, servers, strict=True):
+        await engine.start()
+        endpoints.append(await server.start("127.0.0.1"))
+
+    async def find() -> Endpoint:
+        return endpoints[0]
+
+    link = EngineLink(find, patience=10)
+    stream = link.generate(request("pair", tokens=150, n=2))
+    await stream.__anext__()
+    endpoints.pop(0)
+    await link.cancel("pair", 1)
+    await servers[0].close()  # before anything is heard of the cancellation
+    tokens = await gather(stream)
+    assert len(tokens[0]) > 100
+    assert len(tokens.get(1, [])) < 50
+    await link.close()
+    await servers[1].close()
+    for engine in engines:
+        await engine.close()
+
+
+async def test_patience_has_an_end() -> None:
+    async def find() -> Endpoint:
+        raise EngineFailed("its router does not answer")
+
+    link = EngineLink(find, patience=0.4)
+    with pytest.raises(EngineFailed, match="does not answer"):
+        await asyncio.wait_for(gather(link.generate(request("r"))), 5)
+    await link.close()

@@ -720,3 +720,74 @@ def test_every_running_sequence_must_be_able_to_advance() -> None:
         Scheduler(
             KVGroups([None], 100, 4), max_model_len=50, max_num_seqs=8, max_num_batched_tokens=7
         )
+
+
+# --- pipelines ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stages", [2, 3, 4])
+def test_micro_batches_share_out_the_decodes(stages: int) -> None:
+    """As many plans at once as there are stages, each with its share, no sequence in two."""
+    rig = Rig(micro_batches=stages, depth=stages)
+    seqs = [rig.add(tokens(i, 5), max_tokens=40) for i in range(6)]
+    for _ in range(3 * stages):
+        rig.step()
+    for _ in range(20):
+        while rig.in_flight < stages:
+            assert rig.schedule() is not None
+        plans = [{s.seq for s in rig.sequences.values() if s.computed == len(s.tokens)}]
+        assert plans[0] == set(seqs)  # the last token of each is on its way
+        out = [result.seqs for result in rig._on_the_way]
+        assert sorted(seq for each in out for seq in each) == seqs
+        assert max(map(len, out)) - min(map(len, out)) <= 1 + 6 % stages
+        rig.update()
+    rig.run()
+    rig.check_outputs()
+    rig.check_released()
+
+
+def test_micro_batches_leave_nobody_behind_at_any_depth() -> None:
+    rig = Rig(micro_batches=3, depth=1)
+    for i in range(7):
+        rig.add(tokens(i, 5), max_tokens=12)
+    rig.run(limit=7 * 14)
+    rig.check_outputs()
+
+
+# --- a lost shard ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("depth", "micro_batches"), [(1, 1), (2, 1), (3, 3)])
+def test_everything_goes_on_when_the_shard_is_lost_at_any_time(
+    depth: int, micro_batches: int
+) -> None:
+    for lost_at in range(12):
+        options = {"depth": depth, "micro_batches": micro_batches, "num_blocks": 40}
+        rig = Rig([None, 6], max_num_seqs=4, max_num_batched_tokens=16, **options)
+        for i in range(8):
+            rig.add(tokens(i % 5, 5 + i), max_tokens=4 + i, temperature=1.0)
+        for step in range(lost_at):
+            rig.step()
+            if step % 5 == 4:
+                rig.lose_shard()
+        rig.schedule()
+        rig.lose_shard()
+        rig.check_books()
+        rig.run()
+        assert set(rig.finished.values()) == {"length"}
+        rig.check_outputs()
+        rig.check_released()
+
+
+def test_what_never_fits_a_smaller_cache_is_given_up() -> None:
+    rig = Rig(num_blocks=40)
+    long = rig.add(tokens(1, 100), max_tokens=20)
+    short = rig.add(tokens(2, 10), max_tokens=20)
+    for _ in range(3):
+        rig.step()
+    rig.lose_shard(num_blocks=20)
+    assert rig.finished == {long: "error"}
+    rig.run()
+    assert rig.finished[short] == "length"
+    rig.check_outputs()
+    rig.check_released()

@@ -222,20 +222,49 @@ def test_a_redeploy_lets_streams_end(client: openai.OpenAI, port: int, model: Pa
     assert completion(client).usage.completion_tokens == 6
 
 
-def test_a_killed_shard_is_told_and_replaced(client: openai.OpenAI, port: int) -> None:
+def test_a_killed_shard_is_a_pause(client: openai.OpenAI, port: int) -> None:
     router = serve.get_deployment_handle("Router", app.APP_NAME)
     (shard,) = router.shards.remote().result()
+    whole = completion(client, max_tokens=200).choices[0].text
     stream = completion(client, max_tokens=200, stream=True)
-    next(stream)
+    text = next(stream).choices[0].text
     os.kill(shard["pid"], signal.SIGKILL)
-    with pytest.raises(openai.APIError, match="shard"):
-        list(stream)
-    status, body = get(port, "/health")
-    assert (status, json.loads(body)["error"]["code"]) == (503, "engine_unavailable")
-    with pytest.raises(openai.InternalServerError, match="not available"):
-        completion(client)
-    deadline = time.monotonic() + 90
-    while get(port, "/health")[0] != 200:
-        assert time.monotonic() < deadline, "no new router"
-        time.sleep(0.2)
-    assert completion(client).usage.completion_tokens == 6
+    killed = time.monotonic()
+    while (seen := get(port, "/health"))[0] == 200:
+        assert time.monotonic() < killed + 2, "not noticed"
+    error = json.loads(seen[1])["error"]
+    assert (seen[0], error["code"]) == (503, "engine_unavailable")
+    assert "shards failed and are started again" in error["message"]
+    late = completion(client)  # waits, too
+    text += "".join(chunk.choices[0].text for chunk in stream)
+    assert text == whole
+    assert late.usage.completion_tokens == 6
+    assert get(port, "/health")[0] == 200
+    (again,) = router.shards.remote().result()
+    assert again["pid"] != shard["pid"]
+    status, metrics = get(port, "/metrics")
+    assert status == 200
+    (failure,) = (
+        sample
+        for family in text_string_to_metric_families(metrics)
+        for sample in family.samples
+        if sample.name == "tensorray:last_shard_failure_seconds"
+    )
+    assert "rank 0: the shard's connection ended" in failure.labels["reason"]
+    seen = scrape(port)
+    assert (seen["shard_failures_total"], seen["recovery_seconds_count"]) == (1, 1)
+
+
+def test_a_killed_router_is_a_pause(client: openai.OpenAI, port: int) -> None:
+    router = serve.get_deployment_handle("Router", app.APP_NAME)
+    (shard,) = router.shards.remote().result()
+    whole = completion(client, max_tokens=200).choices[0].text
+    stream = completion(client, max_tokens=200, stream=True)
+    text = next(stream).choices[0].text
+    os.kill(router.process.remote().result(), signal.SIGKILL)
+    late = completion(client)
+    text += "".join(chunk.choices[0].text for chunk in stream)
+    assert text == whole
+    assert late.usage.completion_tokens == 6
+    (again,) = router.shards.remote().result()
+    assert again["pid"] == shard["pid"], "the new router took the shard over"

@@ -129,7 +129,7 @@ def _same(ours: list[int], theirs: list[int]) -> float:
 async def shard_memory(threads: int) -> dict[str, float]:
     """Peak resident memory of a shard actor over its weights and KV cache."""
     from tensorray.actors.protocol import Sampling
-    from tensorray.actors.shard_actor import start_shard
+    from tensorray.actors.replica import Replica, Where
     from tensorray.cluster.config import EngineConfig
     from tensorray.cluster.engine import Engine
     from tensorray.cluster.request import GenerationRequest
@@ -145,8 +145,9 @@ async def shard_memory(threads: int) -> dict[str, float]:
         kv_cache_memory_bytes=streams * length * KV_BYTES_PER_TOKEN * 5 // 4,
         enable_prefix_caching=False,
     )
-    shard = await start_shard(config.shard())
-    engine = Engine(shard.link, config.scheduler(shard.link.info))
+    shard = await Replica.open("bench", [config.shard()], Where())
+    link = await shard.connect()
+    engine = Engine(link, config.scheduler(link.info))
     await engine.start()
     draw = random.Random(0)
 
@@ -157,8 +158,8 @@ async def shard_memory(threads: int) -> dict[str, float]:
             pass
 
     await asyncio.gather(*map(one, range(streams)))
-    described = await shard.actor.describe.remote()
-    info = shard.link.info
+    (described,) = await shard.describe()
+    info = link.info
     await engine.close()
     await shard.close()
     owned = info.weight_bytes + info.kv_cache_bytes

@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Iterable
 from typing import Any
 
+import msgspec
 from helpers.content_shard import ContentShard, generate_alone
 from tensorray.actors.protocol import KVGroups, Sampling, StepPlan, StepResult
 from tensorray.cluster.blocks import Page
@@ -109,6 +110,18 @@ class Rig:
             self.step()
             assert self.steps > before, "nothing runs, but not everything has ended"
         assert not self.scheduler.unfinished, "something did not end"
+
+    def lose_shard(self, **changes: Any) -> None:
+        """The shard dies, results on the way with it; another takes its place, whose cache may
+        have other figures (fields of KVGroups)."""
+        kv = msgspec.structs.replace(self.shard.kv, **changes)
+        limits = (self.shard.max_num_seqs, self.shard.max_num_batched_tokens)
+        next_step = self.shard.next_step
+        self.shard = ContentShard(kv, *limits)
+        self.shard.next_step = next_step
+        self._on_the_way.clear()
+        for s in self.scheduler.restart(kv):
+            self.finished[s.seq] = "error"
 
     # --- checks ----------------------------------------------------------------------------
 
