@@ -23,6 +23,7 @@ from tensorray.builder.plan import Plan
 from tensorray.builder.tensorrt_flavour import (
     FLAVOURS,
     Flavour,
+    NeedsKernels,
     Target,
     TargetError,
     TensorRTError,
@@ -247,7 +248,8 @@ class RayWorkers:
         except ray.exceptions.TaskUnschedulableError:  # Ray's way to say so of a single node
             return Result(request, None, _ALL_LOST)
         except ray.exceptions.RayError as error:
-            return Result(request, None, _reason(error))
+            lacks = isinstance(getattr(error, "cause", None), NeedsKernels)
+            return Result(request, None, _reason(error), needs_kernels=lacks)
 
     def _stranded(self) -> list[Result]:
         """Give up what no node that is left can build; Ray would wait for one for ever."""

@@ -10,6 +10,7 @@ import numpy as np
 
 from tensorray.actors.array_segment import Backend, Runner
 from tensorray.builder.plan import Binding, Plan
+from tensorray.builder.quantized_segment import flat
 from tensorray.builder.tensorrt_runtime import ALIGNMENT, Engine, Scratch
 
 
@@ -68,7 +69,7 @@ class PlanSegment(Runner):
                 )
         self._context.enqueue(
             [address(each) for each in dense],
-            [address(each) for each in weights],
+            [address(each) for each in flat(weights)],
             [address(each) for each in outputs],
             self._stream(),
         )

@@ -16,6 +16,7 @@ import importlib
 import logging
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -31,6 +32,7 @@ from tensorray.builder.build import NamedSegment, name_segments
 from tensorray.builder.graph import DTypes, KernelCall, Program, Segment, SegmentCall, WeightRef
 from tensorray.builder.model import ShardWeights
 from tensorray.builder.plan import Plan
+from tensorray.builder.quantized_segment import form_of, quantized_segment
 from tensorray.builder.store import StoreError, open_store
 from tensorray.builder.tensorrt_flavour import TargetError, TensorRTError
 from tensorray.builder.tensorrt_runtime import Engine
@@ -189,9 +191,15 @@ class SegmentRunners:
         return infos
 
     def _find(self, each: NamedSegment) -> _TriedPlan | None:
-        if self._source is None or not _are_dense(self._weights[each.segment], self._dtypes):
+        if self._source is None:
             return None
-        plan = self._source.find(each)
+        # The plan is for the weights as they are held: quantized in the same way in all layers,
+        # if at all.
+        sets = self._weights[each.segment]
+        if not _serve_plans(sets, self._dtypes):
+            return None
+        segment = quantized_segment(each.segment, [form_of(weight) for weight in sets[0]])
+        plan = self._source.find(replace(each, segment=segment))
         if plan is None:
             return None
         tried = _TriedPlan(plan, self._source, self._circumstances)
@@ -278,9 +286,14 @@ def _weight(weights: ShardWeights, ref: WeightRef) -> Any:
     return (weights.embed if ref.group == "embed" else weights.head).arrays[ref.name]
 
 
-def _are_dense(sets: WeightSets, dtypes: DTypes) -> bool:
-    """Whether weights are arrays of the compute dtype, as plans take them (and not quantized)."""
-    return all(getattr(each, "dtype", None) == dtypes.compute for each in sets[0])
+def _serve_plans(sets: WeightSets, dtypes: DTypes) -> bool:
+    """Whether weights are such as one plan takes: arrays of the compute dtype or quantized, each
+    in one form in all layers."""
+    forms = {tuple(form_of(each) for each in one) for one in sets}
+    return len(forms) == 1 and all(
+        form is not None or getattr(each, "dtype", None) == dtypes.compute
+        for each, form in zip(sets[0], next(iter(forms)), strict=True)
+    )
 
 
 def _head_segments(program: Program) -> set[Segment]:

@@ -14,6 +14,7 @@ from tensorray.builder.ops import Ops, Tensor, kernel, segment
 from tensorray.builder.rope import RopeSpec, table
 from tensorray.kernels import activation, attention, linear, moe, norm, rope, rows
 from tensorray.kernels.batch import Batch
+from tensorray.kernels.quantized import Kind, QuantizedWeight
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,23 @@ class ArrayOps(Ops):
 
     @segment
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return linear.linear(x, weight, bias)
+
+    @segment
+    def linear_quantized(
+        self,
+        x: Tensor,
+        values: Tensor,
+        scales: Tensor,
+        zeros: Tensor | None,
+        order: Tensor | None,
+        groups: Tensor | None,
+        bias: Tensor | None = None,
+        *,
+        kind: Kind,
+        group: int,
+    ) -> Tensor:
+        weight = QuantizedWeight(kind, group, values, scales, zeros, order, groups)
         return linear.linear(x, weight, bias)
 
     @segment

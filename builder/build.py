@@ -16,12 +16,16 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Any, Literal, Protocol
 
+from tensorray.builder.checkpoint.quantization_config import schemes_of
 from tensorray.builder.graph import DTypes, Program, Segment, SegmentCall, trace
+from tensorray.builder.joining import join_rope
 from tensorray.builder.model import Layout, Model, stage_layers
 from tensorray.builder.plan import Plan, ProfileSet, build_plan, plan_key
+from tensorray.builder.quantized_segment import model_forms, products, quantize_program
 from tensorray.builder.store import Claim, PlanStore, StoreError
 from tensorray.builder.tensorrt_flavour import (
     Flavour,
+    NeedsKernels,
     Target,
     TargetError,
     TensorRTError,
@@ -72,14 +76,18 @@ def find_segments(
 ) -> list[NamedSegment]:
     """The distinct segments over all ranks and stages, in order of first use.
 
-    Raises ModelConfigError for a layout that the model does not divide into.
+    Weights are quantized as the config tells. Raises ModelConfigError for a layout that the model
+    does not divide into, and CheckpointError for a quantization that is not supported.
     """
+    scheme_of = schemes_of(config)
 
     def programs() -> Iterator[Program]:
         for pp_rank in range(pp_size):
             for tp_rank in range(tp_size):
                 model = definition(config, Layout(tp_rank, tp_size, pp_rank, pp_size))
-                yield trace(model, stage_layers(model.num_layers, pp_size, pp_rank))
+                layers = stage_layers(model.num_layers, pp_size, pp_rank)
+                forms = model_forms(model, layers, scheme_of)
+                yield quantize_program(join_rope(trace(model, layers)), forms)
 
     return name_segments(programs())
 
@@ -169,7 +177,8 @@ def _timing_cache(target: Target) -> TimingCache:
 
 # --- building all ---------------------------------------------------------------------------------
 
-State = Literal["reused", "compiled", "failed", "missing"]
+#: "kernels": TensorRT has not what the segment needs, own kernels will run it.
+State = Literal["reused", "compiled", "kernels", "failed", "missing"]
 
 
 @dataclass(frozen=True)
@@ -180,6 +189,7 @@ class Result:
     plan: Plan | None
     error: str = ""
     where: str = ""  # the machine
+    needs_kernels: bool = False  # the error is that TensorRT has not what it takes
 
 
 class Workers(Protocol):
@@ -213,7 +223,8 @@ class LocalWorkers:
         try:
             return [Result(request, self._compile(request))]
         except (TensorRTError, TargetError) as error:
-            return [Result(request, None, str(error))]
+            lacks = isinstance(error, NeedsKernels)
+            return [Result(request, None, str(error), needs_kernels=lacks)]
 
     def close(self) -> None:
         self._queue.clear()
@@ -315,6 +326,9 @@ class _Filling:
 
     def _land(self, result: Result) -> Outcome:
         request, plan = result.request, result.plan
+        if result.needs_kernels:
+            self.store.write(_note_name(request), result.error.encode())
+            return Outcome(request, "kernels", error=result.error, where=result.where)
         if plan is None:
             return Outcome(
                 request, "failed", error=f"{request}: {result.error}", where=result.where
@@ -329,7 +343,16 @@ class _Filling:
 
 def _stored(request: PlanRequest, store: PlanStore) -> Outcome | None:
     plan = store.get(request.key)
-    return None if plan is None else Outcome(request, "reused", bytes=len(plan.data))
+    if plan is not None:
+        return Outcome(request, "reused", bytes=len(plan.data))
+    # Only quantized segments have such notes; looking for others' would be in vain.
+    note = store.read(_note_name(request)) if products(request.segment) else None
+    return None if note is None else Outcome(request, "kernels", error=note.decode())
+
+
+def _note_name(request: PlanRequest) -> str:
+    """Where a store says why there is no plan for a request."""
+    return f"kernels/{request.key}.txt"
 
 
 def plan_for(request: PlanRequest, store: PlanStore, compile: Compile = compile_plan) -> Plan:

@@ -21,7 +21,7 @@ from tensorray.builder.plan import ProfileSet
 from tensorray.builder.tensorrt_flavour import Target
 
 #: Version of the format. A reader refuses a newer one, since it can't know what changed.
-SCHEMA = 1
+SCHEMA = 2
 
 
 class ManifestError(ValueError):
@@ -69,6 +69,9 @@ class Manifest:
     dtypes: DTypes
     targets: tuple[PlannedTarget, ...]
     segments: tuple[PlannedSegment, ...]
+    #: Keys under which there is no plan: that TensorRT has not what the segment's quantized weights
+    #: need, and own kernels run it.
+    kernels: tuple[str, ...] = ()
     schema: int = SCHEMA
 
     @property
@@ -77,15 +80,17 @@ class Manifest:
         model = re.sub(r"[^\w.-]+", "-", self.checkpoint.model.rstrip("/").rpartition("/")[2])
         layout = f"tp{self.tp_size}-pp{self.pp_size}-{self.dtypes.compute}"
         # The schema is left out: a newer program's manifest of the same plans is found, not missed.
-        digest = hashlib.sha256(_canonical(replace(self, schema=0))).hexdigest()
+        # So is what a build finds out.
+        digest = hashlib.sha256(_canonical(replace(self, schema=0, kernels=()))).hexdigest()
         return f"manifests/{model}-{layout}-{digest[:12]}.json"
 
     def keys(self, architecture: str) -> list[str]:
-        """The keys of all plans for a GPU architecture."""
+        """The keys of all plans there are for a GPU architecture."""
         chosen = [
             i for i, each in enumerate(self.targets) if each.target.architecture == architecture
         ]
-        return [segment.plans[i] for segment in self.segments for i in chosen]
+        keys = [segment.plans[i] for segment in self.segments for i in chosen]
+        return [key for key in keys if key not in self.kernels]
 
     def to_json(self) -> bytes:
         return json.dumps(msgspec.to_builtins(self), indent=2).encode() + b"\n"

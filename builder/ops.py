@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeVar
 
 from tensorray.builder.rope import RopeSpec
+from tensorray.kernels.quantized import Kind
 
 # What flows through a definition: an ndarray under ArrayOps, a symbolic tensor under a compiling
 # interpreter. Both support +, -, * with each other and with Python floats.
@@ -44,7 +45,28 @@ class SegmentOps(Protocol):
 
     @segment
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """`x @ weight.T + bias`: x `[T, in]`, weight `[out, in]`, bias `[out]` -> `[T, out]`."""
+        """`x @ weight.T + bias`: x `[T, in]`, weight `[out, in]`, bias `[out]` -> `[T, out]`.
+
+        The weight may be quantized (kernels/quantized.py), which is its checkpoint's matter.
+        """
+        ...
+
+    @segment
+    def linear_quantized(
+        self,
+        x: Tensor,
+        values: Tensor,
+        scales: Tensor,
+        zeros: Tensor | None,
+        order: Tensor | None,
+        groups: Tensor | None,
+        bias: Tensor | None = None,
+        *,
+        kind: Kind,
+        group: int,
+    ) -> Tensor:
+        """`linear` by a quantized weight in its arrays (quantized_segment.py makes it of linears;
+        definitions don't call it)."""
         ...
 
     @segment

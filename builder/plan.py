@@ -12,10 +12,13 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 
-from tensorray.builder.graph import ROWS, DTypes, Segment, Shape, Spec
+from tensorray.builder.graph import ROWS, DTypes, Segment, Shape, Spec, trace_segment
+from tensorray.builder.quantized_segment import Product, products, quantized_segment
 from tensorray.builder.tensorrt_flavour import (
     Flavour,
+    NeedsKernels,
     ShapeRange,
     Target,
     TensorRTError,
@@ -163,7 +166,8 @@ def build_plan(
     """Compile a segment.
 
     `target` comes from `flavour.target(architecture)`. Raises TargetError for a dtype the target
-    lacks, and TensorRTError naming the op and TensorRT's own message for a segment it rejects.
+    lacks, TensorRTError naming the op and TensorRT's own message for a segment it rejects, and
+    NeedsKernels for one with quantized weights of a kind that it has no product for.
     `timing_cache` is read and brought up to date.
     """
     for dtype in (dtypes.compute, dtypes.residual):
@@ -171,24 +175,18 @@ def build_plan(
     if (target.flavour, target.version) != (flavour.name, flavour.version):
         raise ValueError(f"a target of {target.flavour} {target.version} for another flavour")
     started = time.perf_counter()
+    for product in products(segment):
+        lack = what_lacks(flavour, target, dtypes.compute, product)
+        if lack:
+            raise NeedsKernels(
+                f"{flavour.name} {flavour.version} can't multiply by {product}: {lack}"
+            )
     inputs = _bindings("x", segment.inputs, dtypes)
     weights = _bindings("w", segment.weights, dtypes)
     outputs = _bindings("y", segment.output_specs, dtypes)
-    with flavour.lock:
-        flavour.messages.take()
-        network = flavour.create_network()
-        ops = TensorRTOps(flavour, network, dtypes)
-        arguments = [
-            [ops.input(binding.name, spec) for binding, spec in zip(bindings, specs, strict=True)]
-            for bindings, specs in ((inputs, segment.inputs), (weights, segment.weights))
-        ]
-        for binding, value in zip(outputs, segment.run(ops, *arguments), strict=True):
-            ops.output(binding.name, value)
-        try:
-            data = flavour.compile(network, target, _shapes(inputs, profiles), timing_cache)
-        except TensorRTError as error:
-            names = " ".join(node.op for node in segment.nodes)
-            raise TensorRTError(f"segment [{names}]: {error}") from None
+    data = _compile(
+        segment, (inputs, weights, outputs), dtypes, profiles, target, flavour, timing_cache
+    )
     return Plan(
         key=plan_key(segment, dtypes=dtypes, profiles=profiles, target=target),
         segment=segment.digest(),
@@ -201,6 +199,52 @@ def build_plan(
         seconds=time.perf_counter() - started,
         data=data,
     )
+
+
+@cache
+def what_lacks(flavour: Flavour, target: Target, dtype: str, product: Product) -> str:
+    """Why TensorRT can't multiply by weights of a kind, in its own words; "" if it can.
+
+    Found out by building a small network.
+    """
+    form, compute = product.example(), DTypes(dtype, dtype)
+    x, weight = Spec((ROWS, form.shape[1]), "compute"), Spec(form.shape, "compute")
+    linear = trace_segment(lambda op, x, w: op.linear(x, w), [x], [weight])
+    segment = quantized_segment(linear, [form])
+    groups = (("x", segment.inputs), ("w", segment.weights), ("y", segment.output_specs))
+    bindings = tuple(_bindings(prefix, specs, compute) for prefix, specs in groups)
+    try:
+        _compile(segment, bindings, compute, ProfileSet((Profile(1, 8, 16),)), target, flavour)
+    except TensorRTError as error:
+        return str(error)
+    return ""
+
+
+def _compile(
+    segment: Segment,
+    bindings: tuple[tuple[Binding, ...], ...],  # of inputs, weights and outputs
+    dtypes: DTypes,
+    profiles: ProfileSet,
+    target: Target,
+    flavour: Flavour,
+    timing_cache: TimingCache | None = None,
+) -> bytes:
+    inputs, weights, outputs = bindings
+    with flavour.lock:
+        flavour.messages.take()
+        network = flavour.create_network()
+        ops = TensorRTOps(flavour, network, dtypes)
+        arguments = [
+            [ops.input(binding.name, spec) for binding, spec in zip(some, specs, strict=True)]
+            for some, specs in ((inputs, segment.inputs), (weights, segment.weights))
+        ]
+        for binding, value in zip(outputs, segment.run(ops, *arguments), strict=True):
+            ops.output(binding.name, value)
+        try:
+            return flavour.compile(network, target, _shapes(inputs, profiles), timing_cache)
+        except TensorRTError as error:
+            names = " ".join(node.op for node in segment.nodes)
+            raise TensorRTError(f"segment [{names}]: {error}") from None
 
 
 def _bindings(prefix: str, specs: Sequence[Spec], dtypes: DTypes) -> tuple[Binding, ...]:

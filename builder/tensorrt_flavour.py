@@ -42,6 +42,10 @@ class TensorRTError(RuntimeError):
     """TensorRT refused something; the message holds its own words."""
 
 
+class NeedsKernels(TensorRTError):
+    """TensorRT has not what a segment needs; it is one for the project's own kernels."""
+
+
 class TargetError(ValueError):
     """A target or dtype that cannot be compiled for here; the message lists what can."""
 
@@ -166,8 +170,16 @@ class Flavour(ABC):
     def create_network(self) -> Any: ...
 
     def data_type(self, name: str) -> Any:
-        """TensorRT's name for a dtype."""
-        return getattr(self.trt.DataType, _DATA_TYPES[name])
+        """TensorRT's name for a dtype; raises TensorRTError if it has none."""
+        try:
+            return getattr(self.trt.DataType, _DATA_TYPES[name])
+        except AttributeError:
+            raise TensorRTError(f"{self.name} {self.version} has no {name}") from None
+
+    def add_dequantize(self, network: Any, codes: Any, scale: Any, dtype: str) -> Any:
+        """A layer that multiplies codes by scales (none, or as many axes as the codes, each
+        dividing theirs). Raises TensorRTError where it takes no weights that are inputs."""
+        return network.add_dequantize(codes, scale, self.data_type(dtype))
 
     @abstractmethod
     def set_types(self, layer: Any, dtype: str) -> None:
@@ -340,6 +352,9 @@ class TensorRT8(_Local):
         # One context a captured graph: several share a profile.
         config.set_preview_feature(self.trt.PreviewFeature.PROFILE_SHARING_0806, True)
 
+    def add_dequantize(self, network: Any, codes: Any, scale: Any, dtype: str) -> Any:
+        raise TensorRTError(f"{self.name} {self.version} takes scales as constants only")
+
     def scratch_bytes(self, engine: Any) -> int:
         return int(engine.device_memory_size)
 
@@ -356,6 +371,9 @@ _DATA_TYPES = {
     "float32": "FLOAT",
     "int32": "INT32",
     "int64": "INT64",
+    "int4": "INT4",
+    "int8": "INT8",
+    "float8": "FP8",
 }
 
 

@@ -22,6 +22,7 @@ import numpy as np
 from tensorray.builder.graph import ROWS, DTypes, Shape, Spec
 from tensorray.builder.ops import SegmentOps, Tensor, segment
 from tensorray.builder.tensorrt_flavour import Flavour, TensorRTError
+from tensorray.kernels.quantized import Kind
 
 #: Goes into plans' keys: raise it when the same segment becomes other layers than before.
 LOWERING = 1
@@ -100,6 +101,59 @@ class TensorRTOps(SegmentOps):
         layer = self._network.add_matrix_multiply(x.tensor, plain, weight.tensor, transposed)
         y = self._value("matmul", layer, (x.shape[0], weight.shape[0]), x.dtype)
         return y if bias is None else self._binary("SUM", y, bias, "bias")
+
+    @segment
+    def linear_quantized(
+        self,
+        x: Tensor,
+        values: Tensor,
+        scales: Tensor,
+        zeros: Tensor | None,
+        order: Tensor | None,
+        groups: Tensor | None,
+        bias: Tensor | None = None,
+        *,
+        kind: Kind,
+        group: int,
+    ) -> Tensor:
+        self._begin("linear_quantized")
+        if groups is not None:
+            raise TensorRTError(f"{self._op}: no layer takes groups of any number of columns")
+        if order is not None:
+            layer = self._network.add_gather(x.tensor, order.tensor, 1)
+            x = self._value("order", layer, x.shape, x.dtype)
+        weight = self._dequantized(values, scales, zeros)
+        plain, transposed = self._trt.MatrixOperation.NONE, self._trt.MatrixOperation.TRANSPOSE
+        layer = self._network.add_matrix_multiply(x.tensor, plain, weight.tensor, transposed)
+        y = self._value("matmul", layer, (x.shape[0], weight.shape[0]), x.dtype)
+        return y if bias is None else self._binary("SUM", y, bias, "bias")
+
+    def _dequantized(self, values: Value, scales: Value, zeros: Value | None) -> Value:
+        """`(values - zeros) * scales` in the compute dtype.
+
+        Where there are no zeros, one layer does it, which kernels are fused from. It takes no zeros
+        but 0, so others are subtracted in float32.
+        """
+        compute = self._dtypes.compute
+        out, columns = values.shape
+        count = scales.shape[1]
+        if columns % count:
+            raise TensorRTError(f"{self._op}: no layer takes {count} groups of {columns} columns")
+        if zeros is None:
+            # Of int4, scale and result have to be of one dtype.
+            scale = self._cast(scales, compute) if values.dtype == "int4" else scales
+            return self._dequantize(values, scale, compute, "weight")
+        one = self._constant(1.0, (), "float32")
+        grouped = (out, count, columns // count)
+        wide = self._reshape(self._dequantize(values, one, "float32", "codes"), grouped)
+        shift = self._dequantize(zeros, one, "float32", "zeros")
+        wide = self._binary("SUB", wide, self._reshape(shift, (out, count, 1)), "shifted")
+        wide = self._binary("PROD", wide, self._reshape(scales, (out, count, 1)), "scaled")
+        return self._cast(self._reshape(wide, (out, columns)), compute)
+
+    def _dequantize(self, codes: Value, scale: Value, dtype: str, part: str) -> Value:
+        layer = self._flavour.add_dequantize(self._network, codes.tensor, scale.tensor, dtype)
+        return self._value(part, layer, codes.shape, dtype, typed=False)
 
     @segment
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:

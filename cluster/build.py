@@ -14,7 +14,7 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -139,7 +139,9 @@ def build_needs(
         outcomes = fill(requests, store, RayWorkers(sites, compile), progress)
     where = None
     states = {outcome.state for outcome in outcomes}
-    if states <= {"reused", "compiled"} and not survey.lacking:
+    if states <= {"reused", "compiled", "kernels"} and not survey.lacking:
+        by_kernels = [each.request.key for each in outcomes if each.state == "kernels"]
+        manifest = replace(manifest, kernels=tuple(by_kernels))
         if not config.dry_run:
             store.write(manifest.name, manifest.to_json())
         where = store.locate(manifest.name)

@@ -92,8 +92,8 @@ def as_dict(report: BuildReport) -> dict[str, Any]:
 def _print(report: BuildReport, config: BuildConfig, console: Console) -> None:
     table = Table(title=f"Plans of {config.model}, tp {config.tp}, pp {config.pp}")
     table.add_column("target")
-    headers = ["segments", "reused", "missing" if config.dry_run else "compiled", "failed"]
-    for header in [*headers, "seconds", "MB"]:
+    headers = ["segments", "reused", "missing" if config.dry_run else "compiled"]
+    for header in [*headers, "kernels", "failed", "seconds", "MB"]:
         table.add_column(header, justify="right")
     groups: dict[str, list[Outcome]] = {}
     for outcome in report.outcomes:
@@ -107,11 +107,16 @@ def _print(report: BuildReport, config: BuildConfig, console: Console) -> None:
             str(len(states)),
             str(states.count("reused")),
             str(states.count("missing") + states.count("compiled")),
+            str(states.count("kernels")),
             str(states.count("failed")),
             f"{sum(outcome.seconds for outcome in outcomes):.1f}",
             f"{sum(outcome.bytes for outcome in outcomes) / 1e6:.1f}",
         )
     console.print(table)
+    for outcome in report.outcomes:
+        if outcome.state == "kernels":
+            text = f"own kernels run {outcome.request}: {outcome.error}"
+            console.print(text, markup=False, soft_wrap=True)
     if config.dry_run:
         for outcome in report.outcomes:
             if outcome.state == "missing":
@@ -180,4 +185,4 @@ def _note(outcome: Outcome) -> str:
     if outcome.state == "compiled":
         node = f" on {outcome.where}" if outcome.where else ""
         return f"{outcome.seconds:.1f} s, {outcome.bytes / 1e6:.2f} MB{node}"
-    return outcome.state
+    return "for own kernels" if outcome.state == "kernels" else outcome.state

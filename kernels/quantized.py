@@ -76,6 +76,9 @@ class QuantizedWeight:
         """The same weight over changed arrays: a part of each, or a copy elsewhere."""
         return replace(self, **{name: change(array) for name, array in self.arrays().items()})
 
+    def copy(self) -> QuantizedWeight:
+        return self.map(lambda array: array.copy())
+
     def __getitem__(self, index: int) -> QuantizedWeight:
         """One weight of a stack."""
         return self.map(lambda array: array[index])
@@ -94,7 +97,7 @@ def linear_quantized(
     a row's result is the same bits whatever the other rows are.
     """
     if weight.order is not None:
-        x = x[:, weight.order]
+        x = x.take(weight.order, axis=1)
     if is_cuda(x):
         y = _linear_in_blocks(x, weight, dense)
     elif native.takes(x) and len(x) <= _MOST_NATIVE_ROWS and _suits_native(weight):
@@ -113,7 +116,7 @@ def linear_quantized(
 def linear_quantized_numpy(x: Any, weight: QuantizedWeight, bias: Any | None = None) -> Any:
     """The twin of `linear_quantized`."""
     if weight.order is not None:
-        x = x[:, weight.order]
+        x = x.take(weight.order, axis=1)
     y = _linear_on_threads(x, weight)
     if bias is not None:
         y += bias

@@ -91,12 +91,27 @@ def _concatenation(trt: Any, layer: Any, *parts: Any) -> Any:
     return np.concatenate(parts, axis=layer.axis)
 
 
+def _dequantize(trt: Any, layer: Any, x: Any, scale: Any) -> Any:
+    """Each axis of the scale divides the codes' axis, or it has none."""
+    for axis, count in enumerate(scale.shape):
+        assert x.shape[axis] % count == 0, layer.name
+        scale = scale.repeat(x.shape[axis] // count, axis=axis)
+    # In one rounding: a layer's precision is its scale's.
+    return (x.astype(np.float64) * scale).astype(trt.nptype(layer.to_type))
+
+
+def _gather(trt: Any, layer: Any, x: Any, indices: Any) -> Any:
+    return np.take(x, indices, axis=layer.axis)
+
+
 _LAYERS = {
     "ACTIVATION": ("IActivationLayer", _activation),
     "CAST": ("ICastLayer", _cast),
     "CONCATENATION": ("IConcatenationLayer", _concatenation),
     "CONSTANT": ("IConstantLayer", _constant),
+    "DEQUANTIZE": ("IDequantizeLayer", _dequantize),
     "ELEMENTWISE": ("IElementWiseLayer", _elementwise),
+    "GATHER": ("IGatherLayer", _gather),
     "MATRIX_MULTIPLY": ("IMatrixMultiplyLayer", _matmul),
     "REDUCE": ("IReduceLayer", _reduce),
     "SHAPE": ("IShapeLayer", _shape),
