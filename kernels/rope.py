@@ -136,9 +136,8 @@ def rope_attention(
     if is_cuda(q):
         from tensorray.kernels.cuda import attention as cuda_attention
 
-        return cuda_attention.rope_attention(
-            *new, query_starts, seq_lens, block_table, **norms, **options
-        )
+        arrays = (*new, query_starts, seq_lens, block_table)
+        return cuda_attention.rope_attention(*arrays, **(norms | options))
     q = rope_append(*new, kv_scale=kv_scale, **norms)
     return attention.paged_attention(
         q, k_pages, v_pages, query_starts, seq_lens, block_table, **options

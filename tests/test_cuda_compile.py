@@ -35,13 +35,13 @@ def declared() -> dict[str, list[Constants]]:
 
 
 def cases() -> list[tuple[str, str, Constants]]:
-    """A source's first set of constants for every architecture, the others for one each in turn."""
+    """A source's sets of constants for one architecture each, in turn, and every architecture."""
     return [
         (source, arch, constants)
         for source, sets in sorted(declared().items())
         for i, constants in enumerate(sets)
         for j, arch in enumerate(ARCHITECTURES)
-        if i == 0 or i % len(ARCHITECTURES) == j
+        if i == j % len(sets) or (i >= len(ARCHITECTURES) and i % len(ARCHITECTURES) == j)
     ]
 
 
