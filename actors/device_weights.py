@@ -50,7 +50,8 @@ class DevicePlacement:
             self._free.put((buffer, mark))
 
     def finish(self) -> None:
-        self._device.mark().wait()
+        with self._device.current():
+            self._device.mark().wait()
 
     def _through(self, buffer: NDArray[np.uint8], array: Any, read: Callable[[Any], None]) -> Mark:
         """Read into host memory, and have it copied."""

@@ -293,15 +293,16 @@ class GpuShard:
         pass  # it waits for nobody
 
     def reset(self) -> None:
-        self._device.mark().wait()
-        with self._lock:
+        with self._lock, self._device.current():
+            self._device.mark().wait()
             for seq in self._running.rows:
                 self._sampler.end(seq)
             self._running = self._no_sequences()
 
     def close(self) -> None:
         """Give all of the device's memory back; nothing may be submitted any more."""
-        with contextlib.suppress(DeviceError):  # one that failed has nothing to wait for
+        # One that failed has nothing to wait for.
+        with contextlib.suppress(DeviceError), self._device.current():
             self._device.mark().wait()
         del self._forward, self._sampler, self._buffers
         gc.collect()
