@@ -31,6 +31,7 @@ constexpr double kUnit = 17592186044416.0;   // 2^44
 constexpr u32 kInfinityKey = 0xFF800000u;    // of +inf; those of NaN are above it
 constexpr u32 kLowestKey = 0x00800000u;      // of the least finite float; that of -inf is below
 constexpr int kGreedyThreads = 256;
+constexpr int kGreedyLoads = 4;  // vectors under way at once
 
 struct RowParameters {
   double repetition, frequency, presence, temperature, top_p, min_p;
@@ -101,21 +102,48 @@ __device__ __forceinline__ u64 random_bits(u64 seed, u32 position) {
 
 // --- a row's scores ---------------------------------------------------------------------------
 
+// A lane's part of a slab.
+struct Vectors {
+  Pack<LOGIT, kVector> at[kVectors];
+};
+
 struct Scores {
   const LOGIT* logits;
   int vocab;
-  bool wide;  // vectors of 8 are aligned
-  // Edits; those of a row without any are null.
-  const u32* words = nullptr;
-  const u32* mask = nullptr;
+  bool wide;  // vectors are aligned, and the last one is whole
+  // Edits; a row without any has neither words nor mask.
+  const u32* words;
+  const u32* mask;
   const int* bias_tokens;
   const float* biases;
   int biased;
   u32 held_back;  // words with one of these bits: not to be chosen
-  bool penalizes = false;
+  bool penalizes;
   double repetition, frequency, presence;
 
-  __device__ bool edited() const { return words != nullptr || mask != nullptr; }
+  __device__ __forceinline__ bool edited() const { return words != nullptr || mask != nullptr; }
+
+  __device__ static int first_token(int slab, int vector) {
+    return slab * kSlab + (vector * 32 + threadIdx.x % 32) * kVector;
+  }
+
+  // -inf beyond the vocabulary.
+  __device__ __forceinline__ void fetch(int first, Pack<LOGIT, kVector>* out) const {
+    if (wide && first < vocab) {
+      *out = *reinterpret_cast<const Pack<LOGIT, kVector>*>(logits + first);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kVector; i++) {
+        out->at[i] = first + i < vocab ? logits[first + i] : from_float<LOGIT>(minus_infinity());
+      }
+    }
+  }
+  __device__ __forceinline__ Vectors fetch(int slab) const {
+    Vectors found;
+#pragma unroll
+    for (int v = 0; v < kVectors; v++) fetch(first_token(slab, v), &found.at[v]);
+    return found;
+  }
 
   __device__ float bias(int token) const {
     int low = 0, high = biased - 1;
@@ -136,63 +164,38 @@ struct Scores {
     return static_cast<float>(x);
   }
 
-  __device__ float edit(float score, int token, u32 word, bool allowed) const {
+  __device__ __noinline__ float edit(float score, int token, u32 word) const {
     if (word & BIASED) score = __fadd_rn(score, bias(token));
-    if (word & held_back || !allowed) score = minus_infinity();
+    if (word & held_back) score = minus_infinity();
     if (penalizes && word & (SEEN | COUNT)) score = penalized(score, word & COUNT);
     return score;
   }
 
-  // A vector's raw logits, -inf beyond the vocabulary.
-  __device__ __forceinline__ void raw(int first, float* out) const {
-    if (wide && first < vocab) {
-      const auto values = *reinterpret_cast<const Pack<LOGIT, kVector>*>(logits + first);
-#pragma unroll
-      for (int i = 0; i < kVector; i++) out[i] = to_float(values.at[i]);
-    } else {
-#pragma unroll
-      for (int i = 0; i < kVector; i++) {
-        out[i] = first + i < vocab ? to_float(logits[first + i]) : minus_infinity();
-      }
-    }
-  }
-
-  __device__ __noinline__ void apply_edits(int first, float* scores) const {
+  // A vector's scores. `slow`: these edits, in memory that a call can take by address.
+  __device__ __forceinline__ void apply_edits(int first, float (&scores)[kVector],
+                                              const Scores& slow) const {
     if (first >= vocab) return;
-    const u32 allowed = mask ? mask[first / 32] >> (first % 32) & 0xFFu : 0xFFu;
+    const u32 allowed = mask ? mask[first / 32] >> (first % 32) : ~0u;
+#pragma unroll
+    for (int i = 0; i < kVector; i++) {
+      if (!(allowed >> i & 1)) scores[i] = minus_infinity();
+    }
+    if (!words) return;
     Pack<u32, kVector> own;
-    if (words && wide) {
+    if (wide) {
       own = *reinterpret_cast<const Pack<u32, kVector>*>(words + first);
     } else {
 #pragma unroll
-      for (int i = 0; i < kVector; i++) own.at[i] = words && first + i < vocab ? words[first + i] : 0;
+      for (int i = 0; i < kVector; i++) own.at[i] = first + i < vocab ? words[first + i] : 0;
     }
-    u32 any = allowed ^ 0xFFu;
-#pragma unroll
-    for (int i = 0; i < kVector; i++) any |= own.at[i];
-    if (!any) return;
 #pragma unroll
     for (int i = 0; i < kVector; i++) {
-      scores[i] = edit(scores[i], first + i, own.at[i], allowed >> i & 1);
+      if (own.at[i]) scores[i] = slow.edit(scores[i], first + i, own.at[i]);
     }
   }
 };
 
-// --- a block's reductions ---------------------------------------------------------------------
-
-struct Shared {
-  union {
-    struct {
-      u32 count[kBins], low[kBins], high[kBins];
-    } bins;
-    u64 list[kList];
-  };
-  u64 sums[kWarps];
-  float floats[kWarps];
-  int found;
-  u32 bin_count, above_count;
-  u64 above_mass, remainder;
-};
+// --- a warp's and a block's work --------------------------------------------------------------
 
 __device__ __forceinline__ u64 warp_inclusive(u64 value) {
   const int lane = threadIdx.x % 32;
@@ -204,37 +207,11 @@ __device__ __forceinline__ u64 warp_inclusive(u64 value) {
   return value;
 }
 
-// The sum over the threads before this one, and over all.
-__device__ __noinline__ u64 block_exclusive(Shared& shared, u64 value, u64* total) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const u64 inclusive = warp_inclusive(value);
-  __syncthreads();
-  if (lane == 31) shared.sums[warp] = inclusive;
-  __syncthreads();
-  u64 before = 0, all = 0;
-  for (int i = 0; i < kWarps; i++) {
-    const u64 sum = shared.sums[i];
-    if (i < warp) before += sum;
-    all += sum;
-  }
-  *total = all;
-  return before + inclusive - value;
-}
-
 __device__ float warp_max(float value) {
 #pragma unroll
   for (int step = 16; step; step /= 2) {
     value = max_or_nan(value, __shfl_xor_sync(0xFFFFFFFFu, value, step));
   }
-  return value;
-}
-
-__device__ __noinline__ float block_max(Shared& shared, float value) {
-  value = warp_max(value);
-  __syncthreads();
-  if (threadIdx.x % 32 == 0) shared.floats[threadIdx.x / 32] = value;
-  __syncthreads();
-  for (int i = 0; i < kWarps; i++) value = max_or_nan(value, shared.floats[i]);
   return value;
 }
 
@@ -273,9 +250,8 @@ struct Workspace {
   u64 *slab_mass, *list, *bin_mass;
   u32 *bin_count, *list_count, *rank, *arrived, *left;
 
-  __device__ Workspace(unsigned char* base, int slabs) {
-    u64* wide = reinterpret_cast<u64*>(base);
-    slab_mass = wide;
+  __device__ void divide(unsigned char* base, int slabs) {
+    slab_mass = reinterpret_cast<u64*>(base);
     list = slab_mass + slabs;
     bin_mass = list + kList;
     bin_count = reinterpret_cast<u32*>(bin_mass + kHistograms * kBins);
@@ -332,12 +308,19 @@ struct Bins {
     *highest = bin ? first_key(low_key, high_key, bin - 1) - 1 : high_key;
   }
 
-  // The least key in [low, high] whose bin is at most `bin`.
+  // The least key in [low, high] whose bin is at most `bin`, that of `high` being so. A whole warp
+  // looks: each lane at one of 32 places.
   __device__ __noinline__ u32 first_key(u32 low_key, u32 high_key, int bin) const {
     while (low_key < high_key) {
-      const u32 middle = low_key + (high_key - low_key) / 2;
-      if (of(score_of(middle)) <= bin) high_key = middle;
-      else low_key = middle + 1;
+      const u32 step = (high_key - low_key) / 32 + 1;
+      const u32 offset = step * (threadIdx.x % 32);
+      const u32 key = offset < high_key - low_key ? low_key + offset : high_key;
+      const u32 inside = __ballot_sync(0xFFFFFFFFu, of(score_of(key)) <= bin);
+      const int first = inside ? __ffs(inside) - 1 : 32;
+      const u32 end = low_key + step * first;
+      if (first == 0) return low_key;
+      if (first < 32 && end < high_key) high_key = end;
+      low_key += step * (first - 1) + 1;
     }
     return low_key;
   }
@@ -346,33 +329,55 @@ struct Bins {
 // Places from `least` to `most`.
 struct Range {
   u64 least, most;
-  __device__ __forceinline__ bool has(u64 place) const { return place >= least && place <= most; }
-};
-__device__ __forceinline__ Range from(u64 least) { return Range{least, ~static_cast<u64>(0)}; }
+  float lowest;  // score at `least`: most tokens fail by it alone
 
+  __device__ Range(u64 least, u64 most = ~static_cast<u64>(0))
+      : least(least), most(most), lowest(score_of(key_at(least))) {}
+
+  __device__ __forceinline__ bool has(float score, int id) const {
+    if (!(score >= lowest)) return false;
+    const u64 place = place_of(key_of(score), id);
+    return place >= least && place <= most;
+  }
+};
+
+// In shared memory: thread 0 writes what is the same for all.
 struct Worker {
-  Shared& shared;
-  const Scores& scores;
+  Scores scores;
   Workspace work;
   int slabs, part, parts;
-  u32 expected = 0;  // arrivals at the next sync
-  int round = 0, gathers = 0;
-  float best = 0, rate = 0;  // a token weighs 2^((score - best) * rate)
+  u32 expected;  // arrivals at the next sync; thread 0's
+  int round, gathers;
+  float best, rate;  // a token weighs 2^((score - best) * rate)
+  union {
+    struct {
+      u32 count[kBins], low[kBins], high[kBins];
+    } bins;
+    u64 list[kList];
+  };
+  u64 sums[kWarps];
+  float floats[kWarps];
+  int found;
+  u32 bin_count, above_count;
+  u64 above_mass, remainder;
 
-  __device__ Worker(Shared& shared, const Scores& scores, unsigned char* base)
-      : shared(shared),
-        scores(scores),
-        work(base, (scores.vocab + kSlab - 1) / kSlab),
-        slabs((scores.vocab + kSlab - 1) / kSlab),
-        part(blockIdx.x),
-        parts(gridDim.x) {}
+  // For thread 0, before the block's first sync.
+  __device__ void begin(unsigned char* workspace, float its_rate) {
+    slabs = (scores.vocab + kSlab - 1) / kSlab;
+    work.divide(workspace, slabs);
+    part = blockIdx.x;
+    parts = gridDim.x;
+    expected = 0;
+    round = gathers = 0;
+    rate = its_rate;
+  }
 
   // Every block of the row gets here before any goes on, and sees what the others wrote.
-  __device__ void sync() {
+  __device__ __noinline__ void sync() {
     __syncthreads();
-    if (parts == 1) return;
-    expected += parts;
+    if (gridDim.x == 1) return;
     if (threadIdx.x == 0) {
+      expected += gridDim.x;
       __threadfence();
       atomicAdd(work.arrived, 1u);
       while (*static_cast<volatile u32*>(work.arrived) < expected) __nanosleep(20);
@@ -383,91 +388,155 @@ struct Worker {
 
   // After the last sync.
   __device__ void leave() {
-    if (parts == 1 || threadIdx.x) return;
-    if (atomicAdd(work.left, 1u) == parts - 1) {
+    if (gridDim.x == 1 || threadIdx.x) return;
+    if (atomicAdd(work.left, 1u) == gridDim.x - 1) {
       *work.arrived = 0;
       *work.left = 0;
     }
   }
 
-  __device__ static int first_token(int slab, int vector) {
-    return slab * kSlab + (vector * 32 + threadIdx.x % 32) * kVector;
+  // The sum over the threads before this one, and over all.
+  __device__ __noinline__ u64 block_exclusive(u64 value, u64* total) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const u64 inclusive = warp_inclusive(value);
+    __syncthreads();
+    if (lane == 31) sums[warp] = inclusive;
+    __syncthreads();
+    const u64 upto = warp_inclusive(lane < kWarps ? sums[lane] : 0);
+    *total = __shfl_sync(0xFFFFFFFFu, upto, 31);
+    const u64 before = __shfl_sync(0xFFFFFFFFu, upto, (warp + 31) % 32);
+    return (warp ? before : 0) + inclusive - value;
   }
 
-  __device__ __forceinline__ void load(int slab, float (&out)[kVectors][kVector]) const {
+  __device__ __noinline__ float block_max(float value) {
+    value = warp_max(value);
+    __syncthreads();
+    if (threadIdx.x % 32 == 0) floats[threadIdx.x / 32] = value;
+    __syncthreads();
+    return warp_max(floats[threadIdx.x % kWarps]);
+  }
+
+  __device__ static int first_token(int slab, int vector) {
+    return Scores::first_token(slab, vector);
+  }
+
+  // `f(slab, values)` for the slabs of each warp of this block, `values` being the lane's raw
+  // logits. The next slab's are under way meanwhile.
+  template <typename F>
+  __device__ __forceinline__ void each_raw_slab(const Scores& row, F f) const {
+    const int count = slabs, step = gridDim.x * kWarps;
+    int slab = blockIdx.x * kWarps + threadIdx.x / 32;
+    Vectors next;
+    if (slab < count) next = row.fetch(slab);
+    while (slab < count) {
+      const Vectors own = next;
+      if (slab + step < count) next = row.fetch(slab + step);
+      float values[kVectors][kVector];
 #pragma unroll
-    for (int v = 0; v < kVectors; v++) scores.raw(first_token(slab, v), out[v]);
-    if (scores.edited()) {
+      for (int v = 0; v < kVectors; v++) {
 #pragma unroll
-      for (int v = 0; v < kVectors; v++) edit(first_token(slab, v), out[v]);
+        for (int i = 0; i < kVector; i++) values[v][i] = to_float(own.at[v].at[i]);
+      }
+      f(slab, values);
+      slab += step;
     }
   }
 
-  __device__ __forceinline__ void edit(int first, float (&out)[kVector]) const {
-    float copy[kVector];  // what the call takes by address; `out` stays in registers
+  // The same with edited scores.
+  template <typename F>
+  __device__ __forceinline__ void each_slab(F f) const {
+    const Scores row = scores;
+    const bool edited = row.edited();
+    each_raw_slab(row, [&](int slab, float (&values)[kVectors][kVector]) {
+      if (edited) {
 #pragma unroll
-    for (int i = 0; i < kVector; i++) copy[i] = out[i];
-    scores.apply_edits(first, copy);
-#pragma unroll
-    for (int i = 0; i < kVector; i++) out[i] = copy[i];
+        for (int v = 0; v < kVectors; v++) {
+          row.apply_edits(first_token(slab, v), values[v], scores);
+        }
+      }
+      f(slab, values);
+    });
   }
 
+  // One slab's scores, for every warp.
+  __device__ __noinline__ void load(int slab, float (&out)[kVectors][kVector]) const {
+    const Scores row = scores;
+    const Vectors own = row.fetch(slab);
+#pragma unroll
+    for (int v = 0; v < kVectors; v++) {
+#pragma unroll
+      for (int i = 0; i < kVector; i++) out[v][i] = to_float(own.at[v].at[i]);
+      if (row.edited()) row.apply_edits(first_token(slab, v), out[v], scores);
+    }
+  }
+
+  __device__ __forceinline__ static u64 to_units(float weight) {
+    return static_cast<u64>(weight * static_cast<float>(kUnit));
+  }
   __device__ __forceinline__ float weight(float score) const {
     return power_of_two((score - best) * rate);
   }
-  __device__ __forceinline__ u64 mass(float score) const {
-    return static_cast<u64>(weight(score) * static_cast<float>(kUnit));
-  }
+  __device__ __forceinline__ u64 mass(float score) const { return to_units(weight(score)); }
 
   // Each slab's maximum of raw and of edited scores and, if `sums`, its weight against its own
-  // maximum. Then, for all: the best score of both kinds.
-  __device__ __noinline__ void survey(bool sums, float* raw_best) {
-    if (parts > 1) clear_bins(0);
-    if (part == 0 && threadIdx.x <= kLists) work.list_count[threadIdx.x] = 0;  // and `rank`
-    for (int slab = part * kWarps + threadIdx.x / 32; slab < slabs; slab += parts * kWarps) {
-      float values[kVectors][kVector];
-      float top = minus_infinity(), raw = minus_infinity();
-#pragma unroll
-      for (int v = 0; v < kVectors; v++) {
-        scores.raw(first_token(slab, v), values[v]);
-#pragma unroll
-        for (int i = 0; i < kVector; i++) raw = max_or_nan(raw, values[v][i]);
-      }
-      raw = top = warp_max(raw);
-      if (scores.edited()) {
-        top = minus_infinity();
+  // maximum. Then `best`; the best raw score is the result.
+  __device__ __noinline__ float survey(bool sums) {
+    if (gridDim.x > 1) clear_bins(0);
+    if (blockIdx.x == 0 && threadIdx.x <= kLists) work.list_count[threadIdx.x] = 0;  // and `rank`
+    const Scores row = scores;
+    const bool edited = row.edited();
+    const float its_rate = rate;
+    float *maxima = work.slab_max, *raw_maxima = work.slab_raw, *totals = work.slab_sum;
+    each_raw_slab(row, [&](int slab, float (&values)[kVectors][kVector]) {
+      auto greatest = [&] {
+        float top = values[0][0];
 #pragma unroll
         for (int v = 0; v < kVectors; v++) {
-          edit(first_token(slab, v), values[v]);
 #pragma unroll
           for (int i = 0; i < kVector; i++) top = max_or_nan(top, values[v][i]);
         }
-        top = warp_max(top);
+        return warp_max(top);
+      };
+      const float raw = greatest();
+      float top = raw;
+      if (edited) {
+#pragma unroll
+        for (int v = 0; v < kVectors; v++) {
+          row.apply_edits(first_token(slab, v), values[v], scores);
+        }
+        top = greatest();
       }
       float sum = 0;
       if (sums && top > minus_infinity()) {
 #pragma unroll
         for (int v = 0; v < kVectors; v++) {
+          float part[2] = {0, 0};
 #pragma unroll
-          for (int i = 0; i < kVector; i++) sum += power_of_two((values[v][i] - top) * rate);
+          for (int i = 0; i < kVector; i++) {
+            part[i % 2] += power_of_two((values[v][i] - top) * its_rate);
+          }
+          sum += part[0] + part[1];
         }
 #pragma unroll
         for (int step = 16; step; step /= 2) sum += __shfl_xor_sync(0xFFFFFFFFu, sum, step);
       }
       if (threadIdx.x % 32 == 0) {
-        __stcg(work.slab_max + slab, top);
-        __stcg(work.slab_raw + slab, raw);
-        __stcg(work.slab_sum + slab, sum);
+        __stcg(maxima + slab, top);
+        __stcg(raw_maxima + slab, raw);
+        __stcg(totals + slab, sum);
       }
-    }
+    });
     sync();
     float top = minus_infinity(), raw = minus_infinity();
     for (int slab = threadIdx.x; slab < slabs; slab += kThreads) {
-      top = max_or_nan(top, __ldcg(work.slab_max + slab));
-      raw = max_or_nan(raw, __ldcg(work.slab_raw + slab));
+      top = max_or_nan(top, __ldcg(maxima + slab));
+      raw = max_or_nan(raw, __ldcg(raw_maxima + slab));
     }
-    best = block_max(shared, top);
-    *raw_best = block_max(shared, raw);
+    top = block_max(top);
+    raw = edited ? block_max(raw) : top;
+    if (threadIdx.x == 0) best = top;
+    __syncthreads();
+    return raw;
   }
 
   // A slab's share of the survey's sums, against the row's best.
@@ -481,7 +550,7 @@ struct Worker {
   __device__ __noinline__ u64 surveyed_total() {
     u64 own = 0, total;
     for (int slab = threadIdx.x; slab < slabs; slab += kThreads) own += surveyed_mass(slab);
-    block_exclusive(shared, own, &total);
+    block_exclusive(own, &total);
     return total;
   }
 
@@ -507,7 +576,7 @@ struct Worker {
       const float value = __ldcg(work.slab_max + slab);
       if (value > minus_infinity()) top = max_or_nan(top, -value);
     }
-    return -block_max(shared, top);
+    return -block_max(top);
   }
 
   __device__ void clear_bins(int which) {
@@ -517,31 +586,30 @@ struct Worker {
     }
   }
 
-  // Counts and weights by bin, of the tokens from place `least` up, into `shared.bins`.
-  __device__ __noinline__ void histogram(const Bins& bins, u64 least, bool weigh) {
+  // Counts and weights by bin, of the tokens from place `least` up, into `bins`.
+  __device__ __noinline__ void histogram(const Bins by, u64 least, bool weigh) {
     __syncthreads();
     for (int i = threadIdx.x; i < kBins; i += kThreads) {
-      shared.bins.count[i] = shared.bins.low[i] = shared.bins.high[i] = 0;
+      bins.count[i] = bins.low[i] = bins.high[i] = 0;
     }
     __syncthreads();
     const bool all = least <= place_of(kLowestKey, scores.vocab);
+    const float its_best = best, its_rate = rate;
     int bin = -1;  // runs of one bin are added at once
     u32 count = 0;
     u64 sum = 0;
     auto flush = [&] {
       if (bin < 0) return;
-      atomicAdd(&shared.bins.count[bin], count);
-      if (weigh) add_wide(&shared.bins.low[bin], &shared.bins.high[bin], sum);
+      atomicAdd(&this->bins.count[bin], count);
+      if (weigh) add_wide(&this->bins.low[bin], &this->bins.high[bin], sum);
     };
-    for (int slab = part * kWarps + threadIdx.x / 32; slab < slabs; slab += parts * kWarps) {
-      float values[kVectors][kVector];
-      load(slab, values);
+    each_slab([&](int slab, float (&values)[kVectors][kVector]) {
 #pragma unroll
       for (int v = 0; v < kVectors; v++) {
 #pragma unroll
         for (int i = 0; i < kVector; i++) {
           const float score = values[v][i];
-          const int its = bins.of(score);
+          const int its = by.of(score);
           if (its < 0) continue;
           if (!all && place_of(key_of(score), first_token(slab, v) + i) < least) continue;
           if (its != bin) {
@@ -551,89 +619,83 @@ struct Worker {
             sum = 0;
           }
           count++;
-          if (weigh) sum += mass(score);
+          if (weigh) sum += to_units(power_of_two((score - its_best) * its_rate));
         }
       }
-    }
+    });
     flush();
     __syncthreads();
-    if (parts > 1) {
+    if (gridDim.x > 1) {
       u32* counts = work.bin_count + round % kHistograms * kBins;
-      u64* sums = work.bin_mass + round % kHistograms * kBins;
+      u64* weights = work.bin_mass + round % kHistograms * kBins;
       for (int i = threadIdx.x; i < kBins; i += kThreads) {
-        if (!shared.bins.count[i]) continue;
-        atomicAdd(counts + i, shared.bins.count[i]);
-        if (weigh) {
-          atomicAdd(sums + i,
-                    static_cast<u64>(shared.bins.high[i]) << 32 | shared.bins.low[i]);
-        }
+        if (!bins.count[i]) continue;
+        atomicAdd(counts + i, bins.count[i]);
+        if (weigh) atomicAdd(weights + i, static_cast<u64>(bins.high[i]) << 32 | bins.low[i]);
       }
       clear_bins((round + 1) % kHistograms);
       sync();
       for (int i = threadIdx.x; i < kBins; i += kThreads) {
-        const u64 sum = __ldcg(sums + i);
-        shared.bins.count[i] = __ldcg(counts + i);
-        shared.bins.low[i] = static_cast<u32>(sum);
-        shared.bins.high[i] = static_cast<u32>(sum >> 32);
+        const u64 weight = __ldcg(weights + i);
+        bins.count[i] = __ldcg(counts + i);
+        bins.low[i] = static_cast<u32>(weight);
+        bins.high[i] = static_cast<u32>(weight >> 32);
       }
       __syncthreads();
     }
-    round++;
+    if (threadIdx.x == 0) round++;
   }
 
   // The first bin where the running count, or weight, comes to `amount` with what lies above;
-  // -1: none. Leaves the bin's count and, above it, count and weight in `shared`.
-  __device__ __noinline__ int find_bin(bool weigh, u64 amount, u32 above_count, u64 above_mass) {
+  // -1: none. Leaves the bin's count and, above it, count and weight in members.
+  __device__ __noinline__ int find_bin(bool weigh, u64 amount, u32 its_above, u64 its_mass) {
     constexpr int kOwn = kBins / kThreads;
     const int first = threadIdx.x * kOwn;
-    u64 counts = 0, sums = 0, total;
+    u64 counts = 0, masses = 0, total;
     for (int i = first; i < first + kOwn; i++) {
-      counts += shared.bins.count[i];
-      sums += static_cast<u64>(shared.bins.high[i]) << 32 | shared.bins.low[i];
+      counts += bins.count[i];
+      masses += static_cast<u64>(bins.high[i]) << 32 | bins.low[i];
     }
-    if (threadIdx.x == 0) shared.found = -1;
-    counts = above_count + block_exclusive(shared, counts, &total);
-    if (threadIdx.x == kThreads - 1) shared.above_count = above_count + static_cast<u32>(total);
-    sums = above_mass + block_exclusive(shared, sums, &total);
+    if (threadIdx.x == 0) found = -1;  // the sum below has a barrier
+    counts = its_above + block_exclusive(counts, &total);
+    if (threadIdx.x == kThreads - 1) above_count = its_above + static_cast<u32>(total);
+    masses = its_mass + block_exclusive(masses, &total);
     for (int i = first; i < first + kOwn; i++) {
-      const u32 count = shared.bins.count[i];
-      const u64 sum = static_cast<u64>(shared.bins.high[i]) << 32 | shared.bins.low[i];
-      const u64 before = weigh ? sums : counts;
-      const u64 after = before + (weigh ? sum : count);
+      const u32 count = bins.count[i];
+      const u64 mass = static_cast<u64>(bins.high[i]) << 32 | bins.low[i];
+      const u64 before = weigh ? masses : counts;
+      const u64 after = before + (weigh ? mass : count);
       if (count && before < amount && after >= amount) {
-        shared.found = i;
-        shared.bin_count = count;
-        shared.above_count = static_cast<u32>(counts);
-        shared.above_mass = sums;
+        found = i;
+        bin_count = count;
+        above_count = static_cast<u32>(counts);
+        above_mass = masses;
       }
       counts += count;
-      sums += sum;
+      masses += mass;
     }
     __syncthreads();
-    const int found = shared.found;
     return found;
   }
 
-  // Collects the tokens of a range, in no order, and counts this thread's of a better place than
-  // `mark`; returns how many there were, of which the list holds at most kList.
-  __device__ __noinline__ u32 gather(Range range, u64 mark = ~static_cast<u64>(0),
-                                     u32* better = nullptr) {
-    u32* count = work.list_count + gathers++;
+  // Collects the tokens of a range, in no order; returns how many there were, of which the list
+  // holds at most kList. The number of this thread's in another range goes to `better`.
+  __device__ __noinline__ u32 gather(const Range range, const Range mark = Range(0), u32* better = nullptr) {
+    u32* const count = work.list_count + gathers;
+    u64* const target = work.list;
     u32 above = 0;
-    for (int slab = part * kWarps + threadIdx.x / 32; slab < slabs; slab += parts * kWarps) {
-      float values[kVectors][kVector];
-      load(slab, values);
+    each_slab([&](int slab, float (&values)[kVectors][kVector]) {
       u32 taken = 0;
 #pragma unroll
       for (int v = 0; v < kVectors; v++) {
 #pragma unroll
         for (int i = 0; i < kVector; i++) {
-          const u64 place = place_of(key_of(values[v][i]), first_token(slab, v) + i);
-          if (range.has(place)) taken |= 1u << (v * kVector + i);
-          above += place > mark;
+          const int id = first_token(slab, v) + i;
+          if (range.has(values[v][i], id)) taken |= 1u << (v * kVector + i);
+          if (better && mark.has(values[v][i], id)) above++;
         }
       }
-      if (!__any_sync(0xFFFFFFFFu, taken)) continue;
+      if (!__any_sync(0xFFFFFFFFu, taken)) return;
       const u32 own = __popc(taken);
       const u32 upto = static_cast<u32>(warp_inclusive(own));
       u32 start = 0;
@@ -645,27 +707,28 @@ struct Worker {
         for (int i = 0; i < kVector; i++) {
           if (!(taken >> (v * kVector + i) & 1)) continue;
           if (start < kList) {
-            __stcg(work.list + start, place_of(key_of(values[v][i]), first_token(slab, v) + i));
+            __stcg(target + start, place_of(key_of(values[v][i]), first_token(slab, v) + i));
           }
           start++;
         }
       }
-    }
+    });
     if (better) *better = above;
     sync();
+    if (threadIdx.x == 0) gathers++;  // there is a barrier before the next one
     return __ldcg(count);
   }
 
-  // The gathered tokens in `shared.list`, the best first.
+  // The gathered tokens in `list`, the best first.
   __device__ __noinline__ void fetch_list(int count) {
     int size = 64;
     while (size < count) size *= 2;
     __syncthreads();
     for (int i = threadIdx.x; i < size; i += kThreads) {
-      shared.list[i] = i < count ? __ldcg(work.list + i) : 0;
+      list[i] = i < count ? __ldcg(work.list + i) : 0;
     }
     __syncthreads();
-    sort_list(shared.list, size);
+    sort_list(list, size);
   }
 
   // The sum of the weights of the list's first `count` tokens before this thread's, four from
@@ -676,62 +739,64 @@ struct Worker {
       const int i = 4 * threadIdx.x + j;
       own[j] = 0;
       if (i < count) {
-        const u64 place = shared.list[i];
+        const u64 place = list[i];
         own[j] = mass(score_of(by_id ? static_cast<u32>(place) : key_at(place)));
       }
       sum += own[j];
     }
-    return block_exclusive(shared, sum, total);
+    return block_exclusive(sum, total);
   }
 
   // What a token counts for in a draw, 0 outside the range: its weight, or 1 if `equal`.
-  __device__ __forceinline__ float share_of(float score, int id, Range range, bool equal) const {
-    if (!range.has(place_of(key_of(score), id))) return 0;
-    return equal ? 1 : weight(score);
+  __device__ __forceinline__ static float share_of(float score, int id, const Range& range,
+                                                   bool equal, float best, float rate) {
+    if (!range.has(score, id)) return 0;
+    return equal ? 1 : power_of_two((score - best) * rate);
   }
 
   // Each slab's sum of that, in units, into `slab_mass`.
-  __device__ __noinline__ void weigh_slabs(Range range, bool equal) {
-    for (int slab = part * kWarps + threadIdx.x / 32; slab < slabs; slab += parts * kWarps) {
-      float values[kVectors][kVector];
-      load(slab, values);
+  __device__ __noinline__ void weigh_slabs(const Range range, bool equal) {
+    const float its_best = best, its_rate = rate;
+    u64* const target = work.slab_mass;
+    each_slab([&](int slab, float (&values)[kVectors][kVector]) {
       float sum = 0;
 #pragma unroll
       for (int v = 0; v < kVectors; v++) {
 #pragma unroll
         for (int i = 0; i < kVector; i++) {
-          sum += share_of(values[v][i], first_token(slab, v) + i, range, equal);
+          const int id = first_token(slab, v) + i;
+          sum += share_of(values[v][i], id, range, equal, its_best, its_rate);
         }
       }
 #pragma unroll
       for (int step = 16; step; step /= 2) sum += __shfl_xor_sync(0xFFFFFFFFu, sum, step);
       if (threadIdx.x % 32 == 0) {
-        __stcg(work.slab_mass + slab, static_cast<u64>(static_cast<double>(sum) * kUnit));
+        __stcg(target + slab, static_cast<u64>(static_cast<double>(sum) * kUnit));
       }
-    }
+    });
     sync();
   }
 
   // The token of a range where the running sum of the slabs' masses exceeds `target`, or, for
   // ~0, a share `bits` / 2^64 of their total. `surveyed`: the masses are the survey's.
-  __device__ __noinline__ int invert(Range range, bool equal, bool surveyed, u64 target, u64 bits) {
+  __device__ __noinline__ int invert(const Range range, bool equal, bool surveyed, u64 target, u64 bits) {
     const int own = (slabs + kThreads - 1) / kThreads;
     const int first = min(static_cast<int>(threadIdx.x) * own, slabs);
     const int last = min(first + own, slabs);
     u64 sum = 0, total;
     for (int slab = first; slab < last; slab++) sum += slab_mass(slab, surveyed);
-    sum = block_exclusive(shared, sum, &total);
+    sum = block_exclusive(sum, &total);
     if (target == ~static_cast<u64>(0)) target = __umul64hi(bits, total);
     for (int slab = first; slab < last; slab++) {
       const u64 mass = slab_mass(slab, surveyed);
       if (sum <= target && target < sum + mass) {
-        shared.found = slab;
-        shared.remainder = target - sum;
+        found = slab;
+        remainder = target - sum;
       }
       sum += mass;
     }
     __syncthreads();
-    return find_token(shared.found, static_cast<double>(shared.remainder) / kUnit, range, equal);
+    return find_token(found, static_cast<double>(remainder) / kUnit, range, equal);
   }
 
   __device__ __forceinline__ u64 slab_mass(int slab, bool surveyed) const {
@@ -740,7 +805,7 @@ struct Worker {
 
   // The first token of a slab where the running sum exceeds `rest`; should rounding leave none,
   // the last one that counts. Every warp finds it.
-  __device__ __forceinline__ int find_token(int slab, double rest, Range range, bool equal) const {
+  __device__ __forceinline__ int find_token(int slab, double rest, const Range& range, bool equal) const {
     float values[kVectors][kVector];
     load(slab, values);
     const int lane = threadIdx.x % 32;
@@ -752,7 +817,7 @@ struct Worker {
       double own = 0;
 #pragma unroll
       for (int i = 0; i < kVector; i++) {
-        values[v][i] = share_of(values[v][i], first + i, range, equal);
+        values[v][i] = share_of(values[v][i], first + i, range, equal, best, rate);
         own += static_cast<double>(values[v][i]);
       }
       double upto = own;
@@ -781,16 +846,16 @@ struct Worker {
   }
 
   // The first token with the row's best score.
-  __device__ __noinline__ int find_best() const {
+  __device__ __noinline__ int find_best() {
     int slab = slabs;
     for (int i = threadIdx.x; i < slabs && slab == slabs; i += kThreads) {
       if (__ldcg(work.slab_max + i) == best) slab = i;
     }
-    if (threadIdx.x == 0) shared.found = slabs;
+    if (threadIdx.x == 0) found = slabs;
     __syncthreads();
-    atomicMin(&shared.found, slab);
+    atomicMin(&found, slab);
     __syncthreads();
-    slab = shared.found;
+    slab = found;
     float values[kVectors][kVector];
     load(slab, values);
     int found = scores.vocab;
@@ -810,66 +875,66 @@ struct Worker {
 
   struct Cut {
     u64 least;       // the last place that is kept
-    int listed = 0;  // above 0: so many tokens, with all that are kept, lie in `shared.list`
+    int listed = 0;  // above 0: so many tokens, with all that are kept, lie in `list`
   };
 
   // Where the running count (or weight), from the best of the tokens from place `least` up,
   // comes to `amount`.
-  __device__ __noinline__ Cut narrow(Bins bins, u64 least, bool weigh, u64 amount) {
-    u32 above_count = 0;
-    u64 above_mass = 0;
+  __device__ __noinline__ Cut narrow(Bins by, u64 least, bool weigh, u64 amount) {
+    u32 above = 0;
+    u64 mass_above = 0;
     while (true) {
-      histogram(bins, least, weigh);
-      const int bin = find_bin(weigh, amount, above_count, above_mass);
+      histogram(by, least, weigh);
+      const int bin = find_bin(weigh, amount, above, mass_above);
       u32 low, high;
       if (bin < 0) {
-        if (bins.by_key || weigh) return Cut{least};  // all are kept
+        if (by.by_key || weigh) return Cut{least};  // all are kept
         low = kLowestKey;  // it lies below what was divided
-        high = key_of(bins.floor) - 1;
-        above_count = shared.above_count;
+        high = key_of(by.floor) - 1;
+        above = above_count;
         __syncthreads();
         if (high < low) return Cut{least};
-        bins = Bins::between(low, high);
+        by = Bins::between(low, high);
         continue;
       }
-      const u32 count = shared.bin_count;
-      above_count = shared.above_count;
-      above_mass = shared.above_mass;
+      const u32 count = bin_count;
+      above = above_count;
+      mass_above = above_mass;
       __syncthreads();
-      bins.limits(bin, &low, &high);
-      if (above_count + count <= kList) {
-        gather(from(max(least, place_of(low, scores.vocab))));
-        fetch_list(above_count + count);
-        return Cut{least, static_cast<int>(above_count + count)};
+      by.limits(bin, &low, &high);
+      if (above + count <= kList) {
+        gather(Range(max(least, place_of(low, scores.vocab))));
+        fetch_list(above + count);
+        return Cut{least, static_cast<int>(above + count)};
       }
       if (count <= kList) {
-        gather(Range{max(least, place_of(low, scores.vocab)), place_of(high, 0)});
+        gather(Range(max(least, place_of(low, scores.vocab)), place_of(high, 0)));
         fetch_list(count);
-        int index = static_cast<int>(amount - above_count) - 1;
+        int index = static_cast<int>(amount - above) - 1;
         if (weigh) {
           u64 own[4], total;
-          u64 sum = above_mass + list_masses(count, false, own, &total);
+          u64 sum = mass_above + list_masses(count, false, own, &total);
           u64 before = 0;
           for (int j = 0; j < 4; j++) {
             if (4 * threadIdx.x + j < count && sum + own[j] < amount) before++;
             sum += own[j];
           }
-          block_exclusive(shared, before, &total);
+          block_exclusive(before, &total);
           index = min(static_cast<int>(total), static_cast<int>(count) - 1);
         }
-        return Cut{shared.list[index]};
+        return Cut{list[index]};
       }
       if (low == high) {
         const u64 each = weigh ? mass(score_of(low)) : 1;
-        const u64 want = amount - (weigh ? above_mass : above_count);
+        const u64 want = amount - (weigh ? mass_above : above);
         const u64 kept = each ? min((want + each - 1) / each, static_cast<u64>(count)) : count;
-        const Range tied{max(least, place_of(low, scores.vocab)), place_of(low, 0)};
+        const Range tied(max(least, place_of(low, scores.vocab)), place_of(low, 0));
         weigh_slabs(tied, true);
         const int id = invert(tied, true, false, (kept - 1) * static_cast<u64>(kUnit), 0);
         sync();  // before the slabs' sums change
         return Cut{place_of(low, id)};
       }
-      bins = Bins::between(low, high);
+      by = Bins::between(low, high);
     }
   }
 
@@ -883,31 +948,31 @@ struct Worker {
     u64 stays = 0;
     for (int j = 0; j < 4; j++) {
       const int i = 4 * threadIdx.x + j;
-      if (i < kept && (i == 0 || sum < reach) && shared.list[i] >= least) stays++;
+      if (i < kept && (i == 0 || sum < reach) && list[i] >= least) stays++;
       sum += own[j];
     }
-    block_exclusive(shared, stays, &total);
+    block_exclusive(stays, &total);
     kept = static_cast<int>(total);
     // What stays is the list's start. By id instead:
     int size = 64;
     while (size < kept) size *= 2;
     for (int i = threadIdx.x; i < size; i += kThreads) {
-      const u64 place = shared.list[i];
-      shared.list[i] = i < kept ? place << 32 | place >> 32 : 0;
+      const u64 place = list[i];
+      list[i] = i < kept ? place << 32 | place >> 32 : 0;
     }
     __syncthreads();
-    sort_list(shared.list, size);
+    sort_list(list, size);
     sum = list_masses(kept, true, own, &total);
     const u64 target = __umul64hi(bits, total);
     for (int j = 0; j < 4; j++) {
       if (sum <= target && target < sum + own[j]) {
-        const u64 exchanged = shared.list[4 * threadIdx.x + j];
-        shared.found = id_at(exchanged >> 32);
+        const u64 exchanged = list[4 * threadIdx.x + j];
+        found = id_at(exchanged >> 32);
       }
       sum += own[j];
     }
     __syncthreads();
-    return shared.found;
+    return found;
   }
 
   // What a running sum has to come to; at least 1, so that the best token always counts.
@@ -929,7 +994,7 @@ struct Worker {
     int top_k = row.top_k;
     if (top_k) {
       if (top_k <= min(slabs, kThreads)) {
-        const u32 count = gather(from(place_of(key_of_kth_slab(top_k), scores.vocab)));
+        const u32 count = gather(Range(place_of(key_of_kth_slab(top_k), scores.vocab)));
         if (count <= kList) {
           fetch_list(count);
           cut.listed = count;
@@ -939,28 +1004,28 @@ struct Worker {
       if (cut.listed) return draw_from_list(cut.listed, top_k, row.top_p, 0, least, bits);
     }
     if (row.top_p < 1) {
-      Bins bins;
+      Bins by;
       if (top_k) {
-        bins = Bins::down_to(best, score_of(key_at(cut.least)));
-        histogram(bins, cut.least, true);
+        by = Bins::down_to(best, score_of(key_at(cut.least)));
+        histogram(by, cut.least, true);
         find_bin(true, ~static_cast<u64>(0), 0, 0);
         u64 own = 0;
         for (int i = threadIdx.x; i < kBins; i += kThreads) {
-          own += static_cast<u64>(shared.bins.high[i]) << 32 | shared.bins.low[i];
+          own += static_cast<u64>(bins.high[i]) << 32 | bins.low[i];
         }
-        block_exclusive(shared, own, &whole);
+        block_exclusive(own, &whole);
       } else {
         // Together the tokens below this weigh less than 1 - top_p of all.
         whole = surveyed_total();
         const double weight = (1 - row.top_p) * (static_cast<double>(whole) / kUnit) / scores.vocab;
         const double floor = best + row.temperature * log(weight);
-        bins = Bins::down_to(best, fmaxf(__double2float_rd(floor), score_of(kLowestKey)));
+        by = Bins::down_to(best, fmaxf(__double2float_rd(floor), score_of(kLowestKey)));
       }
-      cut = narrow(bins, cut.least, true, share(row.top_p, whole));
+      cut = narrow(by, cut.least, true, share(row.top_p, whole));
       if (cut.listed) return draw_from_list(cut.listed, 0, row.top_p, whole, least, bits);
     }
     cut.least = max(cut.least, least);
-    const Range kept = from(cut.least);
+    const Range kept(cut.least);
     const bool surveyed = cut.least == all && !top_k;  // which has no sums for top-k
     if (!surveyed) weigh_slabs(kept, false);
     return part ? -1 : invert(kept, false, surveyed, ~static_cast<u64>(0), bits);
@@ -975,37 +1040,38 @@ extern "C" __global__ void __launch_bounds__(kThreads, 2)
                 RowParameters* rows, u32* words, const int* bias_tokens, const float* biases,
                 int bias_room, const u32* masks, const int* mask_rows, int mask_words,
                 unsigned char* workspace, int stride, int* last_tokens, int* out) {
-  __shared__ Shared shared;
+  __shared__ Worker worker;
   wait_for_previous_kernel();
   const int i = blockIdx.y;
   RowParameters& state = rows[index[i]];
   const RowParameters row = state;
-  Scores scores{logits + i * pitch, vocab, wide != 0};
-  if (row.slot >= 0) {
-    const long long slot = row.slot;
-    scores.words = words + slot * vocab;
+  const bool draws = row.temperature != 0;
+  if (threadIdx.x == 0) {
+    Scores& scores = worker.scores;
+    const long long slot = max(row.slot, 0);
+    scores.logits = logits + i * pitch;
+    scores.vocab = vocab;
+    scores.wide = wide;
+    scores.words = row.slot < 0 ? nullptr : words + slot * vocab;
+    scores.mask = mask_rows && mask_rows[i] >= 0
+                      ? masks + static_cast<long long>(mask_rows[i]) * mask_words
+                      : nullptr;
     scores.bias_tokens = bias_tokens + slot * bias_room;
     scores.biases = biases + slot * bias_room;
     scores.biased = row.biased;
     scores.held_back = row.outputs < row.min_tokens ? BANNED | STOP : BANNED;
-    scores.penalizes = row.repetition != 1 || row.frequency != 0 || row.presence != 0;
+    scores.penalizes =
+        row.slot >= 0 && (row.repetition != 1 || row.frequency != 0 || row.presence != 0);
     scores.repetition = row.repetition;
     scores.frequency = row.frequency;
     scores.presence = row.presence;
-  } else {
-    scores.held_back = 0;
+    worker.begin(workspace + static_cast<long long>(i) * stride,
+                 draws ? static_cast<float>(1.4426950408889634 / fmax(row.temperature, 1e-30)) : 0);
   }
-  if (mask_rows && mask_rows[i] >= 0) {
-    scores.mask = masks + static_cast<long long>(mask_rows[i]) * mask_words;
-  }
-
-  Worker worker(shared, scores, workspace + static_cast<long long>(i) * stride);
-  const bool draws = row.temperature != 0;
-  if (draws) worker.rate = static_cast<float>(1.4426950408889634 / fmax(row.temperature, 1e-30));
-  float raw_best;
-  worker.survey(draws && !row.top_k && (row.top_p < 1 || row.min_p <= 0), &raw_best);
+  __syncthreads();
+  const float raw_best = worker.survey(draws && !row.top_k && (row.top_p < 1 || row.min_p <= 0));
   int token = -1, status = status_of(raw_best);
-  if (status == OK && scores.edited()) {
+  if (status == OK && worker.scores.edited()) {
     status = status_of(worker.best);
     if (status != OK) status = status == ALL_EXCLUDED ? NONE_LEFT : OVERFLOW;
   }
@@ -1020,7 +1086,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 2)
     if (status == OK) {
       state.outputs = row.outputs + 1;
       last_tokens[index[i]] = token;
-      if (scores.penalizes) words[static_cast<long long>(row.slot) * vocab + token]++;
+      if (worker.scores.penalizes) words[static_cast<long long>(row.slot) * vocab + token]++;
     }
   }
   let_next_kernel_start();
@@ -1030,15 +1096,16 @@ extern "C" __global__ void __launch_bounds__(kThreads, 2)
 extern "C" __global__ void __launch_bounds__(kThreads, 2)
     score_rows(const LOGIT* logits, long long pitch, int vocab, int wide, const int* index,
                const int* tokens, int top, unsigned char* workspace, int stride, int* out) {
-  __shared__ Shared shared;
+  __shared__ Worker worker;
   wait_for_previous_kernel();
   const int row = index[blockIdx.y], token = tokens[row];
   out += static_cast<long long>(blockIdx.y) * (SCORE_HEADER + 2 * top);
-  const Scores scores{logits + row * pitch, vocab, wide != 0};
-  Worker worker(shared, scores, workspace + static_cast<long long>(blockIdx.y) * stride);
-  worker.rate = kLog2e;
-  float raw_best;
-  worker.survey(true, &raw_best);
+  if (threadIdx.x == 0) {
+    worker.scores = Scores{logits + row * pitch, vocab, wide != 0};
+    worker.begin(workspace + static_cast<long long>(blockIdx.y) * stride, kLog2e);
+  }
+  __syncthreads();
+  const float raw_best = worker.survey(true);
   const int status = status_of(raw_best);
   if (status != OK || token < 0 || token >= vocab) {
     worker.leave();
@@ -1048,7 +1115,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 2)
     return;
   }
 
-  const float mine = to_float(scores.logits[token]);
+  const float mine = to_float(logits[row * pitch + token]);
   const u64 all = place_of(kLowestKey, vocab);
   u64 first = all;
   bool small = vocab <= kList;  // all of it is a list
@@ -1058,9 +1125,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, 2)
   }
   if (!top || !small) first = ~static_cast<u64>(0);  // this pass only counts
   u32 better;
-  int listed = worker.gather(from(first), place_of(key_of(mine), token), &better);
+  const Range above(place_of(key_of(mine), token) + 1);
+  int listed = worker.gather(Range(first), above, &better);
   u64 total;
-  block_exclusive(shared, better, &total);
+  worker.block_exclusive(better, &total);
   if (threadIdx.x == 0) atomicAdd(worker.work.rank, static_cast<u32>(total));
   worker.sync();
   if (top) {
@@ -1070,7 +1138,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 2)
       const auto cut = worker.narrow(Bins::down_to(worker.best, worker.least_slab()), all, false, top);
       listed = cut.listed;
       if (!listed) {
-        listed = worker.gather(from(cut.least));
+        listed = worker.gather(Range(cut.least));
         worker.fetch_list(listed);
       }
     }
@@ -1080,8 +1148,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, 2)
   if (worker.part) return;
   listed = min(listed, top);
   for (int i = threadIdx.x; i < listed; i += kThreads) {
-    out[SCORE_HEADER + i] = id_at(shared.list[i]);
-    out[SCORE_HEADER + top + i] = __float_as_int(score_of(key_at(shared.list[i])));
+    out[SCORE_HEADER + i] = id_at(worker.list[i]);
+    out[SCORE_HEADER + top + i] = __float_as_int(score_of(key_at(worker.list[i])));
   }
   if (threadIdx.x == 0) {
     const double normalizer = worker.best + log(static_cast<double>(whole) / kUnit);
@@ -1106,17 +1174,20 @@ extern "C" __global__ void __launch_bounds__(kGreedyThreads)
   float top = minus_infinity();
   int where = 0;
   const int step = gridDim.x * kGreedyThreads * kVector;
-#pragma unroll 4
   for (int first = (blockIdx.x * kGreedyThreads + threadIdx.x) * kVector; first < vocab;
-       first += step) {
-    float values[kVector];
-    scores.raw(first, values);
-    float its = values[0];
+       first += kGreedyLoads * step) {
+    Pack<LOGIT, kVector> own[kGreedyLoads];
 #pragma unroll
-    for (int j = 1; j < kVector; j++) its = max_or_nan(its, values[j]);
-    if (its > top || its != its) {
-      top = its;
-      where = first;
+    for (int load = 0; load < kGreedyLoads; load++) scores.fetch(first + load * step, &own[load]);
+#pragma unroll
+    for (int load = 0; load < kGreedyLoads; load++) {
+      float its = to_float(own[load].at[0]);
+#pragma unroll
+      for (int j = 1; j < kVector; j++) its = max_or_nan(its, to_float(own[load].at[j]));
+      if (its > top || its != its) {
+        top = its;
+        where = first + load * step;
+      }
     }
   }
   u64 place = place_of(key_of(top), where);
@@ -1141,11 +1212,11 @@ extern "C" __global__ void __launch_bounds__(kGreedyThreads)
   if (status == OK) {
     const float wanted = score_of(key);
     token = id_at(place);
-    float values[kVector];
-    scores.raw(token, values);
+    Pack<LOGIT, kVector> own;
+    scores.fetch(token, &own);
     int offset = 0;
 #pragma unroll
-    for (int j = kVector - 1; j >= 0; j--) offset = values[j] == wanted ? j : offset;
+    for (int j = kVector - 1; j >= 0; j--) offset = to_float(own.at[j]) == wanted ? j : offset;
     token += offset;
     rows[index[i]].outputs++;
     last_tokens[index[i]] = token;

@@ -71,8 +71,11 @@ def microseconds(calls: list[Callable[[], Any]], repeats: int = 11) -> float:
 def copy_rate() -> float:
     """Bytes read and written a microsecond by a large copy."""
     source, target = cupy.ones(1 << 28, np.float32), cupy.empty(1 << 28, np.float32)
-    elapsed = microseconds([lambda: cupy.copyto(target, source)] * 2)
-    return 2 * source.nbytes / elapsed
+
+    def copy() -> None:
+        target.data.copy_from_device_async(source.data, source.nbytes)
+
+    return 2 * source.nbytes / microseconds([copy, copy])
 
 
 def logits_of(spread: str, rows: int, vocab: int, dtype: str) -> Any:
@@ -179,7 +182,9 @@ def main() -> None:
     parser.add_argument("--vocab", type=int, default=128256)
     parser.add_argument("--dtype", choices=DTYPES, default="float16")
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 16, 64, 256])
-    parser.add_argument("--torch", action="store_true")
+    parser.add_argument("--only", nargs="+", default=[""], help="text of the cases to run")
+    parser.add_argument("--host", action="store_true", help="time the host as well")
+    parser.add_argument("--torch", action="store_true", help="time PyTorch as well")
     arguments = parser.parse_args()
     vocab, dtype = arguments.vocab, arguments.dtype
     device = find_device()
@@ -191,6 +196,8 @@ def main() -> None:
         floors = [rows * vocab * np.dtype(DTYPES[dtype]).itemsize / rate for rows in arguments.rows]
         print(f"{'floor':32}" + "".join(f"{floor:9.1f}" for floor in floors))
         for name, spread, asked in CASES:
+            if not any(text in f"{name}, {spread}" for text in arguments.only):
+                continue
             cells = []
             for rows in arguments.rows:
                 size = rows * vocab * np.dtype(DTYPES[dtype]).itemsize
@@ -204,7 +211,7 @@ def main() -> None:
             print(
                 f"{name + ', ' + spread:32}" + "".join(f"{cell:9.1f}" for cell in cells), flush=True
             )
-        for asked in ({"temperature": 0.0}, {"top_p": 0.9}, {"logprobs": 5}):
+        for asked in ({"temperature": 0.0}, {"top_p": 0.9}, {"logprobs": 5}) * arguments.host:
             for rows in (1, 256):
                 sampler = sampler_of(device, rows, vocab, asked)
                 host = host_microseconds(sampler, logits_of("model", rows, vocab, dtype))
