@@ -563,16 +563,22 @@ class Session:
             if plan is None
         }
         try:
-            for future in as_completed(list(building), timeout=max(0.0, self.left)):
-                stage, case = building.pop(future)
-                self.take(stage, case, future.result())
-                self.report.say(f"{stage}: {case.name}; {len(building)} left")
+            for count, future in enumerate(as_completed(building, timeout=max(0.0, self.left))):
+                stage, case = building[future]
+                self.report.say(f"{stage}: {case.name}; {len(building) - count - 1} left")
         except FuturesTimeoutError:  # Python 3.10's is not the built-in one
-            self.report.not_run += [f"{stage}: {case.name}" for stage, case in building.values()]
+            pass
+        finished = {future for future in building if future.done()}
         # A build can't be stopped half-way, but its process can.
         for process in list(pool._processes.values()):
             process.terminate()
         pool.shutdown(wait=False, cancel_futures=True)
+        # Checks take long beside builds, which keep all cores busy.
+        for future, (stage, case) in building.items():
+            if future in finished:
+                self.take(stage, case, future.result())
+            else:
+                self.report.not_run.append(f"{stage}: {case.name}")
 
     def key(self, case: Case) -> str:
         gpu = local_gpu()
