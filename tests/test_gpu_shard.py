@@ -149,6 +149,22 @@ def test_prompt_logprobs_are_the_cpu_shard_s() -> None:
         assert our.top_logprobs == pytest.approx(their.top_logprobs, abs=1e-5)
 
 
+def test_an_fp8_cache_takes_a_byte_a_value_and_stays_close() -> None:
+    prompt = list(range(3, 33))
+    found = []
+    for kv_dtype in ("float32", "uint8"):
+        shard = make_gpu_shard(directory("qwen3"), limits=LIMITS, kv_dtype=kv_dtype)
+        logprobs = Sampling(temperature=0.0, logprobs=-1)
+        plan = StepPlan(0, [0], [30], starts=[start(0, prompt, logprobs)])
+        entry = shard.execute(plan).logprobs[0]
+        scores = dict(zip(entry.top_tokens, entry.top_logprobs, strict=True))
+        found.append((shard.info.kv_cache_bytes, [scores[token] for token in sorted(scores)]))
+    (exact_bytes, exact), (rough_bytes, rough) = found
+    assert exact_bytes == 4 * rough_bytes
+    assert exact != rough
+    assert np.abs(np.subtract(rough, exact)).max() < 0.5
+
+
 @pytest.mark.parametrize("asked", [{}, {"prompt_logprobs": 1}])
 def test_logits_that_are_not_finite_fail_their_sequence_alone(asked: dict[str, int]) -> None:
     shard = make_gpu_shard(directory("llama3"), limits=LIMITS, graphs=EAGER)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -55,6 +56,7 @@ def make_gpu_shard(
     graphs: GraphSizes | None = None,
     device: HostDevice | None = None,
     runners: ArrayRunners | None = None,
+    kv_dtype: Any = None,
     kind: type[StepwiseShard] = StepwiseShard,
 ) -> StepwiseShard:
     model, weights = load(path)
@@ -70,5 +72,6 @@ def make_gpu_shard(
         limits,
         graphs or GraphSizes.choose(limits, (), eager=False),
         choose_blocks=lambda free: num_blocks,
+        kv_dtype=kv_dtype,
         weight_bytes=plan_bytes(model),
     )
