@@ -34,7 +34,8 @@ TESTED = {
     "Python 3.10, 3.12, 3.13": "not tested",
     "ARM CPUs, macOS, Windows": "not tested",
     "TensorRT-RTX plans, built without a GPU": "by the test suite",
-    "serving from NVIDIA GPUs": "not supported yet: models run on the CPU, a GPU is left alone",
+    "one NVIDIA H200, CUDA 13, CuPy 14.2, Linux": "by tests/gpu: tokens, and times in process",
+    "other NVIDIA GPUs": "kernels compile from compute capability 8.0 on; not tested",
     "more than one shard or node": "not supported yet",
 }
 
@@ -58,6 +59,8 @@ def report() -> dict[str, Any]:
         for name, version in packages.items()
         if version is None
     ]
+    gpus = _gpus()
+    gpu_packages = {name: _version(*names) for name, names in GPU_PACKAGES.items()}
     return {
         "machine": {
             "platform": f"{platform.system()} {platform.machine()}",
@@ -75,12 +78,12 @@ def report() -> dict[str, Any]:
         },
         "kernels": _kernels(),
         "gpus": {
-            "devices": _gpus(),
-            **{name: _version(*names) for name, names in GPU_PACKAGES.items()},
+            "devices": gpus,
+            **gpu_packages,
         },
         "can_run": {
             "models on the CPU": not problems,
-            "models on a GPU": False,
+            "models on a GPU": bool(gpus and gpu_packages["cupy"] and not problems),
         },
         "tested": TESTED,
         "problems": problems,
