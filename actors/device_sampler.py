@@ -270,10 +270,12 @@ class DeviceSampler:
                 state.update()
         logprobs: dict[int, Logprobs] = {}
         if sampled.scores is not None:
-            for place, found in zip(sampled.scored, sampled.scores, strict=True):
-                seq, top = sampled.seqs[place], sampled.states[place].sampling.logprobs or 0
-                if seq not in failed:
-                    logprobs[seq] = _logprobs(tokens[place], found, top)
+            chosen = [tokens[place] for place in sampled.scored]
+            tops = [sampled.states[place].sampling.logprobs or 0 for place in sampled.scored]
+            entries = _logprobs(chosen, sampled.scores, tops)
+            for place, entry in zip(sampled.scored, entries, strict=True):
+                if sampled.seqs[place] not in failed:
+                    logprobs[sampled.seqs[place]] = entry
         for place, row in sampled.whole.items():
             seq, top = sampled.seqs[place], sampled.states[place].sampling.logprobs or 0
             if seq not in failed:
@@ -319,10 +321,9 @@ class DeviceSampler:
                 check_best(row.max())
                 entries.append(score_token(row, token, prompt.top))
         if prompt.scores is not None:
-            for token, found in zip(prompt.tokens, prompt.scores, strict=True):
-                if status := int(found[5]):
-                    raise SamplingError(_reason(status))
-                entries.append(_logprobs(token, found, prompt.top))
+            if bad := [status for status in prompt.scores[:, 5].tolist() if status]:
+                raise SamplingError(_reason(bad[0]))
+            entries = _logprobs(prompt.tokens, prompt.scores, [prompt.top] * len(prompt.tokens))
         self._pinned.give(prompt.pinned)
         return entries
 
@@ -488,17 +489,28 @@ def _reason(status: int, sampling: Sampling | None = None) -> str:
     }[status]
 
 
-def _logprobs(token: int, found: NDArray[np.int32], top: int) -> Logprobs:
-    """What `score_rows` found of one row, with at most `top` best tokens."""
-    normalizer = float(found[:2].view(np.float64)[0])
-    count = min(top, int(found[4]))
-    room = (len(found) - kernels.SCORE_HEADER) // 2
-    best = found[kernels.SCORE_HEADER :]
-    scores = best[room : room + count].view(np.float32).astype(np.float64)
-    return Logprobs(
-        token=token,
-        logprob=float(found[2:3].view(np.float32)[0]) - normalizer,
-        rank=int(found[3]),
-        top_tokens=best[:count].tolist(),
-        top_logprobs=(scores - normalizer).tolist(),
-    )
+def _logprobs(
+    tokens: Sequence[int], found: NDArray[np.int32], tops: Sequence[int]
+) -> list[Logprobs]:
+    """What `score_rows` found, of row i at most `tops[i]` best tokens.
+
+    A row without a score gives numbers that mean nothing.
+    """
+    first = kernels.SCORE_HEADER
+    room = (found.shape[1] - first) // 2
+    normalizers = np.ascontiguousarray(found[:, :2]).view(np.float64)[:, 0]
+    scores = np.ascontiguousarray(found[:, [2, *range(first + room, first + 2 * room)]])
+    with np.errstate(invalid="ignore"):  # words that were not written
+        logprobs = scores.view(np.float32).astype(np.float64) - normalizers[:, None]
+    counts = np.minimum(found[:, 4], tops)
+    return [
+        Logprobs(token, own[0], rank, best[:count], own[1 : count + 1])
+        for token, own, rank, best, count in zip(
+            tokens,
+            logprobs.tolist(),
+            found[:, 3].tolist(),
+            found[:, first : first + room].tolist(),
+            counts.tolist(),
+            strict=True,
+        )
+    ]

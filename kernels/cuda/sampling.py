@@ -6,6 +6,7 @@ of them being on the device allows.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -103,6 +104,11 @@ def score_rows(logits: Any, index: Any, tokens: Any, out: Any) -> None:
 
 
 def _function(name: str, logit: str) -> compiler.Function:
+    return _loaded(_device(), name, logit)
+
+
+@functools.cache
+def _loaded(device: int, name: str, logit: str) -> compiler.Function:
     return compiler.load("sampling.cu", None, LOGIT=logit, **_CONSTANTS).function(name)
 
 
