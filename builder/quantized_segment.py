@@ -54,7 +54,8 @@ def quantized_segment(segment: Segment, forms: Sequence[Form | None]) -> Segment
     if not any(forms):
         return segment
     number = len(segment.inputs)
-    moved: dict[int | None, Any] = {None: None, **{i: i for i in range(number)}}
+    moved: dict[int | None, Any] = {None: None}
+    moved.update((index, index) for index in range(number))
     weights: list[Spec] = []
     quantized: dict[int, tuple[Form, list[int | None]]] = {}
     for index, (spec, form) in enumerate(zip(segment.weights, forms, strict=True), number):

@@ -32,7 +32,7 @@ _MOST_NATIVE_ROWS = 96
 _NATIVE_COLUMNS = 32
 # Values the twin unpacks at a time: what stays in a core's cache, or keeps a GPU busy.
 _BLOCK_VALUES = 1 << 18
-_BLOCK_VALUES_CUDA = 1 << 26
+_BLOCK_VALUES_CUDA = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -140,10 +140,9 @@ def dequantize_rows(weight: QuantizedWeight, start: int, stop: int) -> Any:
     """Rows start to stop of a weight, float32 `[stop - start, in]`, columns as they are stored."""
     rows = slice(start, stop)
     values = _codes(weight.kind, weight.values[rows])
-    scales = weight.scales[rows]
     if weight.zeros is not None:
         values -= _spread(weight.zeros[rows], weight)
-    values *= _spread(scales, weight)
+    values *= _spread(weight.scales[rows], weight)
     return values
 
 

@@ -80,9 +80,10 @@ class RandomQuantized(QuantizedTensor):
         self._random.read(values, rows, columns, False)
         values *= np.float32(self._largest / _SPREAD)
         if self.scheme.kind != "float8":
-            return values.astype(np.int8)
-        # From 0.5, which is 0x30, to 0.9375, eight codes on, with either sign.
-        codes: Array = (abs(values) * np.float32(7.99)).astype(np.uint8)
+            codes: Array = values.astype(np.int8)
+            return codes
+        # From 0.5, which is 0x30, to 0.9375, seven codes on, with either sign.
+        codes = (abs(values) * np.float32(7.99)).astype(np.uint8)
         codes += np.uint8(0x30)
         codes[values < 0] |= np.uint8(0x80)
         return codes

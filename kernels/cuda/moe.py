@@ -12,7 +12,9 @@ from tensorray.kernels.cuda import compiler
 from tensorray.kernels.cuda.activation import KINDS
 from tensorray.kernels.cuda.dtypes import ctype
 from tensorray.kernels.cuda.layout import aligned, as_rows, stride
-from tensorray.kernels.cuda.linear import Plan, kernel, linear
+from tensorray.kernels.cuda.linear import Plan, kernel
+from tensorray.kernels.linear import linear
+from tensorray.kernels.quantized import QuantizedWeight
 
 CONSTANT_SETS = {
     "moe.cu": [
@@ -22,8 +24,10 @@ CONSTANT_SETS = {
     ]
 }
 
-#: Groups of more rows than these, on the average, are multiplied in tiles of moe.cu.
+#: Groups of more rows than these, on the average, are multiplied in tiles of moe.cu; so are all
+#: groups of so many rows that most of the blocks for what a group might have would find nothing.
 FEW_ROWS_A_GROUP = 24
+FEW_ROWS = 64
 
 _WARPS = 8
 _ROUTE_THREADS = 128
@@ -57,6 +61,8 @@ def experts(x: Any, weights: Any, ids: Any, gate_up: Any, down: Any) -> Any:
 
     count, hidden, inner = down.shape
     rows = as_rows(x)
+    if isinstance(gate_up, QuantizedWeight) or isinstance(down, QuantizedWeight):
+        return _every_expert(rows, weights, ids, gate_up, down)
     fits = gate_up.itemsize == 2 and hidden % 8 == 0 and inner % 8 == 0
     if not (fits and all(each.flags.c_contiguous for each in (gate_up, down)) and aligned(rows)):
         return _every_expert(rows, weights, ids, gate_up, down)
@@ -72,7 +78,8 @@ def experts(x: Any, weights: Any, ids: Any, gate_up: Any, down: Any) -> Any:
         (count,), (_THREADS,), *(ids, choices, count, order, groups, slots), overlap=True
     )
     grouped = (groups, order, top_k, len(rows))
-    product = _few_rows if choices <= FEW_ROWS_A_GROUP * count else _many_rows
+    few = choices <= FEW_ROWS_A_GROUP * count and len(rows) <= FEW_ROWS
+    product = _few_rows if few else _many_rows
     gated = product(rows, gate_up, choices, inner, *grouped, gated=True)
     y = product(gated, down, choices, hidden, *grouped, gated=False)
     packs = out.size // 8
@@ -107,7 +114,7 @@ def _few_rows(
     y = cupy.empty((choices, results), x.dtype)
     average = -(-choices // len(weight))
     rows = min(most_rows, 8 if average <= 4 else 16 if average <= 8 else 32)
-    plan = Plan(mtiles=2, halves=2, stages=2)
+    plan = Plan(mtiles=2, stages=2)
     inner = x.shape[1]
     shared_bytes = plan.shared_bytes(rows, inner, normed=False)
     tile = 8 * plan.mtiles if gated else 16 * plan.mtiles
