@@ -8,7 +8,7 @@
 // and is as deep as shared memory is large.
 //
 // A block makes tiles of 16 * MTILES outputs, as many at a time as the pipeline has room for. Its
-// warps share `in` between them in chunks of 32 * HALVES; their sums meet in shared memory, always
+// warps share `in` between them in chunks of 64; their sums meet in shared memory, always
 // in the same order. x comes with the weights, chunk by chunk, unless NORM: then a block norms it
 // first and keeps all of it in shared memory.
 //
@@ -30,6 +30,7 @@ using Y = OUTPUT;
 
 constexpr int WARPS = 8;
 constexpr int THREADS = 32 * WARPS;
+constexpr int HALVES = 2;  // of a chunk: 64 bytes of a row, of which a thread copies 16
 constexpr int CHUNK = 32 * HALVES;
 constexpr int ROWS = 8 * NTILES;
 constexpr int OUTS = 16 * MTILES;

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,11 +17,11 @@ _HALF = {"WEIGHT": "__half", "INPUT": "__half", "OUTPUT": "__half", "MTILES": 2,
 _WIDE = {"WEIGHT": "__nv_bfloat16", "INPUT": "float", "OUTPUT": "float", "MTILES": 1, "STAGES": 8}
 CONSTANT_SETS = {
     "linear.cu": [
-        dict(_HALF, NTILES=1, HALVES=2, NORM=1, GATED=1, GROUPED=0),
-        dict(_HALF, NTILES=2, HALVES=1, NORM=0, GATED=0, GROUPED=0),
-        dict(_WIDE, NTILES=1, HALVES=2, NORM=1, GATED=0, GROUPED=0),
-        dict(_HALF, NTILES=1, HALVES=2, NORM=0, GATED=1, GROUPED=1),
-        dict(_HALF, NTILES=4, HALVES=2, NORM=0, GATED=0, GROUPED=2),
+        dict(_HALF, NTILES=1, NORM=1, GATED=1, GROUPED=0),
+        dict(_HALF, NTILES=2, NORM=0, GATED=0, GROUPED=0),
+        dict(_WIDE, NTILES=1, NORM=1, GATED=0, GROUPED=0),
+        dict(_HALF, NTILES=1, NORM=0, GATED=1, GROUPED=1),
+        dict(_HALF, NTILES=4, NORM=0, GATED=0, GROUPED=2),
     ]
 }
 
@@ -43,12 +44,11 @@ class Plan:
     """How a product of few rows is cut up."""
 
     mtiles: int  # sixteens of outputs made at a time
-    halves: int  # of 64 bytes of a weight's row that a warp takes at a time
-    stages: int  # such pieces on their way at once
+    stages: int  # chunks of 64 elements of a weight's rows on their way to a warp at once
 
     def shared_bytes(self, rows: int, inner: int, normed: bool) -> int:
         """Shared memory of a block."""
-        units = self.halves * (2 * self.mtiles + (0 if normed else ntiles(rows)))
+        units = 4 * self.mtiles + (0 if normed else 2 * ntiles(rows))
         ring = self.stages * units * _UNIT * _WARPS
         sums = _WARPS * 8 * ntiles(rows) * (16 * self.mtiles + 4) * 4
         pitch = -(-inner // 64) * 128 + 64
@@ -147,7 +147,6 @@ def kernel(
         OUTPUT=ctype(y),
         NTILES=ntiles(rows),
         MTILES=plan.mtiles,
-        HALVES=plan.halves,
         STAGES=plan.stages,
         NORM=norm,
         GATED=gated,
@@ -160,25 +159,29 @@ def choose(
     outs: int, inner: int, rows: int, normed: bool, gated: bool, multiprocessors: int
 ) -> Plan:
     """A plan for a product's shape; NOTES.md has the times behind it."""
-    rounds = -(-inner // 512)
     sizes = (4, 2) if gated else (4, 2, 1)
+    deepest = 8
+
+    def tiles(mtiles: int) -> int:
+        return -(-outs // (16 * mtiles))
+
+    def cost(mtiles: int) -> float:
+        """About the time over the weight's own: x is read again for each tile, and the last tiles
+        leave some multiprocessors idle."""
+        idle = -(-tiles(mtiles) // multiprocessors) * multiprocessors / tiles(mtiles) - 1
+        return (1 + 0.25 * rows / (16 * mtiles)) * (1 + 0.3 * math.sqrt(idle))
+
     if 2 * outs * inner <= _SMALL_WEIGHT:
-        # Few blocks that have all of their weights on the way at once: the next launch's blocks
-        # find free multiprocessors, and do the same while this one's compute.
-        fitting = [m for m in sizes if 32 * m * inner <= _SMALL_TILE]
+        # A block has all of its weights on the way at once, and blocks are few: the next launch's
+        # find multiprocessors free, and do the same while these compute.
+        fitting = [
+            m for m in sizes if 32 * m * inner <= _SMALL_TILE and 3 * tiles(m) >= multiprocessors
+        ]
         mtiles = fitting[0] if fitting else sizes[-1]
-        most = rounds
+        deepest = max(-(-inner // (64 * _WARPS)), 2)
     else:
-
-        def cost(mtiles: int) -> float:
-            tiles = -(-outs // (16 * mtiles))
-            waves = -(-tiles // multiprocessors) * multiprocessors / tiles
-            x_share = rows / (16 * mtiles)  # of x's bytes to the weight's, a tile
-            return (1 + 0.25 * x_share) * (1 + 0.2 * (waves - 1))
-
         mtiles = min(sizes, key=cost)
-        most = 8
-    plans = [Plan(mtiles, 2, stages) for stages in range(2, max(most, 2) + 1)]
+    plans = [Plan(mtiles, stages) for stages in range(2, deepest + 1)]
     return [p for p in plans if p.shared_bytes(rows, inner, normed) <= _SHARED_BYTES][-1]
 
 

@@ -101,15 +101,15 @@ def torch_time(weights: list[Any], x: Any) -> float:
 def plans(outs: int, inner: int, rows: int, normed: bool, gated: bool) -> list[Plan]:
     """What is worth a try: the deepest pipelines that fit, and shallower ones of small weights."""
     found = []
-    for mtiles, halves in itertools.product([1, 2, 4], [1, 2]):
+    for mtiles in (1, 2, 4):
         if gated and mtiles == 1:
             continue
         fitting = [
             plan
-            for plan in (Plan(mtiles, halves, stages) for stages in range(2, 17 // halves))
+            for plan in (Plan(mtiles, stages) for stages in range(2, 9))
             if plan.shared_bytes(rows, inner, normed) <= 226 << 10
         ]
-        rounds = max(-(-inner // (256 * halves)), 2) if outs < 40000 else 8
+        rounds = max(-(-inner // 512), 2) if outs < 40000 else 8
         found += [plan for plan in fitting if plan.stages <= rounds][-1:]
     return found
 
@@ -117,9 +117,9 @@ def plans(outs: int, inner: int, rows: int, normed: bool, gated: bool) -> list[P
 def compile_all(calls: list[tuple[int, int, int, bool, bool, list[Plan]]]) -> None:
     """Fill the cache of cubins on all cores."""
     half = {"WEIGHT": "__half", "INPUT": "__half", "OUTPUT": "__half", "GROUPED": 0}
-    names = ("NTILES", "MTILES", "HALVES", "STAGES", "NORM", "GATED")
+    names = ("NTILES", "MTILES", "STAGES", "NORM", "GATED")
     sets = {
-        (cuda.ntiles(rows), plan.mtiles, plan.halves, plan.stages, normed, gated)
+        (cuda.ntiles(rows), plan.mtiles, plan.stages, normed, gated)
         for _, _, rows, normed, gated, listed in calls
         for plan in listed
     }
@@ -190,14 +190,14 @@ def main() -> None:
                 by_plan = {}
                 for plan in dict.fromkeys(cases[name, rows][1:]):
                     call = functools.partial(run_plan, x, norm, gate, residual, plan)
-                    key = f"{plan.mtiles}/{plan.halves}/{plan.stages}"
+                    key = f"{plan.mtiles}/{plan.stages}"
                     by_plan[key] = time_graph(call, weights)
                 results[-1]["plans"] = by_plan
                 chosen = cases[name, rows][0]
                 best = sorted(by_plan.items(), key=lambda item: item[1])
                 listed_times = ", ".join(f"{k} {v * 1e6:.1f}" for k, v in best)
                 print(
-                    f"    chosen {chosen.mtiles}/{chosen.halves}/{chosen.stages} of {listed_times}",
+                    f"    mtiles/stages: chosen {chosen.mtiles}/{chosen.stages} of {listed_times}",
                     flush=True,
                 )
         del weights

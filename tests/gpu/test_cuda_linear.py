@@ -124,10 +124,7 @@ def test_sizes_that_no_wide_access_fits(dtype: str) -> None:
             assert case.error(case.run()) < TOLERANCE[dtype]
 
 
-PLANS = [
-    Plan(mtiles, halves, stages)
-    for mtiles, halves, stages in itertools.product([1, 2, 4], [1, 2], [2, 3])
-]
+PLANS = [Plan(mtiles, stages) for mtiles, stages in itertools.product([1, 2, 4], [2, 3, 6])]
 
 
 @pytest.mark.parametrize("plan", PLANS, ids=str)
