@@ -16,7 +16,7 @@ from tensorray.builder.shares import slice_of
 from tensorray.kernels.quantized import QuantizedWeight, pack_int4
 
 #: Codes of an ordered weight that are put in place at a time.
-_PIECE_CODES = 1 << 25
+_PIECE_CODES = 1 << 24
 
 #: Has a call write an array, which may be elsewhere than in host memory (load.Placement).
 Fill = Callable[[Any, Callable[[Any], None]], None]
