@@ -153,7 +153,7 @@ class DeviceSampler:
     """`Sampler` on a device: the same choices (equal as tests/helpers/equality.py says) and errors.
 
     Each sequence has a row in 0 .. max_num_seqs - 1 while it runs. All calls belong inside
-    `device.current()`, on one thread. After `enqueue`, in stream order, `last_tokens[row]` is the
+    `device.current()`, one at a time. After `enqueue`, in stream order, `last_tokens[row]` is the
     sequence's new token, or what it was if none could be chosen.
 
     A sequence that edits its logits (bias, allowed or banned tokens, min_tokens, penalties) takes
@@ -181,6 +181,10 @@ class DeviceSampler:
             bias_tokens=xp.zeros((0, _MIN_BIASES), np.int32),
             biases=xp.zeros((0, _MIN_BIASES), np.float32),
         )
+
+    def prepare(self, dtype: Any) -> None:
+        """Compile the kernels for logits of a dtype, so that the first step need not."""
+        kernels.prepare(self._state, dtype)
 
     @property
     def last_tokens(self) -> Any:
@@ -240,7 +244,9 @@ class DeviceSampler:
         if not states:
             return sampled
         self._send_starts()
-        logits, rows = logits[:count], rows[:count]
+        if logits.shape[0] > count:
+            logits = logits[:count]
+        rows = rows[:count]
         out = self._out[: 2 * count].reshape(2, count)
         if masks is None and all(state.plain for state in states):
             kernels.greedy_rows(logits, rows, self._state, out)

@@ -70,6 +70,14 @@ class RowState:
     biases: Any  # float32 [S, B]
 
 
+def prepare(state: RowState, dtype: Any) -> None:
+    """Make what the functions here make at first use, for logits of a dtype."""
+    if is_cuda(state.rows):
+        from tensorray.kernels.cuda import sampling as cuda
+
+        cuda.prepare(state, dtype)
+
+
 def set_rows(state: RowState, index: Any, records: Any) -> None:
     """Row `index[i]` becomes `records[i]`: int32 [n], distinct, and uint8 [n, ROW.itemsize]."""
     if is_cuda(index):

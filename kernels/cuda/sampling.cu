@@ -1,6 +1,6 @@
 // From logits [rows, vocab] to tokens; kernels/batch_sampling.py says what each kernel does.
 //
-// LOGIT: the logits' type. SLOT_*, COUNT, …: kernels/batch_sampling.py's constants of the same name.
+// LOGIT: the logits' type. BANNED, OK, …: kernels/batch_sampling.py's constants of the same name.
 //
 // Nothing here sorts a row. A row is cut into slabs of 512 tokens, one warp's load; a first pass
 // leaves each slab's maximum and, where needed, its sum of weights. A draw then needs the one slab
@@ -1223,23 +1223,4 @@ extern "C" __global__ void __launch_bounds__(kGreedyThreads)
   }
   out[i] = token;
   out[gridDim.y + i] = status;
-}
-
-// Grid (rows): a record of `words` words each.
-extern "C" __global__ void set_rows(int* rows, const int* index, const int* records, int words) {
-  wait_for_previous_kernel();
-  if (threadIdx.x < words) {
-    rows[static_cast<long long>(index[blockIdx.x]) * words + threadIdx.x] =
-        records[blockIdx.x * words + threadIdx.x];
-  }
-}
-
-extern "C" __global__ void edit_words(u32* words, const u32* index, const u32* edits, int count) {
-  wait_for_previous_kernel();
-  for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < count; i += gridDim.x * blockDim.x) {
-    const u32 edit = edits[i];
-    if (edit == ALLOW) atomicAnd(words + index[i], ~static_cast<u32>(BANNED));
-    else if (edit > COUNT) atomicOr(words + index[i], edit);
-    else atomicAdd(words + index[i], edit);
-  }
 }

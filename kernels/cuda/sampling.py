@@ -25,7 +25,8 @@ _CONSTANTS: dict[str, int | str] = {
 CONSTANT_SETS = {
     "sampling.cu": [
         {"LOGIT": logit, **_CONSTANTS} for logit in ("__half", "__nv_bfloat16", "float")
-    ]
+    ],
+    "sampling_state.cu": [_CONSTANTS],
 }
 
 # As in sampling.cu.
@@ -40,18 +41,24 @@ _BLOCKS_PER_PROCESSOR = 2  # of those that wait for each other, at once
 _GREEDY_BLOCKS_PER_PROCESSOR = 4
 
 
+def prepare(state: RowState, dtype: Any) -> None:
+    for name in ("greedy_rows", "sample_rows", "score_rows"):
+        _function(name, ctype(np.empty(0, dtype)))
+    for name in ("set_rows", "edit_words"):
+        _function(name)
+    rows, vocab = len(state.rows), state.words.shape[1]
+    _workspace(rows, vocab)
+    _greedy_workspace(rows)
+
+
 def set_rows(state: RowState, index: Any, records: Any) -> None:
     words = records.shape[1] // 4
-    _function("set_rows", "float")(
-        (len(index),), (32,), state.rows, index, records, words, overlap=True
-    )
+    _function("set_rows")((len(index),), (32,), state.rows, index, records, words, overlap=True)
 
 
 def edit_words(state: RowState, index: Any, edits: Any) -> None:
     blocks = min(-(-len(index) // 256), 256)
-    _function("edit_words", "float")(
-        (blocks,), (256,), state.words, index, edits, len(index), overlap=True
-    )
+    _function("edit_words")((blocks,), (256,), state.words, index, edits, len(index), overlap=True)
 
 
 def greedy_rows(logits: Any, index: Any, state: RowState, out: Any) -> None:
@@ -103,13 +110,18 @@ def score_rows(logits: Any, index: Any, tokens: Any, out: Any) -> None:
     )
 
 
-def _function(name: str, logit: str) -> compiler.Function:
+def _function(name: str, logit: str | None = None) -> compiler.Function:
+    """A kernel for a type of logits; None: one of the state's."""
     return _loaded(_device(), name, logit)
 
 
 @functools.cache
-def _loaded(device: int, name: str, logit: str) -> compiler.Function:
-    return compiler.load("sampling.cu", None, LOGIT=logit, **_CONSTANTS).function(name)
+def _loaded(device: int, name: str, logit: str | None) -> compiler.Function:
+    if logit is None:
+        module = compiler.load("sampling_state.cu", None, **_CONSTANTS)
+    else:
+        module = compiler.load("sampling.cu", None, LOGIT=logit, **_CONSTANTS)
+    return module.function(name)
 
 
 def _described(logits: Any) -> tuple[Any, ...]:
