@@ -232,9 +232,8 @@ class SegmentRunners:
         if plan.record.wrong or self._backend != "auto":
             return Trial("tensorrt", error, {})
         candidates: list[Runner] = [by_plan, FusedSegment(each.segment, rows, self._xp)]
-        times: dict[str, float] = {
-            runner.backend: self._timer(runner, each.segment, rows, sets) for runner in candidates
-        }
+        measured = self._timer(candidates, each.segment, rows, sets)
+        times = {str(one.backend): time for one, time in zip(candidates, measured, strict=True)}
         return Trial(min(times, key=lambda name: times[name]), error, times)
 
     def _by_plan(self, plan: _TriedPlan, rows: int) -> PlanSegment:

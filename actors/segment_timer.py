@@ -6,13 +6,13 @@ from collections.abc import Callable, Sequence
 from itertools import cycle, islice
 from typing import Any
 
-import numpy as np
-
 from tensorray.actors.array_segment import Runner
+from tensorray.actors.canary import random_inputs
 from tensorray.builder.graph import DTypes, Segment
 
-#: Microseconds of one run of a segment by a runner, of a number of rows, over sets of weights.
-Timer = Callable[[Runner, Segment, int, Sequence[Sequence[Any]]], float]
+#: Microseconds of one run of a segment by each of some runners, of a number of rows, over sets of
+#: weights.
+Timer = Callable[[Sequence[Runner], Segment, int, Sequence[Sequence[Any]]], list[float]]
 
 #: Bytes of weights to rotate through, as a multiple of the L2 cache.
 _TIMES_L2 = 4
@@ -33,36 +33,47 @@ def rotation(sets: Sequence[Sequence[Any]], l2_bytes: int) -> list[Sequence[Any]
 
 
 class GraphTimer:
-    """Times a runner from a CUDA graph of one run a set of weights."""
+    """Times runners from CUDA graphs of one run a set of weights, each its best launch.
+
+    They take turns, so that a time in which the device is slow is so for all of them. Inputs are
+    random, as the power that a product takes, and so its clock, depends on them.
+    """
 
     def __init__(self, dtypes: DTypes, xp: Any) -> None:
         self._dtypes = dtypes
         self._xp = xp
 
     def __call__(
-        self, runner: Runner, segment: Segment, rows: int, sets: Sequence[Sequence[Any]]
-    ) -> float:
+        self,
+        runners: Sequence[Runner],
+        segment: Segment,
+        rows: int,
+        sets: Sequence[Sequence[Any]],
+    ) -> list[float]:
         xp = self._xp
         device = xp.cuda.runtime.getDevice()
         l2_bytes = int(xp.cuda.runtime.getDeviceProperties(device)["l2CacheSize"])
         sets = rotation(sets, l2_bytes)
-        inputs = [
-            xp.full((rows, *spec.shape[1:]), 0.1, np.dtype(self._dtypes.of(spec.dtype)))
-            for spec in segment.inputs
-        ]
+        inputs = random_inputs(segment, rows, self._dtypes, xp)
         stream = xp.cuda.Stream(non_blocking=True)
         xp.cuda.get_current_stream().synchronize()
         with stream:
-            runner.run(inputs, sets[0])
-            stream.synchronize()
-            stream.begin_capture()
-            try:
-                for weights in sets:
-                    runner.run(inputs, weights)
-            finally:
-                graph = stream.end_capture()
-            times = [self._launch(graph, stream) for _ in range(_LAUNCHES)]
-        return sorted(times)[_LAUNCHES // 4] / len(sets)
+            graphs = [self._capture(runner, inputs, sets, stream) for runner in runners]
+            rounds = [[self._launch(graph, stream) for graph in graphs] for _ in range(_LAUNCHES)]
+        return [min(times) / len(sets) for times in zip(*rounds, strict=True)]
+
+    def _capture(
+        self, runner: Runner, inputs: list[Any], sets: Sequence[Sequence[Any]], stream: Any
+    ) -> Any:
+        runner.run(inputs, sets[0])
+        stream.synchronize()
+        stream.begin_capture()
+        try:
+            for weights in sets:
+                runner.run(inputs, weights)
+        finally:
+            graph = stream.end_capture()
+        return graph
 
     def _launch(self, graph: Any, stream: Any) -> float:
         start, end = self._xp.cuda.Event(), self._xp.cuda.Event()

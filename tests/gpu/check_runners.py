@@ -57,7 +57,7 @@ import numpy as np  # noqa: E402
 from helpers import tiny_models  # noqa: E402
 from helpers.published_configs import PUBLISHED  # noqa: E402
 
-from tensorray.actors.array_segment import ArraySegment, Runner  # noqa: E402
+from tensorray.actors.array_segment import ArraySegment  # noqa: E402
 from tensorray.actors.canary import TOLERANCE, error_of, random_inputs, worst_error  # noqa: E402
 from tensorray.actors.fused_segment import FusedSegment  # noqa: E402
 from tensorray.actors.plan_segment import PlanSegment, SharedScratch  # noqa: E402
@@ -159,27 +159,20 @@ class Check:
                 segment = each.segment
                 size = sum(array.nbytes for array in sets[segment][0])
                 for rows in (1, 4, 16, 64, 256, 2048):
-                    times = [
-                        self.time(timer, runner, segment, rows, sets[segment])
-                        for runner in (
-                            FusedSegment(segment, rows, self.cupy),
-                            ArraySegment(segment, self.cupy),
-                        )
-                    ]
+                    runners = (
+                        FusedSegment(segment, rows, self.cupy),
+                        ArraySegment(segment, self.cupy),
+                    )
+                    try:
+                        times = timer(runners, segment, rows, sets[segment])
+                    except Exception:
+                        self.fail(f"{each.name}, {rows} rows: {traceback.format_exc(limit=-2)}")
+                        continue
                     label = f"{name} {each.name}"[:50]
                     rate = size / times[0] / 1e3
                     print(f"{label:52}{rows:6}{times[0]:10.1f}{times[1]:10.1f}{rate:8.0f}")
             del sets
             self.cupy.get_default_memory_pool().free_all_blocks()
-
-    def time(
-        self, timer: GraphTimer, runner: Runner, segment: Segment, rows: int, sets: Any
-    ) -> float:
-        try:
-            return timer(runner, segment, rows, sets)
-        except Exception:
-            self.fail(f"{runner.backend}, {rows} rows: {traceback.format_exc(limit=-2)}")
-            return float("nan")
 
     # --- plans -----------------------------------------------------------------------------------
 
@@ -268,11 +261,12 @@ class Check:
                 error = error_of(plan, segment, sets[segment][0], HALF, self.cupy, seed=rows)
                 if not error <= TOLERANCE["float16"]:
                     self.fail(f"{each.name}, {rows} rows: relative error {error:.1e}")
-                others = (
+                candidates = (
+                    plan,
                     FusedSegment(segment, rows, self.cupy),
                     ArraySegment(segment, self.cupy),
                 )
-                times = [timer(r, segment, rows, sets[segment]) for r in (plan, *others)]
+                times = timer(candidates, segment, rows, sets[segment])
                 print(
                     f"{each.name[:50]:52}{rows:6}{times[0]:12.1f}{times[1]:12.1f}{times[2]:10.1f}"
                     f"{error:9.1e}  {runners.get(segment, rows).backend}"
