@@ -26,6 +26,7 @@ from tensorray.builder.build import (
     plan_for,
 )
 from tensorray.builder.graph import trace
+from tensorray.builder.joining import join_rope
 from tensorray.builder.model import Layout, ModelConfigError, stage_layers
 from tensorray.builder.models.llama import Llama
 from tensorray.builder.plan import Plan
@@ -93,7 +94,7 @@ def test_every_rank_and_stage_finds_its_segments(name: str, tp: int, pp: int) ->
         for tp_rank in range(tp):
             model = definition(config, Layout(tp_rank, tp, pp_rank, pp))
             layers = stage_layers(model.num_layers, pp, pp_rank)
-            used |= set(trace(model, layers).segments())
+            used |= set(join_rope(trace(model, layers)).segments())
     assert found == used
 
 
