@@ -9,7 +9,7 @@ ROOMS := builder kernels actors cluster deploy
 # What an install depends on besides Python modules, which an editable install reads in place.
 BUILD_INPUTS := pyproject.toml $(wildcard setup.py kernels/*.c kernels/*.h kernels/*/*.c kernels/*/*.h)
 
-.PHONY: demo test lint typecheck pytest bench clean
+.PHONY: demo test lint typecheck pytest bench soak clean
 
 demo: $(VENV)/.installed-demo
 	@$(BIN)/tensorray demo --port $(PORT) $(if $(filter-out 0,$(ONCE)),--once)
@@ -33,6 +33,10 @@ pytest: $(VENV)/.installed-dev
 # REFERENCE_PYTHON=/path/to/python, one with torch and transformers, adds the comparison.
 bench: $(VENV)/.installed-demo
 	@$(BIN)/python tests/benchmarks/bench_gemma.py
+
+# Kill shards, nodes and routers under load, twenty times each (about ten minutes).
+soak: $(VENV)/.installed-dev
+	@TENSORRAY_SOAK_ROUNDS=20 $(BIN)/python -m pytest tests/test_nodes.py -s -k lost
 
 clean:
 	rm -rf $(VENV) .typecheck build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

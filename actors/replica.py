@@ -55,6 +55,7 @@ _ALIVE_SECONDS = 5.0
 _REASON_SECONDS = 1.0
 _JOIN_SECONDS = 90.0
 _WARN_SECONDS = 30.0
+_RETRY_SECONDS = 1.0
 _ATTEMPTS = 3
 
 
@@ -89,6 +90,7 @@ class Replica:
         self._leases: list[HeldLease | None] = [None] * len(configs)
         self._loaded: list[Loaded | None] = [None] * len(configs)
         self._link: TcpLink | GroupLink | None = None
+        self._was_whole = False
 
     @classmethod
     async def open(cls, name: str, configs: Sequence[ShardConfig], where: Where) -> Replica:
@@ -220,61 +222,82 @@ class Replica:
                 self._drop(rank)
         links = await _all(TcpLink.connect(each.steps) for each in self._whole())
         self._link = links[0] if len(links) == 1 else GroupLink(links)
+        self._was_whole = True
         return self._link
 
     async def _start(self, rank: int) -> None:
-        """One shard, loaded. Raises PlacementError or ShardError."""
+        """One shard, loaded. Raises PlacementError or ShardError.
+
+        Ray may start a shard on a node that has died, as long as it does not know; so one that
+        never came up is started again, and in a replica that was whole once, one that died while it
+        loaded as well.
+        """
+        deadline = time.monotonic() + self._where.timeout
+        deaths = 0
+        while True:
+            actor = self._actors[rank] = self._create(rank)
+            up = False
+            try:
+                first_call = asyncio.ensure_future(_get(actor.lease))
+                endpoint = await self._placed(rank, first_call, deadline)
+                up = True
+                self._leases[rank] = await HeldLease.take(endpoint)
+                self._loaded[rank] = await actor.load.remote(self._configs[rank])
+                return
+            except ray.exceptions.RayTaskError as error:
+                cause = getattr(error, "cause", error)
+                raise ShardError(f"{type(cause).__name__}: {cause}") from error
+            except (ray.exceptions.RayActorError, LeaseTaken) as error:
+                deaths += up
+                when = "while loading" if up else "before it was up"
+                told = f"the shard died {when}: {_first_line(error)}"
+                late = time.monotonic() > deadline
+                if late or deaths == (_ATTEMPTS if self._was_whole else 1):
+                    raise ShardError(told) from error
+                logger.warning("rank %d: %s; starting it again", rank, told)
+                self._drop(rank)
+                await asyncio.sleep(_RETRY_SECONDS)
+
+    def _create(self, rank: int) -> Any:
+        """A shard's actor, which Ray is about to place."""
         config = self._configs[rank]
         threads = config.num_threads or os.cpu_count() or 1
         bundle = self._placement.bundle_of[rank]
-        actor: Any = (
-            ray.remote(ShardActor)
-            .options(
-                # A shard whose node is gone may have its name for a while, so each has its own.
-                name=f"{self._name}/{rank}/{secrets.token_hex(4)}",
-                namespace=NAMESPACE,
-                lifetime="detached",
-                num_cpus=0 if config.device == "null" else 1,
-                num_gpus=1 if "GPU" in self._placement.bundles[bundle] else 0,
-                max_restarts=0,
-                max_concurrency=4,  # it answers while it loads
-                scheduling_strategy=PlacementGroupSchedulingStrategy(
-                    self._group, placement_group_bundle_index=bundle
-                ),
-                # Ray sets OMP_NUM_THREADS=1 for actors with few CPUs; the shard's threads are its
-                # own.
-                runtime_env={"env_vars": {"OMP_NUM_THREADS": str(threads)}},
-            )
-            .remote(self._where.lease)
-        )
-        self._actors[rank] = actor
-        try:
-            endpoint = await self._placed(rank, asyncio.ensure_future(_get(actor.lease)))
-            self._leases[rank] = await HeldLease.take(endpoint)
-            self._loaded[rank] = await actor.load.remote(config)
-        except ray.exceptions.RayTaskError as error:
-            cause = getattr(error, "cause", error)
-            raise ShardError(f"{type(cause).__name__}: {cause}") from error
-        except (ray.exceptions.RayActorError, LeaseTaken) as error:
-            raise ShardError(f"the shard died while loading: {_first_line(error)}") from error
+        options: dict[str, Any] = {
+            # A shard whose node is gone may have its name for a while, so each has its own.
+            "name": f"{self._name}/{rank}/{secrets.token_hex(4)}",
+            "namespace": NAMESPACE,
+            "lifetime": "detached",
+            "num_cpus": 0 if config.device == "null" else 1,
+            "num_gpus": 1 if "GPU" in self._placement.bundles[bundle] else 0,
+            "max_restarts": 0,
+            "max_concurrency": 4,  # it answers while it loads
+            "scheduling_strategy": PlacementGroupSchedulingStrategy(
+                self._group, placement_group_bundle_index=bundle
+            ),
+            # Ray sets OMP_NUM_THREADS=1 for actors with few CPUs; the shard's threads are its own.
+            "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(threads)}},
+        }
+        return ray.remote(ShardActor).options(**options).remote(self._where.lease)
 
-    async def _placed(self, rank: int, started: asyncio.Future[T]) -> T:
+    async def _placed(self, rank: int, started: asyncio.Future[T], deadline: float) -> T:
         """What the shard says first, which it does once Ray has found it a place."""
-        waited = 0.0
-        while True:
-            step = min(_WARN_SECONDS, self._where.timeout - waited)
-            try:
-                return await asyncio.wait_for(asyncio.shield(started), step)
-            except asyncio.TimeoutError:
-                waited += step
-            except asyncio.CancelledError:
+        began = time.monotonic()
+        try:
+            while True:
+                step = min(_WARN_SECONDS, max(0.1, deadline - time.monotonic()))
+                try:
+                    return await asyncio.wait_for(asyncio.shield(started), step)
+                except asyncio.TimeoutError:
+                    waited = f"rank {rank} has had no place for {time.monotonic() - began:.0f} s"
+                if time.monotonic() > deadline:
+                    raise PlacementError(
+                        f"{waited}: nodes were lost, or other work took their place; add nodes"
+                    )
+                logger.warning("%s; waiting for Ray to find one", waited)
+        finally:
+            if not started.done():
                 started.cancel()
-                raise
-            room = f"rank {rank} has had no place for {waited:.0f} s"
-            if waited >= self._where.timeout:
-                started.cancel()
-                raise PlacementError(f"{room}: the cluster lost nodes, or other work took them")
-            logger.warning("%s; waiting for Ray to place its bundle anew", room)
 
     async def _join(self) -> dict[int, str]:
         """Join all shards in a new epoch; those to which it did not happen through another."""

@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 
 class Description(TypedDict):
-    """A shard's process."""
+    """A process."""
 
     pid: int
     peak_rss_bytes: int  # 0 where the platform does not tell
@@ -63,11 +63,16 @@ class ShardActor:
         self._host.join(epoch, members, num_blocks)
 
     def describe(self) -> Description:
-        return {
-            "pid": os.getpid(),
-            "peak_rss_bytes": _peak_rss_bytes(),
-            "node": ray.get_runtime_context().get_node_id(),
-        }
+        return describe_process()
+
+
+def describe_process() -> Description:
+    """This process, which is a worker of Ray's."""
+    return {
+        "pid": os.getpid(),
+        "peak_rss_bytes": _peak_rss_bytes(),
+        "node": ray.get_runtime_context().get_node_id(),
+    }
 
 
 def _end() -> None:

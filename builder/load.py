@@ -102,7 +102,8 @@ def load_weights(
             checkpoint.declare(part.name, part.shape)
     quantized = _quantized(_groups(model, None), checkpoint)
     _check(groups, checkpoint, quantized)
-    _report_unused(model, checkpoint, quantized)
+    if not model.layout.expert_parallel:  # where a rank does not know the others' experts
+        _report_unused(model, checkpoint, quantized)
     schemes = {name: tensor.scheme for name, tensor in quantized.items()}
     forms = weight_forms(model, _unique(groups), schemes.get)
     arrays = {

@@ -7,14 +7,13 @@ the endpoint and talk to the engine over a connection of their own (engine_link.
 from __future__ import annotations
 
 import logging
-import os
 
 import ray
 
 from tensorray.actors.protocol import ShardInfo
 from tensorray.actors.replica import Replica, Where
 from tensorray.actors.segment_table import table
-from tensorray.actors.shard_actor import Description
+from tensorray.actors.shard_actor import Description, describe_process
 from tensorray.actors.wire import Endpoint
 from tensorray.cluster.config import EngineConfig
 from tensorray.cluster.engine import Engine
@@ -88,9 +87,9 @@ class Router:
         """Each shard's process, by rank."""
         return await self._replica.describe()
 
-    async def process(self) -> int:
-        """The router's own process id."""
-        return os.getpid()
+    async def process(self) -> Description:
+        """The router's own process."""
+        return describe_process()
 
     async def check_health(self) -> None:
         """Serve calls this; an exception has the replica replaced."""

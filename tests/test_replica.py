@@ -150,7 +150,7 @@ async def test_the_next_router_adopts_what_the_last_one_left(ray_cluster: None) 
     shards = configs(tp=2)
     first = await Replica.open("left", shards, WHERE)
     before = [each["pid"] for each in await first.describe()]
-    other = await Replica.open("left", shards, WHERE)  # the first one lives
+    other = await Replica.open("left", configs(), WHERE)  # the first one lives
     assert not {each["pid"] for each in await other.describe()} & set(before)
     await other.close()
 
@@ -193,7 +193,8 @@ async def test_too_large_a_layout_is_refused_with_what_there_is(ray_cluster: Non
 
 
 async def test_room_that_is_taken_is_waited_for_with_an_end(ray_cluster: None) -> None:
-    where = Where(timeout=1.0)
-    async with replica(configs(tp=2, pp=2)):
-        with pytest.raises(PlacementError, match=r"no room for 1 x 8 CPU within 1 s .* free"):
-            await Replica.open("late", configs(tp=8, device="cpu"), where)
+    other = ray.util.placement_group([{"CPU": 6}])
+    assert other.wait(30)
+    with pytest.raises(PlacementError, match=r"no room for 1 x 4 CPU within 1 s .*: 2 CPU"):
+        await Replica.open("late", configs(tp=4), Where(timeout=1.0))
+    ray.util.remove_placement_group(other)

@@ -261,7 +261,7 @@ def test_a_killed_router_is_a_pause(client: openai.OpenAI, port: int) -> None:
     whole = completion(client, max_tokens=200).choices[0].text
     stream = completion(client, max_tokens=200, stream=True)
     text = next(stream).choices[0].text
-    os.kill(router.process.remote().result(), signal.SIGKILL)
+    os.kill(router.process.remote().result()["pid"], signal.SIGKILL)
     late = completion(client)
     text += "".join(chunk.choices[0].text for chunk in stream)
     assert text == whole

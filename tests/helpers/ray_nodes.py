@@ -120,7 +120,7 @@ def _main(count: int) -> None:
             env_vars={"PYTHONPATH": str(Path(__file__).with_name("fake_gpu"))},
         )
     )
-    cluster.wait_for_nodes(60)
+    cluster.wait_for_nodes(180)  # a busy machine takes its time
     started = {
         "address": cluster.address,
         "dashboard": f"http://127.0.0.1:{port}",

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import msgspec
+
 from helpers.content_shard import ContentShard, generate_alone
 from tensorray.actors.protocol import KVGroups, Sampling, StepPlan, StepResult
 from tensorray.cluster.blocks import Page
