@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from tensorray.builder.graph import Node, Program, Segment, SegmentCall, Spec, WeightRef
-from tensorray.builder.model import Model
+from tensorray.builder.model import Model, Weight
 from tensorray.builder.quantization import Form, SchemeOf, weight_forms
 from tensorray.kernels.quantized import Kind, QuantizedWeight
 
@@ -39,10 +39,11 @@ def quantize_program(program: Program, forms: Mapping[WeightRef, Form]) -> Progr
 
 def model_forms(model: Model, layers: range, scheme_of: SchemeOf) -> dict[WeightRef, Form]:
     """The forms of a stage's weights that are held quantized, by where they are used."""
-    groups = {layer: model.layer_weights(layer) for layer in layers}
+    groups: dict[str | int, dict[str, Weight]] = {"head": model.head_weights()}
+    groups.update((layer, model.layer_weights(layer)) for layer in layers)
     declared = {
         WeightRef(group, name): weight
-        for group, weights in {**groups, "head": model.head_weights()}.items()
+        for group, weights in groups.items()
         for name, weight in weights.items()
     }
     forms = weight_forms(model, declared.values(), scheme_of)

@@ -148,7 +148,7 @@ def dequantize_rows(weight: QuantizedWeight, start: int, stop: int) -> Any:
 
 def pack_int4(codes: NDArray[Any]) -> NDArray[np.uint8]:
     """int8 codes `[..., in]` from -8 to 7, in pairs: uint8 `[..., in / 2]`."""
-    bits = codes.view(np.uint8)
+    bits: Any = codes.view(np.uint8)
     packed: NDArray[np.uint8] = (bits[..., 0::2] & 15) | (bits[..., 1::2] << 4)
     return packed
 
