@@ -12,17 +12,14 @@ from tensorray.kernels.cuda.dtypes import ctype, expect
 
 _TILE = 16  # positions
 _HEADS = 8  # of a KV head's group that a block takes
-# Blocks a sequence's head is split into at most, in multiples of what the GPU holds at once: more
-# even out sequences of unequal lengths, and cost a start each.
+# Blocks that many sequences are split into, in multiples of what the GPU holds at once: more even
+# out sequences of unequal lengths, and cost a start each.
 _WAVES = 4
-# Of what may be split: a sequence's KV head each.
+# Of what is split, a sequence's KV head each: more than `_WAVES` times what any GPU holds.
 _MOST_ITEMS = 1 << 14
 _SIMPLE_WARPS = 4
-
-
-def _blocks_held(head_dim: int) -> int:
-    """Blocks a multiprocessor holds at once: registers bound it."""
-    return 4 if head_dim <= 64 else 3 if head_dim <= 128 else 2
+# Static shared memory of a block, at most.
+_SHARED_BYTES = 48 * 1024
 
 
 def _decode_constants(
@@ -32,20 +29,22 @@ def _decode_constants(
     group: int,
     block_size: int,
     *,
+    few: bool = False,
     softcap: bool = False,
     rope: bool = False,
     norm: bool = False,
 ) -> dict[str, int | str]:
+    """`few`: there are no more blocks than multiprocessors, so each had better be large."""
+    if few:
+        row_bytes = min(group, _HEADS) * (head_dim + 2) * 4
+        warps, held, split_tiles = (8 if 8 * row_bytes < _SHARED_BYTES else 4), 1, 8
+    else:  # registers bound how many blocks a multiprocessor holds
+        warps, held, split_tiles = 4, (4 if head_dim <= 64 else 3 if head_dim <= 128 else 2), 16
     return {
-        **{
-            "DTYPE": dtype,
-            "KV_DTYPE": kv,
-            "HEAD_DIM": head_dim,
-            "GROUP": group,
-            "BLOCK_SIZE": block_size,
-        },
-        **{"WARPS": 4, "MIN_BLOCKS": _blocks_held(head_dim), "SPLIT_TILES": 16},
-        **{"SOFTCAP": int(softcap), "ROPE": int(rope), "NORM": int(norm)},
+        **{"DTYPE": dtype, "KV_DTYPE": kv, "HEAD_DIM": head_dim, "GROUP": group},
+        **{"BLOCK_SIZE": block_size, "SOFTCAP": int(softcap)},
+        **{"WARPS": warps, "MIN_BLOCKS": held, "SPLIT_TILES": split_tiles},
+        **{"ROPE": int(rope), "NORM": int(norm)},
     }
 
 
@@ -60,7 +59,7 @@ def _simple_constants(
 
 CONSTANT_SETS = {
     "decode_attention.cu": [
-        _decode_constants("__half", "__half", 128, 4, 16, rope=True, norm=True),
+        _decode_constants("__half", "__half", 128, 4, 16, few=True, rope=True, norm=True),
         _decode_constants("__nv_bfloat16", "__nv_fp8_e4m3", 80, 9, 8, softcap=True),
         _decode_constants("__nv_bfloat16", "__nv_bfloat16", 256, 2, 32, rope=True),
     ],
@@ -221,23 +220,30 @@ def decode(
     if _row_stride(q) % 8 or q.data.ptr % 16:
         q = cupy.array(q, order="C")
     group = heads // kv_heads
+    head_tiles = -(-group // _HEADS)
+    items = sequences * kv_heads * head_tiles
+    few = items <= _multiprocessors()
     chosen = _decode_constants(
         *(ctype(q), ctype(k_pages), head_dim, group, block_size),
+        few=few,
         softcap=softcap is not None,
         rope=newest is not None,
         norm=newest is not None and newest.q_norm is not None,
     ) | (constants or {})
-    head_tiles = -(-group // _HEADS)
-    items = sequences * kv_heads * head_tiles
     if splits is None:
         tiles = -(-block_table.shape[1] * block_size // _TILE)
         if window is not None:
             tiles = min(tiles, window // _TILE + 2)
-        splits = _splits(items, tiles, int(chosen["SPLIT_TILES"]), int(chosen["MIN_BLOCKS"]))
+        # Few fill the GPU once, since a second round would take as long as the first.
+        slots = _multiprocessors() * int(chosen["MIN_BLOCKS"])
+        wanted = slots // items if few else -(-_WAVES * slots // items)
+        splits = max(1, min(wanted, tiles // int(chosen["SPLIT_TILES"])))
     out = cupy.empty(q.shape, q.dtype)
     partials = arrivals = None
     if splits > 1:
         partials = cupy.empty(items * splits * min(group, _HEADS) * (head_dim + 2), "float32")
+        if items > _MOST_ITEMS:
+            raise ValueError(f"{items} KV heads of sequences can't be split: {_MOST_ITEMS} can")
         arrivals = _arrivals()
     score_scale = scale * kv_scale
     cap = 0.0
@@ -269,13 +275,6 @@ def _newest_arguments(newest: Newest | None) -> tuple[Any, ...]:
         *(newest.k, newest.v, newest.table, newest.positions, newest.slots),
         *(newest.q_norm, newest.k_norm, _row_stride(newest.k), _row_stride(newest.v), newest.eps),
     )
-
-
-def _splits(items: int, tiles: int, split_tiles: int, held: int) -> int:
-    """Blocks to launch for each of `items` (a sequence's KV head each) of at most `tiles` tiles."""
-    slots = _multiprocessors() * held
-    wanted = slots // items if items <= slots // _WAVES else -(-_WAVES * slots // items)
-    return max(1, min(wanted, tiles // split_tiles)) if items <= _MOST_ITEMS else 1
 
 
 def simple(

@@ -351,6 +351,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_BLOCKS)
   // All but the newest key and value have been there since before the kernel ahead.
   const Range older = {range.low, length - 1};
   const bool newest = warp == 0 && split == splits - 1;  // this warp appends
+  const float* angles = cosines + static_cast<long long>(positions[sequence]) * HEAD_DIM;
+  const long long slot = slots[sequence];
   if (split < splits && tile >= first) {
     load_keys(older);
     load_values(older);
@@ -372,7 +374,6 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_BLOCKS)
   const T* q_row = q + static_cast<long long>(sequence) * q_stride +
                    (kv_head * GROUP + first_head + head) * HEAD_DIM;
 #if ROPE
-  const float* angles = cosines + static_cast<long long>(positions[sequence]) * HEAD_DIM;
   {
     Row row;
     row.load(q_row, k_dim);
@@ -385,7 +386,6 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_BLOCKS)
   }
   if (newest) {
     const float inverse = 1.0f / value_scale;
-    const long long slot = slots[sequence];
     const long long to = (slot / BLOCK_SIZE * kv_heads + kv_head) * BLOCK_SIZE + slot % BLOCK_SIZE;
     const bool stores = slot >= 0 && first_head == 0;
     const int own = (length - 1) % SUB, own_sub = (length - 1) % TILE / SUB;
@@ -522,9 +522,9 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_BLOCKS)
     const long long row = item * gridDim.y * HEADS + head;
     float peak = NONE, sum = 0.0f;
     float4 total = {0.0f, 0.0f, 0.0f, 0.0f};
-#pragma unroll 4
+#pragma unroll 8
     for (int s = 0; s < splits; s++) peak = fmaxf(peak, __ldcg(&stats[row + s * HEADS]).x);
-#pragma unroll 4
+#pragma unroll 8
     for (int s = 0; s < splits; s++) {
       const float2 stat = __ldcg(&stats[row + s * HEADS]);
       const float4 part =

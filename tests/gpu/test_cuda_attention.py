@@ -338,6 +338,14 @@ def test_rope_attention(normed: bool, heads: int, kv_heads: int) -> None:
     check_fused(Case((600,), heads=heads, kv_heads=kv_heads), normed=normed)
 
 
+def test_many_sequences() -> None:
+    """More blocks than multiprocessors, of 4 warps each and not 8."""
+    lens = (1, 15, 16, 17, 0, 255, 257, 64, 700, 300)
+    check(Case(lens * 14))
+    check_fused(Case(lens * 14), normed=True)
+    check_fused(Case(lens * 14, cache="float8", kv_scale=0.5, window=100))
+
+
 @pytest.mark.parametrize("head_dim", [64, 192, 256])
 def test_rope_attention_head_sizes(head_dim: int) -> None:
     check_fused(Case((*LENS, 2500), head_dim=head_dim, dtype="bfloat16"), normed=True)
