@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tensorray.actors.kv_cache import KVCache, KVCacheError, choose_num_blocks, plan_groups
-from tensorray.builder.model import KVSpec
+from tensorray.builder.model import KVSpec, stage_layers
 
 GLOBAL = KVSpec(kv_heads=2, head_dim=8)
 LOCAL = KVSpec(kv_heads=2, head_dim=8, window=32)
@@ -29,6 +29,24 @@ def test_groups_are_equal_and_waste_little(specs, groups, layers_per_group):
     for group, window in zip(plan.groups, plan.windows, strict=True):
         assert len(group) <= layers_per_group
         assert {specs[layer].window for layer in group} == {window}
+
+
+@pytest.mark.parametrize("stages", [2, 3, 4])
+@pytest.mark.parametrize(
+    "specs", [[GLOBAL] * 12, ([LOCAL] * 5 + [GLOBAL]) * 3, [LOCAL, GLOBAL] * 13], ids=len
+)
+def test_stages_of_a_pipeline_have_the_same_groups_and_their_own_layers(specs, stages):
+    spans = [stage_layers(len(specs), stages, stage) for stage in range(stages)]
+    plans = [plan_groups(specs, 16, spans, stage) for stage in range(stages)]
+    for plan, span in zip(plans, spans, strict=True):
+        assert plan.windows == plans[0].windows
+        assert plan.layers_per_group == plans[0].layers_per_group
+        assert sorted(layer for group in plan.groups for layer in group) == list(span)
+        for group, window in zip(plan.groups, plan.windows, strict=True):
+            assert len(group) <= plan.layers_per_group
+            assert {specs[layer].window for layer in group} <= {window}
+    held = sum(len(plan.groups) * plan.layers_per_group for plan in plans)
+    assert held <= 2 * len(specs), "half of the cache would never be used"
 
 
 def test_many_odd_layers_do_not_make_many_groups():

@@ -5,14 +5,18 @@ from __future__ import annotations
 import asyncio
 import secrets
 import socket
+import time
 
 import msgspec
 import pytest
 
+from tensorray.actors.communicator import CommunicatorError
+from tensorray.actors.group_link import GroupFailed, GroupLink
 from tensorray.actors.link import LocalLink, ShardError, ShardLink
 from tensorray.actors.null_shard import NullShard
 from tensorray.actors.protocol import KVGroups, Sampling, SequenceStart, ShardInfo, StepPlan
 from tensorray.actors.tcp_link import ShardServer, TcpLink
+from tensorray.actors.wire import PEER_SECONDS, keep_alive
 
 INFO = ShardInfo(
     kv=KVGroups(windows=[None], num_blocks=64, block_size=4),
@@ -106,3 +110,70 @@ async def test_nobody_at_the_address_is_a_shard_error(server):
         port = unused.getsockname()[1]
     with pytest.raises(ShardError, match=str(port)):
         await TcpLink.connect(msgspec.structs.replace(server.endpoint, port=port))
+
+
+async def checked(link: ShardLink) -> None:
+    for _ in range(100):
+        await asyncio.sleep(0.01)
+        await link.check()
+
+
+async def test_a_shard_that_dies_while_nothing_runs_is_noticed(server):
+    link = await TcpLink.connect(server.endpoint)
+    await link.check()
+    server.close()
+    with pytest.raises(ShardError, match="connection ended"):
+        await checked(link)
+    await link.close()
+
+
+async def test_a_group_waits_for_the_one_that_says_why():
+    """The shard that samples fails because of another, and is heard of first."""
+
+    class Speaker(NullShard):
+        def execute(self, plan: StepPlan) -> StepPlan:
+            raise CommunicatorError("rank 1 at 10.0.0.2:7 is gone", 1)
+
+    class Culprit(NullShard):
+        def execute(self, plan: StepPlan) -> StepPlan:
+            time.sleep(0.1)
+            raise MemoryError("out of luck")
+
+    silent = msgspec.structs.replace(INFO, answers=False)
+    servers = [ShardServer(Speaker(INFO)), ShardServer(Culprit(silent))]
+    group = GroupLink([await TcpLink.connect(each.endpoint) for each in servers])
+    group.send(prefill(1, 7, [5, 6, 7]))
+    with pytest.raises(GroupFailed, match="rank 1: MemoryError: out of luck") as caught:
+        await group.receive()
+    assert list(caught.value.ranks) == [1]
+    await group.close()
+    for each in servers:
+        each.close()
+
+
+async def test_a_shard_without_a_say_sends_no_results():
+    silent = msgspec.structs.replace(INFO, answers=False)
+    servers = [ShardServer(NullShard(silent)), ShardServer(NullShard(INFO))]
+    group = GroupLink([await TcpLink.connect(each.endpoint) for each in servers])
+    group.send(prefill(1, 7, [5, 6, 7]))
+    group.send(decode(2, 7))
+    results = [await group.receive(), await group.receive()]
+    assert [len(result.tokens) for result in results] == [1, 1]
+    await group.check()
+    servers[0].close()  # while nothing runs
+    with pytest.raises(GroupFailed, match="rank 0: the shard's connection ended"):
+        await checked(group)
+    await group.close()
+    servers[1].close()
+
+
+def test_the_kernel_is_told_to_ask_for_a_silent_peer():
+    with socket.socket() as connection:
+        keep_alive(connection)
+        assert connection.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+        if hasattr(socket, "TCP_USER_TIMEOUT"):
+            option = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT)
+            assert option == PEER_SECONDS * 1000 == 2000
+        if hasattr(socket, "TCP_KEEPIDLE"):
+            names = (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT)
+            assert [connection.getsockopt(socket.IPPROTO_TCP, name) for name in names] == [1, 1, 1]

@@ -268,3 +268,24 @@ def test_a_killed_router_is_a_pause(client: openai.OpenAI, port: int) -> None:
     assert late.usage.completion_tokens == 6
     (again,) = router.shards.remote().result()
     assert again["pid"] == shard["pid"], "the new router took the shard over"
+
+
+def test_two_replicas_share_the_requests(client: openai.OpenAI, port: int, model: Path) -> None:
+    """The last test: it leaves another deployment behind."""
+    two = config(model).model_copy(update={"data_parallel_size": 2, "num_ingress_replicas": 1})
+    app.run(two, port=port, blocking=False)
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda _: completion(client, max_tokens=30), range(8)))
+    assert {answer.usage.completion_tokens for answer in answers} == {30}
+    status, text = get(port, "/metrics")
+    assert status == 200
+    families = list(text_string_to_metric_families(text))
+    assert len({family.name for family in families}) == len(families)
+    generated = {
+        sample.labels["engine"]: sample.value
+        for family in families
+        for sample in family.samples
+        if sample.name == "tensorray:generation_tokens_total"
+    }
+    assert generated == {"0": 120, "1": 120}
+    assert get(port, "/health")[0] == 200
