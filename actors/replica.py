@@ -17,7 +17,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import ray
 import ray.exceptions
@@ -53,6 +53,8 @@ NAMESPACE = "tensorray"
 _ALIVE_SECONDS = 5.0
 # How long Ray may take to say why one died; of a node's death it may not know for half a minute.
 _REASON_SECONDS = 1.0
+# How long a shard may take to say how it is, to whoever watches.
+_LOOK_SECONDS = 1.0
 _JOIN_SECONDS = 90.0
 _WARN_SECONDS = 30.0
 _RETRY_SECONDS = 1.0
@@ -154,6 +156,20 @@ class Replica:
     async def describe(self) -> list[Description]:
         """Each shard's process, by rank."""
         return list(await asyncio.gather(*[actor.describe.remote() for actor in self._actors]))
+
+    async def look(self) -> list[Description | None]:
+        """Each shard's process, by rank; None for one that does not answer within a second."""
+
+        async def one(actor: Any) -> Description | None:
+            if actor is None:  # it is being replaced
+                return None
+            try:
+                answer = await asyncio.wait_for(actor.describe.remote(), _LOOK_SECONDS)
+            except (asyncio.TimeoutError, ray.exceptions.RayError):
+                return None
+            return cast(Description, answer)
+
+        return list(await asyncio.gather(*[one(actor) for actor in self._actors]))
 
     async def close(self) -> None:
         """End the shards and give back what was reserved for them."""

@@ -28,6 +28,7 @@ from ray.serve.handle import DeploymentHandle
 from rich.console import Console
 
 from tensorray.actors.wire import Endpoint
+from tensorray.cluster.backend import EngineStatus
 from tensorray.cluster.config import EngineConfig
 from tensorray.cluster.connect import connect
 from tensorray.cluster.engine import EngineFailed
@@ -60,6 +61,9 @@ class RouterClient(EngineLink):
     async def metrics(self) -> bytes:
         return cast(bytes, await self._ask("metrics"))
 
+    async def status(self) -> list[EngineStatus]:
+        return [cast(EngineStatus, await self._ask("status"))]
+
     async def _endpoint(self) -> Endpoint:
         return cast(Endpoint, await self._ask("endpoint"))
 
@@ -87,6 +91,12 @@ class RouterClients(Replicas):
             *(router.metrics() for router in self._routers), return_exceptions=True
         )
         return join_scrapes([each for each in scrapes if isinstance(each, bytes)])
+
+    async def status(self) -> list[EngineStatus]:
+        answers = await asyncio.gather(
+            *(router.status() for router in self._routers), return_exceptions=True
+        )
+        return [each for answer in answers if isinstance(answer, list) for each in answer]
 
 
 class Ingress:

@@ -10,10 +10,9 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
-from contextlib import aclosing
+from collections.abc import Callable, Coroutine, Sequence
 from importlib.metadata import version
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 from fastapi import FastAPI, Request
 from fastapi.routing import APIRoute
@@ -24,12 +23,13 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
 from tensorray.cluster import openai_api as api
+from tensorray.cluster.backend import Backend
+from tensorray.cluster.bodies import all_of, read_body, together
 from tensorray.cluster.config import EngineConfig
 from tensorray.cluster.errors import ApiError, bad_request, from_exception, unavailable
-from tensorray.cluster.frontend import EngineClient, Frontend, GenerationFailed, PreparedRequest
+from tensorray.cluster.frontend import Frontend, GenerationFailed, PreparedRequest
 from tensorray.cluster.metrics import CONTENT_TYPE
 from tensorray.cluster.openai_answers import Answer, ChatAnswer, CompletionAnswer
-from tensorray.cluster.outputs import RequestOutputDelta
 from tensorray.cluster.responses import EventStream, WholeResponse, error_response, json_response
 
 logger = logging.getLogger("ray.serve")
@@ -44,19 +44,6 @@ _LARGE_BODY = 1 << 15
 _RESERVED = {"self", "messages", "tools", "documents", "add_generation_prompt"}
 
 R = TypeVar("R", bound=api.ApiRequest)
-T = TypeVar("T")
-
-
-class Backend(EngineClient, Protocol):
-    """An engine, near or far, and how it is."""
-
-    async def failure(self) -> str | None:
-        """Why it can't serve; None while it can."""
-        ...
-
-    async def metrics(self) -> bytes:
-        """A Prometheus scrape."""
-        ...
 
 
 def create_app(frontend: Frontend, backend: Backend, config: EngineConfig) -> FastAPI:
@@ -184,11 +171,11 @@ class _Service:
     ) -> Response:
         if request.stream:
             streams = [self._frontend.stream(self._backend, each) for each in prepared]
-            return EventStream(answer.events(_together(streams)), self._explain, headers)
+            return EventStream(answer.events(together(streams)), self._explain, headers)
 
         async def whole() -> bytes:
             outputs = [self._frontend.collect(self._backend, each) for each in prepared]
-            return api.to_json(answer.whole(await _all(outputs)))
+            return api.to_json(answer.whole(await all_of(outputs)))
 
         return WholeResponse(whole(), self._explain, headers)
 
@@ -263,7 +250,7 @@ class _Service:
 
     async def _read(self, http: Request, kind: type[R]) -> tuple[R, dict[str, str], bool]:
         """The request, headers for its answer, and whether it is large."""
-        body = await _body(http, self._max_body_bytes)
+        body = await read_body(http, self._max_body_bytes)
         request = kind.model_validate_json(body)
         headers = {}
         if ignored := request.ignored_fields():
@@ -322,78 +309,6 @@ async def _no_route(request: Request, error: Exception) -> Response:
     }
     message = messages.get(error.status_code, str(error.detail))
     return error_response(ApiError(error.status_code, message, headers=error.headers))
-
-
-async def _body(http: Request, limit: int) -> bytes:
-    """The request's body. Raises ApiError as soon as it is known to be over the limit."""
-    too_large = ApiError(
-        413,
-        f"The request's body is over this server's limit of {limit} bytes "
-        "(max_body_bytes); send less.",
-        code="body_too_large",
-    )
-    declared = http.headers.get("content-length", "")
-    if declared.isdigit() and int(declared) > limit:
-        raise too_large
-    chunks = []
-    size = 0
-    async for chunk in http.stream():
-        size += len(chunk)
-        if size > limit:
-            raise too_large
-        chunks.append(chunk)
-    return b"".join(chunks)
-
-
-async def _all(works: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
-    """Await all; if one fails, or the caller is cancelled, cancel the others."""
-    if len(works) == 1:
-        return [await works[0]]
-    tasks = [asyncio.ensure_future(work) for work in works]
-    try:
-        return list(await asyncio.gather(*tasks))
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-
-async def _together(
-    streams: Sequence[AsyncIterator[RequestOutputDelta]],
-) -> AsyncGenerator[tuple[int, RequestOutputDelta], None]:
-    """Items of all streams as they come, each with its stream's number."""
-    if len(streams) == 1:
-        async with aclosing(cast(AsyncGenerator[RequestOutputDelta, None], streams[0])) as only:
-            async for delta in only:
-                yield 0, delta
-        return
-    # One item at a time, so that a client who lags makes the engine merge tokens.
-    arrived: asyncio.Queue[tuple[int, RequestOutputDelta] | Exception | None] = asyncio.Queue(1)
-
-    async def pump(number: int, stream: AsyncIterator[RequestOutputDelta]) -> None:
-        try:
-            async with aclosing(cast(AsyncGenerator[RequestOutputDelta, None], stream)) as items:
-                async for delta in items:
-                    await arrived.put((number, delta))
-            await arrived.put(None)
-        except Exception as error:
-            await arrived.put(error)
-
-    tasks = [asyncio.ensure_future(pump(i, stream)) for i, stream in enumerate(streams)]
-    try:
-        running = len(tasks)
-        while running:
-            item = await arrived.get()
-            if item is None:
-                running -= 1
-            elif isinstance(item, Exception):
-                raise item
-            else:
-                yield item
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _describe(app: FastAPI, bodies: Sequence[type[BaseModel]]) -> None:

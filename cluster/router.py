@@ -15,6 +15,7 @@ from tensorray.actors.replica import Replica, Where
 from tensorray.actors.segment_table import table
 from tensorray.actors.shard_actor import Description, describe_process
 from tensorray.actors.wire import Endpoint
+from tensorray.cluster.backend import EngineStatus, ShardStatus
 from tensorray.cluster.config import EngineConfig
 from tensorray.cluster.engine import Engine
 from tensorray.cluster.engine_link import EngineServer
@@ -49,6 +50,7 @@ class Router:
             recover=self._replica.recover,
         )
         self._metrics.watch(self._engine)
+        self._number = number
         self._step_timeout = config.step_timeout_seconds
         self._server = EngineServer(self._engine)
         await self._engine.start()
@@ -82,6 +84,22 @@ class Router:
     async def metrics(self) -> bytes:
         """A Prometheus scrape."""
         return self._metrics.text()
+
+    async def status(self) -> EngineStatus:
+        """The engine and its shards; one that does not answer at once is told as such."""
+        info = self._engine.info
+        return EngineStatus(
+            engine=str(self._number),
+            failure=await self.failure(),
+            device=info.device,
+            weight_bytes=info.weight_bytes,
+            kv_cache_bytes=info.kv_cache_bytes,
+            load_seconds=info.load_seconds,
+            shards=[
+                ShardStatus(rank, False) if each is None else ShardStatus(rank, True, **each)
+                for rank, each in enumerate(await self._replica.look())
+            ],
+        )
 
     async def shards(self) -> list[Description]:
         """Each shard's process, by rank."""

@@ -14,6 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tensorray.actors.link import LocalLink
 from tensorray.actors.null_shard import NullShard
 from tensorray.actors.protocol import KVGroups, ShardInfo
+from tensorray.cluster.backend import EngineStatus, ShardStatus
 from tensorray.cluster.config import EngineConfig
 from tensorray.cluster.engine import Engine, EngineObserver
 from tensorray.cluster.frontend import Frontend
@@ -123,6 +124,21 @@ class LocalBackend:
 
     async def metrics(self) -> bytes:
         return self._metrics.text()
+
+    async def status(self) -> list[EngineStatus]:
+        info = self.engine.info
+        shard = ShardStatus(0, answers=True, pid=1, node="here")
+        return [
+            EngineStatus(
+                engine="0",
+                failure=self.engine.failure,
+                device=info.device,
+                weight_bytes=info.weight_bytes,
+                kv_cache_bytes=info.kv_cache_bytes,
+                load_seconds=info.load_seconds,
+                shards=[shard],
+            )
+        ]
 
 
 @asynccontextmanager
