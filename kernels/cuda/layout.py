@@ -22,8 +22,8 @@ def as_rows(x: Any) -> Any:
 
 def stride(rows: Any | None) -> np.int64:
     """Elements from a row of `as_rows` to the next; 0 for None."""
-    elements: int = 0 if rows is None else rows.strides[0] // rows.itemsize
-    return np.int64(elements)
+    elements: np.int64 = np.int64(0 if rows is None else rows.strides[0] // rows.itemsize)
+    return elements
 
 
 def aligned(rows: Any) -> bool:
