@@ -23,6 +23,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
 from tensorray.cluster import openai_api as api
+from tensorray.cluster import triton_api
 from tensorray.cluster.backend import Backend
 from tensorray.cluster.bodies import all_of, read_body, together
 from tensorray.cluster.config import EngineConfig
@@ -88,6 +89,7 @@ def create_app(frontend: Frontend, backend: Backend, config: EngineConfig) -> Fa
     route("GET", "/health", service.health)
     route("GET", "/version", service.version)
     route("GET", "/metrics", service.metrics)
+    triton_api.add_routes(app, frontend, backend, config.max_body_bytes, service.explain)
     _describe(app, bodies)
     return app
 
@@ -171,15 +173,15 @@ class _Service:
     ) -> Response:
         if request.stream:
             streams = [self._frontend.stream(self._backend, each) for each in prepared]
-            return EventStream(answer.events(together(streams)), self._explain, headers)
+            return EventStream(answer.events(together(streams)), self.explain, headers)
 
         async def whole() -> bytes:
             outputs = [self._frontend.collect(self._backend, each) for each in prepared]
             return api.to_json(answer.whole(await all_of(outputs)))
 
-        return WholeResponse(whole(), self._explain, headers)
+        return WholeResponse(whole(), self.explain, headers)
 
-    async def _explain(self, error: Exception) -> ApiError:
+    async def explain(self, error: Exception) -> ApiError:
         """What to tell the client. An engine that failed is unavailable to the requests it took
         with it as well."""
         if isinstance(error, GenerationFailed):

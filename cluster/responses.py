@@ -32,11 +32,11 @@ def error_response(error: ApiError) -> Response:
 
 
 class WholeResponse(Response):
-    """Sends the JSON body that `work` comes to."""
+    """Sends what `work` comes to: a response, or the body of one in JSON."""
 
     def __init__(
         self,
-        work: Coroutine[Any, Any, bytes],
+        work: Coroutine[Any, Any, bytes | Response],
         explain: Explain,
         headers: Mapping[str, str],
     ) -> None:
@@ -47,7 +47,10 @@ class WholeResponse(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            response = json_response(await unless_gone(receive, self._work), headers=self._extra)
+            result = await unless_gone(receive, self._work)
+            response = (
+                json_response(result, headers=self._extra) if isinstance(result, bytes) else result
+            )
         except ClientDisconnect:
             return
         except Exception as error:
