@@ -24,6 +24,7 @@ import pytest
 import ray
 from helpers.plans import TARGET, request
 from helpers.published_configs import PUBLISHED
+from helpers.quantized_files import gptq, quantize_model
 from helpers.ray_nodes import RayNodes, ray_nodes
 from ray.job_submission import JobStatus, JobSubmissionClient
 
@@ -123,6 +124,35 @@ def test_the_store_ends_up_with_every_plan_and_a_manifest(
     status, out, _ = tensorray(*SMALL)
     assert status == 0
     assert re.search(r"sm_89, tensorrt_rtx +│ +6 │ +6 │ +0 │ +0 │", out)
+    assert f"Manifest {where}" in out
+
+
+def test_segments_that_tensorrt_has_nothing_for_are_listed(
+    tensorray: Command, tmp_path: Path
+) -> None:
+    """Act-order whose inputs two ranks split."""
+    quantize_model(Path(MODEL), tmp_path / "m", gptq(act_order=True))
+    command = ("build", str(tmp_path / "m"), "--tp", "2", "--target", "sm_89")
+    status, out, err = tensorray(*command, "--json")
+    assert status == 0, err
+    marked = [plan for plan in plans(out) if plan["state"] == "kernels"]
+    assert {plan["segment"] for plan in marked} == {
+        "layers 0-1: o",
+        "layers 0-1: mlp_norm gate_up down",
+    }
+    where = json.loads(out)["manifest"]
+    manifest = read_manifest(Path(where).read_bytes(), where)
+    assert set(manifest.kernels) == {plan["key"] for plan in marked}
+    kept = {path.stem for path in files(tmp_path / "store")}
+    assert set(manifest.keys("sm_89")) == kept
+    assert not kept & set(manifest.kernels)
+
+    status, out, _ = tensorray(*command)
+    assert status == 0
+    lines = " ".join(out.split())
+    assert re.search(r"failed.*kernels", out)
+    assert "own kernels run layers 0-1: o, for sm_89: tensorrt_rtx" in lines
+    assert "can't multiply by int4 weights with groups of 16, act-order with inputs split" in lines
     assert f"Manifest {where}" in out
 
 
