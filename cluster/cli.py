@@ -172,6 +172,31 @@ def generate(
     batch.run(engine, sampling, prompt, prompts_file, as_json=as_json)
 
 
+@command(app, config=EngineConfig)
+def batch(
+    config: Given,
+    source: Annotated[
+        str,
+        typer.Option("--input-file", "-i", metavar="FILE", help="Requests, JSON lines."),
+    ],
+    target: Annotated[
+        str,
+        typer.Option("--output-file", "-o", metavar="FILE", help="Answers, JSON lines, in order."),
+    ],
+    config_file: ConfigFile = None,
+) -> None:
+    """Answer a file of requests in OpenAI's batch format, in this process.
+
+    A line that is no request gets an error line. A run that was killed goes on where it ended.
+    Exit status: 0 when every line has its answer or its error, 1 when the engine failed.
+    """
+    engine = engine_config(config, config_file)
+
+    from tensorray.cluster import batch as files
+
+    files.run(engine, source, target)
+
+
 @command(bench, config=EngineConfig)
 def latency(
     config: Given,

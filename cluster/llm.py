@@ -133,6 +133,15 @@ class LLM:
         finally:
             future.cancel()
 
+    @property
+    def client(self) -> EngineClient:
+        """What runs requests, for coroutines that `run` is given."""
+        return self._client
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """Await a coroutine on the engine's thread."""
+        return self._run(work)
+
     def close(self) -> None:
         """Stop the engine and its thread. Idempotent."""
         if self._loop.is_closed():
