@@ -41,6 +41,11 @@ class ChatTemplate:
         spellings = list(tokenizer.control_strings)
         self._edges = {spelling[0] for spelling in spellings} | {s[-1] for s in spellings}
 
+    @property
+    def exists(self) -> bool:
+        """Whether the model has one, or was given one."""
+        return bool(self._sources)
+
     def encode(
         self,
         messages: Sequence[Mapping[str, Any]],

@@ -100,6 +100,11 @@ class Frontend:
     def model_name(self) -> str:
         return self.model_names[0]
 
+    @property
+    def can_chat(self) -> bool:
+        """Whether there is a chat template."""
+        return self._template.exists
+
     @classmethod
     def load(cls, config: EngineConfig) -> Frontend:
         """The frontend of the model that a config names; fetches no weights.

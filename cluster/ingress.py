@@ -14,6 +14,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from importlib.metadata import version
 from typing import Any, TypeVar, cast
 
+import msgspec
 from fastapi import FastAPI, Request
 from fastapi.routing import APIRoute
 from pydantic import BaseModel
@@ -23,7 +24,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
 from tensorray.cluster import openai_api as api
-from tensorray.cluster import triton_api
+from tensorray.cluster import triton_api, web_page
 from tensorray.cluster.backend import Backend
 from tensorray.cluster.bodies import all_of, read_body, together
 from tensorray.cluster.config import EngineConfig
@@ -89,6 +90,8 @@ def create_app(frontend: Frontend, backend: Backend, config: EngineConfig) -> Fa
     route("GET", "/health", service.health)
     route("GET", "/version", service.version)
     route("GET", "/metrics", service.metrics)
+    route("GET", "/status", service.status)
+    web_page.add_routes(app)
     triton_api.add_routes(app, frontend, backend, config.max_body_bytes, service.explain)
     _describe(app, bodies)
     return app
@@ -247,6 +250,18 @@ class _Service:
     async def metrics(self) -> Response:
         """Prometheus metrics of the engine, the same from every ingress replica."""
         return Response(await self._backend.metrics(), media_type=CONTENT_TYPE)
+
+    async def status(self) -> Response:
+        """What is served, and each engine with its shards: for the web page."""
+        told = {
+            "version": VERSION,
+            "models": self._frontend.model_names,
+            "max_model_len": self._frontend.max_model_len,
+            "chat": self._frontend.can_chat,
+            "defaults": self._frontend.default_params,
+            "engines": await self._backend.status(),
+        }
+        return json_response(msgspec.json.encode(told))
 
     # --- common steps ---
 
