@@ -34,9 +34,11 @@ pytest: $(VENV)/.installed-dev
 bench: $(VENV)/.installed-demo
 	@$(BIN)/python tests/benchmarks/bench_gemma.py
 
-# Kill shards, nodes and routers under load, twenty times each (about ten minutes).
+# Kill shards, nodes and routers under load, twenty times each (about ten minutes), and follow 500
+# random JSON schemas.
 soak: $(VENV)/.installed-dev
 	@TENSORRAY_SOAK_ROUNDS=20 $(BIN)/python -m pytest tests/test_nodes.py -s -k lost
+	@TENSORRAY_SOAK_SCHEMAS=500 $(BIN)/python -m pytest tests/test_guided_decoding.py -k valid
 
 clean:
 	rm -rf $(VENV) .typecheck build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # importing it would bring NumPy to every `tensorray --help`
+    from tensorray.actors.guidance import Vocabulary
     from tensorray.actors.segment_runners import SegmentBackend
     from tensorray.builder.checkpoint.open import LoadFormat
     from tensorray.builder.model import Layout
@@ -51,6 +53,8 @@ class ShardConfig:
     enable_expert_parallel: bool = False
     collective_timeout_seconds: float = 300.0
     rank: int = 0
+    # Finds what the model's tokens stand for, when guided decoding first needs it.
+    vocabulary: Callable[[], Vocabulary] | None = None
 
     def step_tokens(self, default: int) -> int:
         """Tokens a step may run; `default` where nothing is said, or a token a sequence."""

@@ -3,7 +3,9 @@
 `enqueue` queues the kernels that choose a step's tokens (kernels/batch_sampling.py) and the copy of
 what they chose; `collect`, later, waits for the copy. What the choices depend on, the number of
 tokens generated included, is kept on the device, so that step n + 1 may be queued before step n is
-collected.
+collected. A grammar is the exception: it is followed on the host, so where a sequence has one,
+`enqueue` waits for the tokens of the step before, while the device computes this step's logits, and
+sends a mask of the tokens that may come next.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tensorray.actors.device import Device, Mark
+from tensorray.actors.guidance import Guidance, Guide
 from tensorray.actors.protocol import Logprobs, Sampling, SequenceStart
 from tensorray.actors.sampler import (
     ALL_EXCLUDED,
@@ -25,6 +28,8 @@ from tensorray.actors.sampler import (
     OVERFLOW,
     SamplingError,
     check_best,
+    guide_fault,
+    guide_of,
     score_token,
 )
 from tensorray.kernels import batch_sampling as kernels
@@ -113,6 +118,7 @@ class _Sequence:
     edits: bool  # its logits, whatever its length
     min_tokens: int
     outputs: int  # generated, as far as the host has read
+    guide: Guide | None = None
     plain: bool = False  # its next token is just the best one
 
     def __post_init__(self) -> None:
@@ -120,6 +126,7 @@ class _Sequence:
 
     def update(self) -> None:
         greedy = self.sampling.temperature == 0 and self.sampling.logprobs is None
+        greedy = greedy and not self.sampling.grammar
         self.plain = greedy and not self.edits and self.outputs >= self.min_tokens
 
 
@@ -134,6 +141,7 @@ class Sampled:
     scored: list[int] = field(default_factory=list)  # places in `seqs`
     scores: NDArray[np.int32] | None = None  # of these, as `score_rows` writes them
     whole: dict[int, NDArray[Any]] = field(default_factory=dict)  # place -> logits [vocab]
+    stuck: dict[int, str] = field(default_factory=dict)  # seq -> why its grammar leads nowhere
     pinned: list[NDArray[np.uint8]] = field(default_factory=list)  # what all of it lies in
 
 
@@ -161,12 +169,20 @@ class DeviceSampler:
     """
 
     def __init__(
-        self, device: Device, vocab_size: int, max_num_seqs: int, last_tokens: Any = None
+        self,
+        device: Device,
+        vocab_size: int,
+        max_num_seqs: int,
+        last_tokens: Any = None,
+        guidance: Guidance | None = None,
     ) -> None:
-        """`last_tokens`: int32 [max_num_seqs] on the device, to write to; None: its own."""
+        """`last_tokens`: int32 [max_num_seqs] on the device, to write to; None: its own. Without
+        `guidance` sequences that have a grammar fail."""
         xp = device.xp
         self.vocab_size = vocab_size
         self._device = device
+        self._guidance = guidance
+        self._unheard: deque[Sampled] = deque()  # whose tokens guides wait for
         self._sequences: dict[int, _Sequence] = {}
         self._starts: dict[int, tuple[int, RowStart]] = {}  # not yet on the device
         self._slots: dict[int, int] = {}
@@ -210,6 +226,7 @@ class DeviceSampler:
             edits=found.edits_always,
             min_tokens=int(found.record["min_tokens"][0]),
             outputs=int(found.record["outputs"][0]),
+            guide=guide_of(start, self._guidance),
         )
 
     def end(self, seq: int) -> None:
@@ -228,14 +245,17 @@ class DeviceSampler:
         masks: Any = None,
         mask_rows: Any = None,
     ) -> Sampled:
-        """Queue the choice of one token for each of n distinct sequences; does not wait.
+        """Queue the choice of one token for each of n distinct sequences.
+
+        Does not wait, unless a sequence has a grammar: then for the steps before.
 
         rows: int32 [>= n] on the device, the sequences' rows in the order of `seqs`. logits:
         [>= n, vocab] on the device, float32, float16 or bfloat16, the last axis dense; left as
         they are. masks uint32 [m, ceil(vocab / 32)] and mask_rows int32 [>= n], on the device:
         sequence i may choose only tokens whose bit (token % 32 of word token // 32, low bits first)
-        is set in masks[mask_rows[i]]; -1: any token. Raises KeyError for an unknown sequence,
-        ValueError for logits of a wrong shape or type.
+        is set in masks[mask_rows[i]]; -1: any token. Where sequences have grammars, the masks are
+        the grammars'. Raises KeyError for an unknown sequence, ValueError for logits of a wrong
+        shape or type.
         """
         states = [self._sequences[seq] for seq in seqs]
         count = len(states)
@@ -244,6 +264,9 @@ class DeviceSampler:
         if not states:
             return sampled
         self._send_starts()
+        guided = any(state.sampling.grammar for state in states)
+        if guided:
+            masks, mask_rows = self._masks(sampled)
         if logits.shape[0] > count:
             logits = logits[:count]
         rows = rows[:count]
@@ -255,6 +278,8 @@ class DeviceSampler:
             self._score(sampled, logits, out[0])
         sampled.results = self._fetch(out, sampled.pinned)
         sampled.mark = self._device.mark()
+        if guided:
+            self._unheard.append(sampled)
         return sampled
 
     def collect(self, sampled: Sampled) -> tuple[list[int], dict[int, Logprobs], dict[int, str]]:
@@ -265,11 +290,18 @@ class DeviceSampler:
         if sampled.mark is None:
             return [], {}, {}
         sampled.mark.wait()
+        while sampled in self._unheard:
+            self._hear()
         tokens: list[int] = sampled.results[0].tolist()
         failed: dict[int, str] = {}
         for place in sampled.results[1].nonzero()[0].tolist():
             sampling = sampled.states[place].sampling
             failed[sampled.seqs[place]] = _reason(int(sampled.results[1, place]), sampling)
+        failed |= sampled.stuck
+        tokens = [
+            -1 if seq in sampled.stuck else token
+            for seq, token in zip(sampled.seqs, tokens, strict=True)
+        ]
         for seq, state in zip(sampled.seqs, sampled.states, strict=True):
             if state.outputs < state.min_tokens and seq not in failed:
                 state.outputs += 1
@@ -336,6 +368,36 @@ class DeviceSampler:
     def prompt_logprobs(self, tokens: Sequence[int], logits: Any, top: int) -> list[Logprobs]:
         """Both of the above at once: `Sampler.prompt_logprobs`."""
         return self.collect_prompt_logprobs(self.enqueue_prompt_logprobs(tokens, logits, top))
+
+    def _masks(self, sampled: Sampled) -> tuple[Any, Any]:
+        """Masks for the sequences that have grammars, and each sequence's row of them, on the
+        device: uint32 [m, words], int32 [n]. Waits for the tokens that the grammars go on from."""
+        while self._unheard:
+            self._hear()
+        guides: list[Guide] = []
+        rows = np.full(len(sampled.seqs), -1, np.int32)
+        for place, (seq, state) in enumerate(zip(sampled.seqs, sampled.states, strict=True)):
+            if reason := guide_fault(state.sampling, state.guide):
+                sampled.stuck[seq] = reason
+            elif state.guide is not None:
+                rows[place] = len(guides)
+                guides.append(state.guide)
+        if not guides or self._guidance is None:
+            return None, None
+        masks = self._guidance.masks(guides)
+        sent = self._upload(np.concatenate([rows, masks.reshape(-1)]))
+        count = len(rows)
+        return sent[count:].view(np.uint32).reshape(masks.shape), sent[:count]
+
+    def _hear(self) -> None:
+        """Tell the guides the tokens of the oldest step they have not heard of."""
+        sampled = self._unheard.popleft()
+        assert sampled.mark is not None
+        sampled.mark.wait()
+        tokens, failed = sampled.results.tolist()
+        for state, token, status in zip(sampled.states, tokens, failed, strict=True):
+            if state.guide is not None and not status:
+                state.guide.advance(token)
 
     def _check(self, logits: Any, rows: int) -> None:
         typed = logits.dtype.name in ("float32", "float16", "bfloat16")

@@ -24,6 +24,7 @@ from tensorray.actors.device import CudaDevice, Device, DeviceError, Mark
 from tensorray.actors.device_sampler import DeviceSampler, PromptScores, Sampled
 from tensorray.actors.device_weights import DevicePlacement
 from tensorray.actors.forward import Forward
+from tensorray.actors.guidance import Guidance, Vocabulary
 from tensorray.actors.kv_cache import KVCache, KVPlan, choose_num_blocks, plan_groups
 from tensorray.actors.link import PendingStep
 from tensorray.actors.program import ProgramRunner
@@ -110,11 +111,13 @@ class GpuShard:
         *,
         choose_blocks: Callable[[int], int],
         kv_dtype: Any = None,
+        vocabulary: Callable[[], Vocabulary] | None = None,
         weight_bytes: int = 0,
         began: float | None = None,
     ) -> None:
         """`choose_blocks` sizes the KV cache, in blocks, from the bytes that are free once weights
         and activations have theirs; `kv_dtype` is that of its pages (None: the compute dtype).
+        `vocabulary` is asked when a sequence first has a grammar; without it such ones fail.
         `began` is when loading did, by time.perf_counter."""
         began = time.perf_counter() if began is None else began
         self._device = device
@@ -137,7 +140,11 @@ class GpuShard:
                 ring=DEPTH + 1,
             )
             self._sampler = DeviceSampler(
-                device, model.vocab_size, limits.max_num_seqs, self._buffers.last_tokens
+                device,
+                model.vocab_size,
+                limits.max_num_seqs,
+                self._buffers.last_tokens,
+                None if vocabulary is None else Guidance(vocabulary, model.vocab_size),
             )
             self._running = self._no_sequences()
             kv_dtype = numpy_dtype(dtypes.compute) if kv_dtype is None else kv_dtype
@@ -261,6 +268,7 @@ class GpuShard:
             GraphSizes.choose(limits, config.cudagraph_capture_sizes, config.enforce_eager),
             choose_blocks=choose_blocks,
             kv_dtype="uint8" if fp8 else compute,
+            vocabulary=config.vocabulary,
             weight_bytes=plan_bytes(model, dtype=compute),
             began=began,
         )

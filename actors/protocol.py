@@ -16,9 +16,10 @@ import msgspec
 class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
     """How a sequence's next token is chosen. Already validated; every field is resolved.
 
-    Order of application: logit bias, allowed/banned tokens and the minimum length; repetition
-    (arXiv 1909.05858), frequency and presence penalties (OpenAI's definition, over generated
-    tokens); temperature; top-k; top-p (arXiv 1904.09751); min-p (arXiv 2407.01082); one draw.
+    Order of application: the grammar; logit bias, allowed/banned tokens and the minimum length;
+    repetition (arXiv 1909.05858), frequency and presence penalties (OpenAI's definition, over
+    generated tokens); temperature; top-k; top-p (arXiv 1904.09751); min-p (arXiv 2407.01082); one
+    draw.
     """
 
     temperature: float = 1.0  # 0: greedy
@@ -36,6 +37,7 @@ class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
     prompt_logprobs: int | None = None
     min_tokens: int = 0  # until then stop_token_ids can't be chosen
     stop_token_ids: list[int] = []  # EOS ids included, unless the request ignores them
+    grammar: str = ""  # that all of the output follows (guidance.py); empty: none
 
 
 class SequenceStart(msgspec.Struct, frozen=True):

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from tensorray.actors.protocol import Logprobs, SequenceStart
+from tensorray.actors.guidance import NO_VOCABULARY, Guidance, Guide
+from tensorray.actors.protocol import Logprobs, Sampling, SequenceStart
 from tensorray.kernels import sampling as kernels
 from tensorray.kernels.philox import uniform
 
@@ -20,9 +21,10 @@ _DRAWS_AHEAD = 64  # draws computed at once: a Philox call costs the same for 1 
 NOT_FINITE = "the model's logits hold NaN or infinity"
 ALL_EXCLUDED = "the model put every token at probability zero (all logits are -inf)"
 NONE_LEFT = (
-    "no token is left to choose: allowed_token_ids, banned_token_ids and min_tokens "
-    "together exclude every one"
+    "no token is left to choose: allowed_token_ids, banned_token_ids, min_tokens and the "
+    "structured output's grammar together exclude every one"
 )
+STUCK = "the structured output's grammar can't be followed any further: {reason}"
 OVERFLOW = (
     "penalties drove a logit beyond float32: bring repetition_penalty ({repetition}) closer to 1"
 )
@@ -39,13 +41,15 @@ class Sampler:
     batch mates, on their order, or on a preemption in between.
     """
 
-    def __init__(self, vocab_size: int) -> None:
+    def __init__(self, vocab_size: int, guidance: Guidance | None = None) -> None:
+        """Without `guidance` sequences that have a grammar fail."""
         self.vocab_size = vocab_size
+        self._guidance = guidance
         self._sequences: dict[int, _Sequence] = {}
 
     def start(self, start: SequenceStart) -> None:
         """A sequence enters, or re-enters: `start.tokens` after the prompt count as its output."""
-        self._sequences[start.seq] = _Sequence(start)
+        self._sequences[start.seq] = _Sequence(start, guide_of(start, self._guidance))
 
     def end(self, seq: int) -> None:
         """Forgets a sequence; one that is not known is fine."""
@@ -75,9 +79,10 @@ class Sampler:
                     state.outputs += 1
                 return tokens, logprobs, failed
         tokens = []
+        masks = self._masks(states)
         for seq, state, row in zip(seqs, states, logits, strict=True):
             try:
-                token = state.choose(row)
+                token = state.choose(row, masks.get(state))
                 if state.sampling.logprobs is not None:
                     logprobs[seq] = score_token(row, token, state.sampling.logprobs)
             except SamplingError as error:
@@ -87,6 +92,13 @@ class Sampler:
                 state.append(token)
             tokens.append(token)
         return tokens, logprobs, failed
+
+    def _masks(self, states: Sequence[_Sequence]) -> dict[_Sequence, NDArray[np.int32]]:
+        """The tokens that may come next in the guided ones of these sequences."""
+        guides = {state: state.guide for state in states if state.guide is not None}
+        if not guides or self._guidance is None:
+            return {}
+        return dict(zip(guides, self._guidance.masks(list(guides.values())), strict=True))
 
     def prompt_logprobs(
         self, tokens: Sequence[int], logits: NDArray[np.float32], top: int
@@ -115,8 +127,9 @@ class Sampler:
 class _Sequence:
     """One sequence: what it asked for, as arrays, and what its own tokens contribute."""
 
-    def __init__(self, start: SequenceStart) -> None:
+    def __init__(self, start: SequenceStart, guide: Guide | None = None) -> None:
         sampling = self.sampling = start.sampling
+        self.guide = guide
         self.outputs = len(start.tokens) - start.prompt_len  # generated so far
         self._draws: list[float] = []  # of the coming positions, the next one last
         self._bias_tokens = np.array(list(sampling.logit_bias), np.int64)
@@ -135,11 +148,16 @@ class _Sequence:
         )
         self.plain = self._is_plain()
 
-    def choose(self, row: NDArray[np.float32]) -> int:
-        """The next token, from float32 logits [vocab], which stay as they are."""
+    def choose(self, row: NDArray[np.float32], mask: NDArray[np.int32] | None = None) -> int:
+        """The next token, from float32 logits [vocab], which stay as they are.
+
+        `mask`, int32 [ceil(vocab / 32)], has the bits of the tokens that its grammar allows.
+        """
         check_best(row.max())
-        if self._edits():
-            row = self._edited(row)
+        if fault := guide_fault(self.sampling, self.guide):
+            raise SamplingError(fault)
+        if mask is not None or self._edits():
+            row = self._edited(row, mask)
         if self.sampling.temperature == 0:
             return int(row.argmax())
         return kernels.draw(
@@ -154,6 +172,8 @@ class _Sequence:
     def append(self, token: int) -> None:
         """The chosen token becomes the sequence's last one."""
         self.outputs += 1
+        if self.guide is not None:
+            self.guide.advance(token)
         if self._draws:
             self._draws.pop()
         if self._seen is not None:
@@ -164,13 +184,15 @@ class _Sequence:
     def _is_plain(self) -> bool:
         """Whether the next token is just the row's best one."""
         greedy = self.sampling.temperature == 0 and self.sampling.logprobs is None
-        return greedy and not self._edits()
+        return greedy and not self.sampling.grammar and not self._edits()
 
     def _edits(self) -> bool:
         return self._always_edits or self.outputs < self._min_tokens
 
-    def _edited(self, row: NDArray[np.float32]) -> NDArray[np.float32]:
-        row = row.copy()
+    def _edited(
+        self, row: NDArray[np.float32], mask: NDArray[np.int32] | None
+    ) -> NDArray[np.float32]:
+        row = row.copy() if mask is None else kernels.keep_masked(row, mask)
         if len(self._bias):
             kernels.add_bias(row, self._bias_tokens, self._bias)
         if self._allowed is not None:
@@ -244,6 +266,23 @@ def _seen_tokens(start: SequenceStart) -> _SeenTokens | None:
     if sampling.frequency_penalty != 0.0 or sampling.presence_penalty != 0.0:
         return _SeenTokens([], outputs)
     return None
+
+
+def guide_of(start: SequenceStart, guidance: Guidance | None) -> Guide | None:
+    """The guide of a sequence that starts, if it has a grammar and there is a vocabulary."""
+    if guidance is None or not start.sampling.grammar:
+        return None
+    return guidance.guide(start.sampling.grammar, start.tokens[start.prompt_len :])
+
+
+def guide_fault(sampling: Sampling, guide: Guide | None) -> str:
+    """Why a sequence's grammar can't be followed; empty if it can, or if there is none."""
+    if not sampling.grammar:
+        return ""
+    if guide is None:
+        return NO_VOCABULARY
+    reason = guide.error
+    return STUCK.format(reason=reason) if reason else ""
 
 
 def check_best(best: np.float32) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -23,6 +24,7 @@ import numpy as np
 
 from tensorray.actors.communicator import Communicator
 from tensorray.actors.config import DEFAULT_STEP_TOKENS, ShardConfig
+from tensorray.actors.guidance import Guidance, Vocabulary
 from tensorray.actors.kv_cache import KVCache, choose_num_blocks, plan_groups
 from tensorray.actors.link import PendingStep
 from tensorray.actors.memory import available_bytes
@@ -111,7 +113,9 @@ class Shard:
         load_seconds: float,
         device: str = "cpu",
         step_tokens: int = DEFAULT_STEP_TOKENS,
+        vocabulary: Callable[[], Vocabulary] | None = None,
     ) -> None:
+        """`vocabulary` is asked when a sequence first has a grammar; without it such ones fail."""
         self.info = ShardInfo(
             kv=cache.groups,
             vocab_size=model.vocab_size,
@@ -130,6 +134,9 @@ class Shard:
         self._ops = ArrayOps(np, cache.layers, max_positions=max_model_len + 1)
         self._max_num_seqs = max_num_seqs
         self._ranks: Ranks | None = None
+        self._guidance = None
+        if vocabulary is not None and self.info.answers:
+            self._guidance = Guidance(vocabulary, model.vocab_size)
         self.reset()
 
     @classmethod
@@ -196,6 +203,7 @@ class Shard:
             weight_bytes=plan_bytes(model, layers=layers),
             load_seconds=time.perf_counter() - began,
             step_tokens=step_tokens,
+            vocabulary=config.vocabulary,
         )
 
     def join(self, world: Communicator, num_blocks: int) -> None:
@@ -225,7 +233,7 @@ class Shard:
             self.info.kv.block_size,
             len(self.info.kv.windows),
         )
-        self._sampler = Sampler(self._model.vocab_size)
+        self._sampler = Sampler(self._model.vocab_size, self._guidance)
 
     def close(self) -> None:
         pass

@@ -266,14 +266,14 @@ class _Service:
     # --- common steps ---
 
     async def _read(self, http: Request, kind: type[R]) -> tuple[R, dict[str, str], bool]:
-        """The request, headers for its answer, and whether it is large."""
+        """The request, headers for its answer, and whether to prepare it on another thread."""
         body = await read_body(http, self._max_body_bytes)
         request = kind.model_validate_json(body)
         headers = {}
         if ignored := request.ignored_fields():
             headers[WARNINGS_HEADER] = warning = api.warnings_header(ignored)
             logger.warning("%s: %s", http.url.path, warning)
-        return request, headers, len(body) > _LARGE_BODY
+        return request, headers, len(body) > _LARGE_BODY or request.takes_long
 
     def _model_name(self, asked: str | None) -> str:
         """The name to answer under. Raises ApiError for a model that is not served here."""

@@ -15,8 +15,11 @@ import queue
 import sys
 import threading
 from collections.abc import Callable, Coroutine, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any, TypeVar, cast
 
+from tensorray.actors.guidance import Vocabulary
 from tensorray.actors.link import LocalLink, ShardLink
 from tensorray.actors.local_replica import LocalReplica
 from tensorray.actors.shard_host import load_executor
@@ -26,6 +29,7 @@ from tensorray.cluster.frontend import EngineClient, Frontend, PreparedRequest
 from tensorray.cluster.outputs import RequestOutput, RequestOutputDelta
 from tensorray.cluster.replicas import Replicas
 from tensorray.cluster.sampling_params import SamplingParams
+from tensorray.cluster.vocabulary import vocabulary
 
 __all__ = ["LLM", "SamplingParams"]
 
@@ -45,7 +49,8 @@ class LLM:
     def __init__(self, model: str, **settings: Any) -> None:
         self.config = EngineConfig(model=model, **settings)
         self.frontend = Frontend.load(self.config)
-        shards = [_Shards(self.config) for _ in range(self.config.data_parallel_size)]
+        known = partial(vocabulary, self.frontend.tokenizer, self.frontend.eos_token_ids)
+        shards = [_Shards(self.config, known) for _ in range(self.config.data_parallel_size)]
         # The queue's limit is for servers, who can turn clients away: a batch here may be any size.
         endless = self.config.model_copy(update={"max_waiting": sys.maxsize})
         self._ids = itertools.count()
@@ -195,11 +200,14 @@ class LLM:
 class _Shards:
     """One replica's shards: one that runs on the engine's thread, or several on their own."""
 
-    def __init__(self, config: EngineConfig) -> None:
-        self._executor = load_executor(config.shard()) if config.num_shards == 1 else None
+    def __init__(self, config: EngineConfig, vocabulary: Callable[[], Vocabulary]) -> None:
+        configs = [
+            replace(config.shard(rank), vocabulary=vocabulary) for rank in range(config.num_shards)
+        ]
+        self._executor = load_executor(configs[0]) if len(configs) == 1 else None
         self._replica = None
         if self._executor is None:
-            self._replica = LocalReplica([config.shard(rank) for rank in range(config.num_shards)])
+            self._replica = LocalReplica(configs)
 
     async def connect(self) -> ShardLink:
         if self._replica is not None:

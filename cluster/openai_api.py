@@ -18,16 +18,15 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from pydantic_core import PydanticCustomError
 
 from tensorray.cluster.errors import bad_request
+from tensorray.cluster.structured_outputs import StructuredOutputs
 
 # --- requests ---------------------------------------------------------------------------------
 
 # Fields that ask for something this server does not do: the values that ask for nothing are
 # taken, any other is refused by name, because leaving it out would change the answer.
 _OFF: tuple[object, ...] = (None, False, [], {}, "")
-_TEXT = (None, {"type": "text"})
 _REFUSED: dict[str, tuple[tuple[object, ...], str]] = {
     "suffix": (_OFF, "completions end where the model ends them; insertion is not supported"),
-    "response_format": (_TEXT, 'only {"type": "text"} is supported'),
     "tools": (_OFF, "tool calls are not supported; leave it out or send tool_choice 'none'"),
     "tool_choice": ((None, "none", "auto"), "tool calls are not supported; send 'none'"),
     "functions": (_OFF, "function calls are not supported; leave it out"),
@@ -36,11 +35,9 @@ _REFUSED: dict[str, tuple[tuple[object, ...], str]] = {
     "audio": (_OFF, "only text can be generated"),
     "prediction": (_OFF, "predicted outputs are not supported"),
     "web_search_options": ((None,), "web search is not supported"),
-    "guided_json": (_OFF, "guided output is not supported"),
-    "guided_regex": (_OFF, "guided output is not supported"),
-    "guided_choice": (_OFF, "guided output is not supported"),
-    "guided_grammar": (_OFF, "guided output is not supported"),
-    "structured_outputs": (_OFF, "guided output is not supported"),
+    "guided_decoding_backend": (_OFF, "there is one only; leave it out"),
+    "guided_whitespace_pattern": (_OFF, "whitespace in JSON is free; leave it out"),
+    "structural_tag": (_OFF, "use structured_outputs with a grammar"),
     "use_beam_search": (_OFF, "beam search is not supported"),
     "length_penalty": ((None, 1, 1.0), "beam search is not supported"),
     "bad_words": (_OFF, "use banned_token_ids or logit_bias"),
@@ -81,6 +78,43 @@ class ApiRequest(BaseModel):
                     continue
                 raise bad_request(f"{name}: {why}.", name, "unsupported_parameter")
         return ignored
+
+    @property
+    def takes_long(self) -> bool:
+        """Whether it may take long to prepare, however short it is."""
+        return False
+
+
+class JsonSchema(BaseModel):
+    """OpenAI's: a schema with a name. It is enforced whether `strict` or not."""
+
+    name: str | None = None
+    description: str | None = None
+    schema_: dict[str, Any] | None = Field(None, alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(BaseModel):
+    """OpenAI's spelling of structured outputs."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _complete(self) -> ResponseFormat:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise PydanticCustomError(
+                "response_format", 'json_schema goes with the type "json_schema", and only with it'
+            )
+        return self
+
+    def structured_outputs(self) -> StructuredOutputs | None:
+        """The same, as vLLM spells it."""
+        if self.type == "text":
+            return None
+        if self.json_schema is None or self.json_schema.schema_ is None:
+            return StructuredOutputs(json_object=True)
+        return StructuredOutputs(json=self.json_schema.schema_)
 
 
 class StreamOptions(BaseModel):
@@ -139,6 +173,14 @@ class GenerateRequest(ApiRequest):
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
     prompt_logprobs: int | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = Field(
+        None, description="what the answer must match (vLLM)"
+    )
+    guided_json: dict[str, Any] | str | None = Field(None, description="structured_outputs' json")
+    guided_regex: str | None = Field(None, description="structured_outputs' regex")
+    guided_choice: list[str] | None = Field(None, description="structured_outputs' choice")
+    guided_grammar: str | None = Field(None, description="structured_outputs' grammar")
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     user: str | None = None
@@ -153,7 +195,34 @@ class GenerateRequest(ApiRequest):
     def sampling(self) -> dict[str, Any]:
         """The fields of `SamplingParams` that the request sets."""
         fields = {name: getattr(self, name) for name in _SAMPLING}
+        fields["structured_outputs"] = self.guide()
         return {name: value for name, value in fields.items() if value is not None}
+
+    @property
+    def takes_long(self) -> bool:
+        return self.guide() is not None
+
+    def guide(self) -> StructuredOutputs | None:
+        """What the answer must match, however it was spelled."""
+        found = {
+            "structured_outputs": self.structured_outputs,
+            "response_format": self.response_format and self.response_format.structured_outputs(),
+            **{
+                f"guided_{name}": StructuredOutputs(**{name: value})
+                for name, value in (
+                    ("json", self.guided_json),
+                    ("regex", self.guided_regex),
+                    ("choice", self.guided_choice),
+                    ("grammar", self.guided_grammar),
+                )
+                if value is not None
+            },
+        }
+        given = {name: value for name, value in found.items() if value is not None}
+        if len(given) > 1:
+            first, second, *_ = given
+            raise bad_request(f"{first} and {second} both say what to answer; send one", second)
+        return next(iter(given.values()), None)
 
     @model_validator(mode="after")
     def _consistent_stream(self) -> GenerateRequest:

@@ -10,6 +10,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 
 from tensorray.actors.protocol import Sampling
 from tensorray.cluster.bad_request import BadRequest
+from tensorray.cluster.structured_outputs import StructuredOutputs
 
 FiniteFloat = Annotated[float, Field(allow_inf_nan=False)]
 
@@ -93,6 +94,9 @@ class SamplingParams(BaseModel):
         description="Log-probability of each token and of this many alternatives; -1: all",
     )
     prompt_logprobs: int | None = Field(None, ge=-1, description="The same for the prompt's tokens")
+    structured_outputs: StructuredOutputs | None = Field(
+        None, description="What the output must match: json, regex, choice or grammar"
+    )
     skip_special_tokens: bool = Field(True, description="Leave special tokens out of the text")
     detokenize: bool = Field(True, description="Turn tokens into text")
 
@@ -104,12 +108,18 @@ class SamplingParams(BaseModel):
             raise ValueError(
                 f"min_tokens ({self.min_tokens}) must not exceed max_tokens ({self.max_tokens})"
             )
+        if self.structured_outputs is not None and (self.ignore_eos or self.min_tokens):
+            given = "ignore_eos" if self.ignore_eos else "min_tokens"
+            raise ValueError(
+                f"{given} can't go with structured_outputs, which end where they are complete"
+            )
         return self
 
     def resolve(self, eos_token_ids: Sequence[int], vocab_size: int) -> Sampling:
         """What the shard needs, with the model's EOS ids and a seed filled in.
 
-        Raises BadRequest when a token id lies outside the vocabulary.
+        Raises BadRequest when a token id lies outside the vocabulary, or for structured outputs
+        that can't be enforced.
         """
         for field, ids in (
             ("logit_bias", list(self.logit_bias)),
@@ -128,6 +138,14 @@ class SamplingParams(BaseModel):
             dict.fromkeys([*self.stop_token_ids, *([] if self.ignore_eos else eos_token_ids)])
         )
         best_of = self.best_of or self.n
+        grammar = ""
+        if self.structured_outputs is not None:
+            if not eos_token_ids:
+                raise BadRequest(
+                    "the model has no end-of-sequence token, which structured outputs need",
+                    param="structured_outputs",
+                )
+            grammar = self.structured_outputs.compiled()
         return Sampling(
             temperature=self.temperature,
             top_k=min(max(self.top_k, 0), vocab_size),
@@ -145,4 +163,5 @@ class SamplingParams(BaseModel):
             prompt_logprobs=self.prompt_logprobs,
             min_tokens=self.min_tokens,
             stop_token_ids=stop,
+            grammar=grammar,
         )

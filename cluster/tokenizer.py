@@ -106,6 +106,11 @@ class Tokenizer:
         """The control tokens as text spells them."""
         return (token.content for token in self._control.values())
 
+    @property
+    def control_ids(self) -> Iterable[int]:
+        """The control tokens: what text only holds where a template or a request puts it."""
+        return self._control.keys()
+
     def is_special(self, token: int) -> bool:
         """Whether `skip_special_tokens` leaves the token out of decoded text."""
         return token in self._special

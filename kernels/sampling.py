@@ -48,6 +48,17 @@ def keep_only(row: Row, tokens: TokenIds) -> None:
     row[tokens] = kept
 
 
+def keep_masked(row: Row, mask: NDArray[np.int32]) -> Row:
+    """A copy of the row in which every token whose bit is not set has logit -inf.
+
+    mask: int32 [ceil(vocab / 32)], in which a token's bit is bit `token % 32` of word
+    `token // 32`.
+    """
+    words = mask.astype("<i4", copy=False).view(np.uint8)
+    allowed = np.unpackbits(words, count=row.size, bitorder="little").view(np.bool_)
+    return np.where(allowed, row, np.float32(-np.inf))
+
+
 def ban(row: Row, tokens: TokenIds) -> None:
     """These tokens get logit -inf."""
     row[tokens] = -np.inf

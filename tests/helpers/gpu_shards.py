@@ -58,6 +58,7 @@ def make_gpu_shard(
     runners: ArrayRunners | None = None,
     kv_dtype: Any = None,
     kind: type[StepwiseShard] = StepwiseShard,
+    vocabulary: Any = None,
 ) -> StepwiseShard:
     model, weights = load(path)
     limits = limits or Limits(max_model_len=64, max_num_seqs=16, step_tokens=64)
@@ -74,4 +75,5 @@ def make_gpu_shard(
         choose_blocks=lambda free: num_blocks,
         kv_dtype=kv_dtype,
         weight_bytes=plan_bytes(model),
+        vocabulary=vocabulary,
     )

@@ -38,6 +38,7 @@ def make_shard(
     max_model_len: int = 64,
     max_num_seqs: int = 16,
     kind: type[Shard] = Shard,
+    vocabulary: Any = None,
 ) -> Shard:
     """A shard over a small checkpoint, its weights loaded once for all."""
     model, weights = load(path)
@@ -50,6 +51,7 @@ def make_shard(
         max_num_seqs=max_num_seqs,
         weight_bytes=plan_bytes(model),
         load_seconds=0.0,
+        vocabulary=vocabulary,
     )
 
 
