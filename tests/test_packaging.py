@@ -137,6 +137,9 @@ def test_the_wheel_holds_every_module_and_no_tests(wheel: Path) -> None:
     sources = [*ROOT.glob("kernels/cuda/*.cu"), *ROOT.glob("kernels/cuda/*.cuh")]
     assert sources
     assert {f"tensorray/kernels/cuda/{path.name}" for path in sources} <= names
+    page = {f"tensorray/cluster/web/{path.name}" for path in ROOT.glob("cluster/web/*")}
+    assert "tensorray/cluster/web/index.html" in page
+    assert page <= names
 
 
 def test_the_wheel_imports_without_the_checkout(wheel: Path, tmp_path: Path) -> None:

@@ -187,6 +187,20 @@ def test_models_health_version(port: int) -> None:
     assert (status, json.loads(body)["error"]["type"]) == (404, "invalid_request_error")
 
 
+def test_the_page_and_what_it_shows(port: int) -> None:
+    status, page = get(port, "/")
+    assert (status, page[:15]) == (200, "<!doctype html>")
+    assert get(port, "/web/main.js")[0] == 200
+    status, text = get(port, "/status")
+    assert status == 200
+    (engine,) = json.loads(text)["engines"]
+    assert (engine["failure"], engine["device"]) == (None, "null")
+    (shard,) = engine["shards"]
+    assert shard["answers"]
+    assert shard["pid"] > 1
+    assert len(shard["node"]) > 8
+
+
 def test_every_ingress_tells_the_same_figures(client: openai.OpenAI, port: int) -> None:
     until_idle(port)
     before = scrape(port)["generation_tokens_total"]
