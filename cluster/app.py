@@ -10,10 +10,12 @@ fields under `args`. On the command line: `serve run tensorray.cluster.app:build
 
 import asyncio
 import signal
+import socket
+import ssl
 import threading
 from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing, nullcontext, suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 from uuid import uuid4
@@ -40,6 +42,15 @@ from tensorray.cluster.replicas import Replicas
 from tensorray.cluster.router import Router
 
 APP_NAME = "tensorray"
+
+_PATHS = (
+    "model",
+    "tokenizer",
+    "chat_template",
+    "generation_config",
+    "download_dir",
+    "api_key_file",
+)
 
 # How long a router may take to say where it listens, or how it is.
 _ROUTER_SECONDS = 5.0
@@ -212,7 +223,7 @@ def settled(config: EngineConfig) -> EngineConfig:
     """The config as replicas get it, who start in another directory: with the model's name, and
     with local paths made absolute."""
     changes: dict[str, Any] = {"served_model_name": config.names()}
-    for name in ("model", "tokenizer", "chat_template", "generation_config", "download_dir"):
+    for name in _PATHS:
         changes[name] = _absolute(getattr(config, name))
     if config.model_class is not None:
         file, _, kind = config.model_class.rpartition(":")
@@ -232,12 +243,54 @@ def _absolute(path: str | None) -> str | None:
         return path
 
 
+@dataclass(frozen=True)
+class Tls:
+    """PEM files, on every node that has a proxy: a certificate with its chain, its key, and whose
+    certificates clients must show (None: they need none)."""
+
+    certfile: str
+    keyfile: str
+    ca_certs: str | None = None
+
+
+def _http_options(host: str, port: int, tls: Tls | None) -> HTTPOptions:
+    if tls is None:
+        return HTTPOptions(host=host, port=port)
+    if "ssl_certfile" not in HTTPOptions.model_fields:
+        raise RuntimeError(
+            f"Ray {ray.__version__}'s Serve has no TLS; upgrade Ray, or put a reverse proxy before "
+            "it (SECURITY.md)"
+        )
+    files = {"ssl_certfile": tls.certfile, "ssl_keyfile": tls.keyfile, "ssl_ca_certs": tls.ca_certs}
+    found = {name: str(Path(path).resolve()) for name, path in files.items() if path is not None}
+    for path in found.values():
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"{path}: there is no such file, which TLS needs")
+    return HTTPOptions(host=host, port=port, **found)
+
+
+def _check_tls(host: str, port: int) -> None:
+    """A Serve that ran before keeps its own options, which may be plain HTTP: not unnoticed."""
+    context = ssl.create_default_context()
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    here = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    try:
+        with socket.create_connection((here, port), 10) as plain, context.wrap_socket(plain):
+            pass
+    except ssl.SSLError as error:
+        raise RuntimeError(
+            f"Serve runs on port {port} already, without TLS; `serve shutdown` it first"
+        ) from error
+
+
 def run(
     config: EngineConfig,
     host: str = "127.0.0.1",
     port: int = 8000,
     *,
     blocking: bool = True,
+    tls: Tls | None = None,
 ) -> None:
     """Serve a model, on the cluster that RAY_ADDRESS names or a new one; return once it is healthy.
 
@@ -259,16 +312,19 @@ def run(
             if own_cluster:
                 Frontend.load(config)  # what is wrong with the model, said at once
             stage("Starting Ray Serve ...")
-            serve.start(http_options=HTTPOptions(host=host, port=port))
+            serve.start(http_options=_http_options(host, port, tls))
             stage(f"Loading {config.model} ...")
             serve.run(build_app(config), name=APP_NAME, route_prefix="/")
+            if tls is not None:
+                _check_tls(host, port)
         except BaseException:
             stage("Stopping ...")
             stop(own_cluster)
             raise
     if not blocking:
         return
-    console.print(f"Serving {config.names()[0]} on http://{host}:{port} until Ctrl-C")
+    scheme = "http" if tls is None else "https"
+    console.print(f"Serving {config.names()[0]} on {scheme}://{host}:{port} until Ctrl-C")
     interrupted = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: interrupted.set())
     try:

@@ -70,7 +70,9 @@ def run(config: EngineConfig, source: str, target: str) -> None:
 
         logging.getLogger("ray.serve").setLevel(logging.ERROR)  # the answers say it as well
         with LLM(**dict(config)) as llm:
-            app = create_app(llm.frontend, _Backend(llm.client), llm.config)
+            unguarded = {name: None for name in EngineConfig.model_fields if "api_key" in name}
+            here = llm.config.model_copy(update={**unguarded, "api_key": []})
+            app = create_app(llm.frontend, _Backend(llm.client), here)
             llm.run(answer(app, lines, output, done, window=4 * config.max_num_seqs))
 
 

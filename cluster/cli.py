@@ -90,7 +90,7 @@ def command(
             parameters=[*signature.parameters.values(), option]
         )
         call.__annotations__["debug"] = Debug
-        group.command(name or function.__name__)(call)
+        group.command(name or function.__name__.replace("_", "-"))(call)
         return call
 
     return decorate
@@ -130,9 +130,22 @@ def serve(
     path: Annotated[str | None, typer.Argument(metavar="[MODEL]", help="Same as --model.")] = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.")] = 8000,
+    ssl_certfile: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Certificate, to serve HTTPS.")
+    ] = None,
+    ssl_keyfile: Annotated[
+        str | None, typer.Option(metavar="FILE", help="The certificate's private key.")
+    ] = None,
+    ssl_ca_certs: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Whose certificates clients must have.")
+    ] = None,
     config_file: ConfigFile = None,
 ) -> None:
     """Serve a model with the OpenAI API on Ray Serve, until Ctrl-C."""
+    if (ssl_certfile is None) != (ssl_keyfile is None):
+        raise UsageError("--ssl-certfile and --ssl-keyfile go together")
+    if ssl_ca_certs is not None and ssl_certfile is None:
+        raise UsageError("--ssl-ca-certs needs --ssl-certfile and --ssl-keyfile")
     if path is not None:
         if "model" in config:
             raise UsageError("the model is given twice: as an argument and as --model")
@@ -141,7 +154,10 @@ def serve(
 
     from tensorray.cluster import app as serving
 
-    serving.run(engine, host, port, blocking=True)
+    tls = None
+    if ssl_certfile is not None and ssl_keyfile is not None:
+        tls = serving.Tls(ssl_certfile, ssl_keyfile, ssl_ca_certs)
+    serving.run(engine, host, port, blocking=True, tls=tls)
 
 
 @command(app, sampling=SamplingParams, config=EngineConfig)
@@ -307,16 +323,16 @@ def build(
 
 
 @command(app)
-def models(
-    path: Annotated[
-        str | None, typer.Argument(metavar="[MODEL]", help="A GGUF file, directory or Hub id.")
-    ] = None,
-    as_json: AsJson = False,
+def api_key(
+    name: Annotated[str, typer.Argument(help="Whose it is, in one word.")],
+    file: Annotated[
+        str, typer.Option("--api-key-file", metavar="FILE", help="Where to add its digest.")
+    ],
 ) -> None:
-    """List the architectures there are definitions for, or say what one model resolves to."""
-    from tensorray.cluster import models as listing
+    """Make an API key: printed once, and kept nowhere but as a digest in a file."""
+    from tensorray.cluster import key_digests
 
-    listing.run(path, as_json=as_json)
+    typer.echo(key_digests.add_key(file, name))
 
 
 @command(app)

@@ -13,10 +13,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from tensorray.actors.config import ShardConfig
 from tensorray.actors.protocol import ShardInfo
+from tensorray.cluster.key_digests import digest
 from tensorray.cluster.scheduler import Scheduler
 from tensorray.cluster.vocabulary import load_vocabulary
 
@@ -154,10 +155,42 @@ class EngineConfig(BaseModel):
     max_body_bytes: int = Field(
         16 << 20, ge=1024, description="Largest request body the server reads"
     )
+    api_key: list[str] = Field(
+        default_factory=list,
+        repr=False,
+        description="Key that clients must send, or its sha256: digest, which is all that is kept",
+    )
+    api_key_file: str | None = Field(
+        None, description="File of keys' digests and names, as `tensorray api-key` makes"
+    )
+    api_key_requests_per_minute: int | None = Field(
+        None, ge=1, description="Most requests a minute with one key, in each ingress process"
+    )
+    api_key_concurrency: int | None = Field(
+        None, ge=1, description="Most requests at once with one key, in each ingress process"
+    )
+    allowed_origins: list[str] = Field(
+        default_factory=list,
+        description="Web sites whose pages may use the API from a browser (CORS); *: any",
+    )
     num_ingress_replicas: int = Field(
         1, ge=1, description="Processes that speak HTTP and turn text into tokens and back"
     )
     seed: int | None = Field(None, description="Base seed for requests without one")
+
+    @field_validator("api_key")
+    @classmethod
+    def _digests(cls, keys: list[str]) -> list[str]:
+        if not all(key.strip() for key in keys):
+            raise ValueError("a key must not be empty")
+        return [digest(key) for key in keys]
+
+    @model_validator(mode="after")
+    def _limits_have_keys(self) -> EngineConfig:
+        limits = (self.api_key_requests_per_minute, self.api_key_concurrency)
+        if any(limits) and not (self.api_key or self.api_key_file):
+            raise ValueError("limits a key need keys: set api_key or api_key_file")
+        return self
 
     @model_validator(mode="after")
     def _consistent(self) -> EngineConfig:

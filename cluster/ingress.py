@@ -20,6 +20,7 @@ from fastapi.routing import APIRoute
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
@@ -30,6 +31,8 @@ from tensorray.cluster.bodies import all_of, read_body, together
 from tensorray.cluster.config import EngineConfig
 from tensorray.cluster.errors import ApiError, bad_request, from_exception, unavailable
 from tensorray.cluster.frontend import Frontend, GenerationFailed, PreparedRequest
+from tensorray.cluster.guard import Guard
+from tensorray.cluster.key_digests import read_keys
 from tensorray.cluster.metrics import CONTENT_TYPE
 from tensorray.cluster.openai_answers import Answer, ChatAnswer, CompletionAnswer
 from tensorray.cluster.responses import EventStream, WholeResponse, error_response, json_response
@@ -61,6 +64,7 @@ def create_app(frontend: Frontend, backend: Backend, config: EngineConfig) -> Fa
         redoc_url=None,
     )
     app.router.route_class = _Route
+    _protect(app, config)
     app.add_exception_handler(HTTPException, _no_route)
     service = _Service(frontend, backend, config)
     bodies: list[type[BaseModel]] = []
@@ -95,6 +99,23 @@ def create_app(frontend: Frontend, backend: Backend, config: EngineConfig) -> Fa
     triton_api.add_routes(app, frontend, backend, config.max_body_bytes, service.explain)
     _describe(app, bodies)
     return app
+
+
+def _protect(app: FastAPI, config: EngineConfig) -> None:
+    named = read_keys(config.api_key_file) if config.api_key_file is not None else {}
+    app.add_middleware(
+        Guard,
+        keys={*config.api_key, *named},
+        per_minute=config.api_key_requests_per_minute,
+        at_once=config.api_key_concurrency,
+    )
+    if config.allowed_origins:  # outermost: a browser asks first, without a key
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=config.allowed_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["Authorization", "Content-Type"],
+        )
 
 
 class _Service:

@@ -75,6 +75,9 @@ def test_the_service_serves_what_its_manifest_says() -> None:
     (application,) = schema.applications
     module, name = application.import_path.split(":")
     build(getattr(import_module(module), name), application.args)
+    pod = cluster_of(service)["headGroupSpec"]["template"]["spec"]
+    mounts = [mount["mountPath"] for mount in pod["containers"][0]["volumeMounts"]]
+    assert str(Path(application.args["api_key_file"]).parent) in mounts
     open_to_all = [rule for rule in policy["spec"]["ingress"] if "from" not in rule]
     assert [port["port"] for rule in open_to_all for port in rule["ports"]] == [
         schema.http_options.port
@@ -164,3 +167,21 @@ def test_job_scripts_submit_what_they_are_given(name: str, tmp_path: Path) -> No
     assert words[:2] == ["job", "submit"]
     end = words.index("--")
     assert words[end:] == ["--", "tensorray", name.split("_")[0], "--model", "a b"]
+
+
+def test_flags_of_the_readme_exist() -> None:
+    commands: Any = get_command(cli.app).commands  # type: ignore[attr-defined]
+    known = {
+        name
+        for command in commands.values()
+        for parameter in command.params
+        for name in (*parameter.opts, *parameter.secondary_opts)
+    }
+    text = (ROOT / "README.md").read_text()
+    section = text[text.index("## Coming from vLLM") : text.index("## Figures")]
+    rows = [row.strip("|").split("|") for row in section.splitlines() if row.startswith("|")]
+    prose = section[: section.index("| vLLM |")]
+    ours = " ".join([prose, *(row[-1] for row in rows)])
+    used = set(re.findall(r"--[a-z][a-z-]*", ours))
+    assert len(used) > 40
+    assert used <= known
