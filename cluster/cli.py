@@ -323,6 +323,19 @@ def build(
 
 
 @command(app)
+def models(
+    path: Annotated[
+        str | None, typer.Argument(metavar="[MODEL]", help="A GGUF file, directory or Hub id.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the architectures there are definitions for, or say what one model resolves to."""
+    from tensorray.cluster import models as listing
+
+    listing.run(path, as_json=as_json)
+
+
+@command(app)
 def api_key(
     name: Annotated[str, typer.Argument(help="Whose it is, in one word.")],
     file: Annotated[
