@@ -10,6 +10,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -320,6 +321,42 @@ def build(
     from tensorray.cluster import build_command
 
     build_command.run(settings, as_json=as_json)
+
+
+@command(app)
+def convert(
+    source: Annotated[Path, typer.Argument(help="A .nemo archive, a state dict, a directory.")],
+    target: Annotated[Path, typer.Argument(metavar="DEST", help="Directory to make.")],
+    config_file: Annotated[
+        Path | None,
+        typer.Option("--config", metavar="FILE", help="Instead of the source's own config."),
+    ] = None,
+    vocab_size: Annotated[
+        int | None,
+        typer.Option(min=1, help="Tokens; rows after them, the trainer's padding, are cut off."),
+    ] = None,
+    shard_size: Annotated[
+        float, typer.Option(min=0.001, metavar="GB", help="Largest file to write.")
+    ] = 5.0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the mapping only.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Convert another trainer's checkpoint to safetensors, showing what becomes of each tensor.
+
+    Reads NeMo's archives and distributed checkpoints, Megatron's, Meta's, and PyTorch state dicts.
+    Pickles are read as data: nothing in them is run, and what is no tensor is refused by name.
+    """
+    from tensorray.cluster import convert_command
+
+    convert_command.run(
+        source,
+        target,
+        config=config_file,
+        vocab_size=vocab_size,
+        shard_bytes=int(shard_size * 1e9),
+        dry_run=dry_run,
+        as_json=as_json,
+    )
 
 
 @command(app)

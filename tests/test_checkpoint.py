@@ -260,7 +260,7 @@ def edit_config(directory: Path, **keys: Any) -> None:
 
 
 def only_pickles(directory: Path) -> None:
-    (directory / "model.safetensors").rename(directory / "pytorch_model.bin")
+    (directory / "model.safetensors").rename(directory / "weights.pth")
 
 
 def lose_shard(directory: Path) -> None:

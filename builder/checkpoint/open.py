@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from tensorray.builder.checkpoint import gguf, pickles, safetensors
+from tensorray.builder.checkpoint import gguf, pickles, safetensors, torch_file
 from tensorray.builder.checkpoint.base import Checkpoint, CheckpointError
 from tensorray.builder.checkpoint.config import CONFIG, read_config, read_generation_config
 from tensorray.builder.checkpoint.dummy import DummyCheckpoint
@@ -145,7 +145,7 @@ def open_checkpoint(
     if load_format == "dummy":
         return DummyCheckpoint(path, config, generation_config)
     quantization = read_quantization(config, path)
-    tensors = safetensors.open_tensors(path)
+    tensors = safetensors.open_tensors(path) or torch_file.open_tensors(path)
     if not tensors:
         if any(file.suffix in pickles.SUFFIXES for file in path.iterdir()):
             raise CheckpointError(pickles.refusal(path))

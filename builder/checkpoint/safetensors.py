@@ -44,6 +44,14 @@ _DTYPES: Mapping[str, np.dtype[Any]] = {
 }
 
 
+def dtype_name(dtype: np.dtype[Any]) -> str:
+    """The format's name of a dtype; raises CheckpointError if it has none."""
+    for name, known in _DTYPES.items():
+        if known == dtype:
+            return name
+    raise CheckpointError(f"safetensors files have no dtype {dtype}")
+
+
 def weight_files(directory: Path) -> list[Path]:
     """The safetensors files of a directory in Hub layout, shards of an index included.
 

@@ -147,7 +147,9 @@ class FileTensor(StoredTensor):
     def slab(self, index: int) -> FileTensor:
         rest = self.stored[1:]
         step = prod(rest[:-1]) * self.row_bytes
-        return replace(self, stored=rest, offset=self.offset + index * step)
+        # What is left of two axes is rows of one value.
+        row_bytes = self.row_bytes if len(rest) > 1 else self.row_bytes // max(1, rest[0])
+        return replace(self, stored=rest, offset=self.offset + index * step, row_bytes=row_bytes)
 
 
 class TensorCheckpoint:
