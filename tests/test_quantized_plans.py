@@ -16,6 +16,7 @@ from helpers.network_eval import evaluate
 from helpers.published_configs import PUBLISHED
 from helpers.quantized_files import float8_compressed, gptq, packed
 
+from tensorray.actors.fused_segment import FusedSegment
 from tensorray.builder.array_ops import ArrayOps
 from tensorray.builder.build import (
     LocalWorkers,
@@ -47,7 +48,7 @@ from tensorray.builder.registry import resolve
 from tensorray.builder.store import DirectoryStore
 from tensorray.builder.tensorrt_flavour import Flavour, NeedsKernels, TensorRTError, load_flavour
 from tensorray.builder.tensorrt_ops import TensorRTOps
-from tensorray.kernels.quantized import Kind, QuantizedWeight, pack_int4
+from tensorray.kernels.quantized import Kind, QuantizedWeight, dequantize, pack_int4
 
 ONE_PROFILE = ProfileSet((Profile(1, 8, 64),))
 KINDS: tuple[Kind, ...] = ("int4", "int8", "float8")
@@ -138,6 +139,18 @@ def test_quantized_segments_are_the_same_math(product: Product) -> None:
     np.testing.assert_array_equal(found, expected)
     assert products(segment) == [replace(product, group=32 if product.group else None)]
     assert products(MLP) == []
+
+
+@pytest.mark.parametrize("rows", [1, 5, 40])
+def test_fused_segments_run_on_quantized_weights(rows: int) -> None:
+    """What own kernels run is the segment as it was traced, whatever its weights are."""
+    forms = mlp_forms(Product("int4", 32, True, True, False))
+    _, weights = mlp_arrays(forms)
+    x = np.random.default_rng(3).standard_normal((rows, 64)).astype(np.float32)
+    (found,) = FusedSegment(MLP, rows, np).run([x], weights)
+    dense = [dequantize(w) if isinstance(w, QuantizedWeight) else w for w in weights]
+    (expected,) = MLP.run(ArrayOps(np, {}), [x], dense)
+    assert np.linalg.norm(found - expected) < 1e-5 * np.linalg.norm(expected)
 
 
 # --- what TensorRT makes of them -----------------------------------------------------------------

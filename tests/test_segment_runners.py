@@ -30,9 +30,11 @@ from tensorray.builder.graph import DTypes, Program, Segment, trace
 from tensorray.builder.load import load_weights
 from tensorray.builder.model import ShardWeights, Weights
 from tensorray.builder.plan import Plan, Profile, ProfileSet
+from tensorray.builder.quantized_segment import form_of, quantized_segment
 from tensorray.builder.registry import resolve
 from tensorray.builder.store import PlanStore, StoreError, open_store
 from tensorray.builder.tensorrt_flavour import GPU, Flavour, TargetError, TensorRTError
+from tensorray.kernels.quantized import QuantizedWeight
 
 #: Gemma's: the residual stream is wider than products.
 DTYPES = DTypes("float16", "float32")
@@ -419,6 +421,38 @@ def test_quantized_weights_run_by_own_kernels(bench: Bench) -> None:
     assert runners.get(head, 1).backend == "tensorrt"
     middle = max(bench.segments, key=lambda each: len(each.nodes))
     assert runners.get(middle, 1).backend == "kernels"
+
+
+def quantized(weight: Any) -> QuantizedWeight:
+    """Rounded to int8, a scale a row."""
+    values = np.asarray(weight).astype(np.float32)
+    scales = np.abs(values).max(axis=1, keepdims=True) / 127
+    codes = np.rint(values / scales).astype(np.int8)
+    return QuantizedWeight("int8", values.shape[1], cupy.asarray(codes), cupy.asarray(scales))
+
+
+def test_plans_for_quantized_weights(bench: Bench) -> None:
+    """Are other plans than those for float weights, checked and run with codes and scales."""
+    layers = {
+        layer: Weights({**weights.arrays, "gate_up": quantized(weights.gate_up)})
+        for layer, weights in bench.weights.layers.items()
+    }
+    weights = replace(bench.weights, layers=layers)
+    bench.fill()
+    middle = max(bench.segments, key=lambda each: len(each.nodes))
+    assert bench.start(weights=weights).get(middle, 1).backend == "kernels"
+    (request,) = [each for each in bench.requests() if each.segment == middle]
+    sets = segment_runners.weight_sets(bench.program, weights)[middle]
+    changed = quantized_segment(middle, [form_of(weight) for weight in sets[0]])
+    bench.store.put(plan_of(replace(request, segment=changed)))
+    runners = bench.start(weights=weights)
+    assert not runners.rejected
+    assert runners.get(middle, 1).backend == "tensorrt"
+    # With one layer that is not quantized, no plan serves all.
+    one = min(layers)
+    layers = {**layers, one: bench.weights.layers[one]}
+    mixed = bench.start(weights=replace(bench.weights, layers=layers))
+    assert mixed.get(middle, 1).backend == "kernels"
 
 
 # --- what is asked for ----------------------------------------------------------------------------
