@@ -11,23 +11,12 @@
 constexpr int WARPS = 4;
 constexpr int THREADS = WARPS * 32;
 constexpr int ROWS = WARPS * 16;
-constexpr int ROW = HEAD_DIM + 8;             // elements
-constexpr int CHUNKS = HEAD_DIM / 8;          // of 16 bytes, of a row of Ts
-constexpr bool NARROW = sizeof(KV) == 1;   // the pages are float8: widened in shared memory
+constexpr int ROW = HEAD_DIM + 8;         // elements
+constexpr int CHUNKS = HEAD_DIM / 8;      // of 16 bytes, of a row of Ts
+constexpr bool NARROW = sizeof(KV) == 1;  // the pages are float8: widened in shared memory
 constexpr int CACHE_CHUNKS = HEAD_DIM * sizeof(KV) / 16;
 // Queries stay in registers if there is room, else in shared memory.
 constexpr bool Q_IN_REGISTERS = HEAD_DIM <= 128;
-
-__device__ __forceinline__ void copy_async(void* to, const void* from, bool valid) {
-  // An invalid chunk becomes zeros, and nothing is read.
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)),
-               "l"(from), "r"(valid ? 16 : 0)
-               : "memory");
-}
-__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-__device__ __forceinline__ void wait_for_copies() {
-  asm volatile("cp.async.wait_group 0;" ::: "memory");
-}
 
 __device__ __forceinline__ void load_matrices(FragmentA& m, const T* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
@@ -51,16 +40,15 @@ struct Shared {
 static_assert(!Q_IN_REGISTERS || ROWS <= 2 * KEYS);
 
 extern "C" __global__ void __launch_bounds__(THREADS)
-    prefill_mma(const T* q, const KV* k_pages, const KV* v_pages,
-                const int* query_starts, const int* seq_lens, const int* block_table, T* out,
-                const Step step) {
+    prefill_mma(const T* q, const KV* k_pages, const KV* v_pages, const int* query_starts,
+                const int* seq_lens, const int* block_table, T* out, const Step step) {
   extern __shared__ __align__(16) unsigned char memory[];
   Shared& shared = *reinterpret_cast<Shared*>(memory);
   unsigned char* const behind = memory + sizeof(Shared);
   KV* const narrow_k = reinterpret_cast<KV*>(behind);  // if NARROW
   KV* const narrow_v = narrow_k + KEYS * HEAD_DIM;
-  T* const q_shared = Q_IN_REGISTERS  ? shared.k
-                            : NARROW ? reinterpret_cast<T*>(narrow_v + KEYS * HEAD_DIM)
+  T* const q_shared = Q_IN_REGISTERS ? shared.k
+                      : NARROW       ? reinterpret_cast<T*>(narrow_v + KEYS * HEAD_DIM)
                                      : reinterpret_cast<T*>(behind);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   wait_for_previous_kernel();
@@ -98,12 +86,12 @@ extern "C" __global__ void __launch_bounds__(THREADS)
       const bool valid = at >= 0;
       void* target = NARROW ? static_cast<void*>(narrow + row * HEAD_DIM + column)
                             : static_cast<void*>(to + row * ROW + column);
-      copy_async(target, pages + (valid ? at : 0) + column, valid);
+      copy_async(shared_address(target), pages + (valid ? at : 0) + column, valid);
     }
     commit_copies();
   };
   const auto land = [&](T* to, const KV* narrow) {
-    wait_for_copies();
+    wait_for_copies<0>();
     __syncthreads();
     if constexpr (NARROW) {
       for (int i = threadIdx.x; i < KEYS * CHUNKS; i += THREADS) {
@@ -124,11 +112,12 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   for (int i = threadIdx.x; i < ROWS * CHUNKS; i += THREADS) {
     const int row = i / CHUNKS, column = i % CHUNKS * 8;
     const bool valid = row < rows;
-    copy_async(q_shared + row * ROW + column, q + (valid ? row_of(row, step.q_stride) + column : 0), valid);
+    const T* from = q + (valid ? row_of(row, step.q_stride) + column : 0);
+    copy_async(shared_address(q_shared + row * ROW + column), from, valid);
   }
   commit_copies();
   if (any) place_keys(key_tile * KEYS, 0);
-  wait_for_copies();
+  wait_for_copies<0>();
   __syncthreads();
   const T* const q_fragment =
       q_shared + (warp * 16 + lane % 16) * ROW + lane / 16 * 8;
@@ -144,7 +133,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   const int position[2] = {tile.first_position + row0 / step.share,
                            tile.first_position + (row0 + 8) / step.share};
   float accumulator[HEAD_DIM / 8][4] = {};
-  float row_max[2] = {-CUDART_INF_F, -CUDART_INF_F}, row_sum[2] = {};  // sum: of this thread's columns
+  float row_max[2] = {-CUDART_INF_F, -CUDART_INF_F};
+  float row_sum[2] = {};  // of this thread's columns
   const float exponent = (SOFTCAP ? 1.0f : step.scale) * LOG2E;
   const bool works = any && warp * 16 < rows;
 

@@ -10,6 +10,7 @@
 
 #include <math_constants.h>
 
+#include "async_copy.cuh"
 #include "common.cuh"
 
 // What a step's launch is told; the same for every tile.
@@ -37,27 +38,31 @@ struct Tile {
   int low, high;  // the keys that any query of the tile sees; high <= 0: none
 };
 
-// Warp-collective. The sequence of a tile number: the last s with query_starts[s] / Q + s <= number.
-__device__ __forceinline__ int find_sequence(const int* query_starts, const Step& step, int number) {
+// Warp-collective. How many of the numbers from 0 to `count` - 1 hold; all that do come first.
+template <typename Holds>
+__device__ __forceinline__ int count_while(int count, Holds holds) {
   const int lane = threadIdx.x & 31;
-  int low = 0, count = step.sequences + 1;
-  while (count > 1) {
+  int found = 0;
+  while (count > 0) {
     const int stride = (count + 31) >> 5;
-    const int probe = low + lane * stride;
-    const bool holds = lane * stride < count &&
-                       query_starts[probe] / step.queries_per_tile + probe <= number;
-    const int last = max(__popc(__ballot_sync(~0u, holds)) - 1, 0) * stride;
-    low += last;
-    count = min(stride, count - last);
+    const bool held = lane * stride < count && holds(found + lane * stride);
+    const int probes = __popc(__ballot_sync(~0u, held));
+    if (probes == 0) break;
+    const int below = (probes - 1) * stride + 1;
+    found += below;
+    count = min(stride - 1, count - below);
   }
-  return low;
+  return found;
 }
 
 // Warp-collective.
 __device__ __forceinline__ Tile find_tile(const int* query_starts, const int* seq_lens,
                                           const Step& step, int number) {
   Tile tile;
-  const int s = tile.sequence = find_sequence(query_starts, step, number);
+  const int s = count_while(step.sequences + 1, [&](int i) {
+                  return query_starts[i] / step.queries_per_tile + i <= number;
+                }) - 1;
+  tile.sequence = s;
   const bool real = s < step.sequences;
   const int begin = query_starts[s];
   const int end = real ? query_starts[s + 1] : step.tokens;
@@ -85,8 +90,4 @@ __device__ __forceinline__ float exp2_fast(float x) {
 __device__ __forceinline__ float soft_cap(float x, float cap) {
   const float e = exp2_fast(x * (2.0f * LOG2E / cap));
   return cap - __fdividef(2.0f * cap, e + 1.0f);
-}
-
-__device__ __forceinline__ unsigned shared_address(const void* pointer) {
-  return static_cast<unsigned>(__cvta_generic_to_shared(pointer));
 }

@@ -1,12 +1,13 @@
 """Attention of packed queries over a paged KV cache, for steps in which a sequence may have many.
 
-prefill.cu serves the tensor cores of any GPU from compute capability 8.0 on. Which tile of which
-sequence a block works on is found on the device, so a launch depends on array shapes only and can
-be captured in a CUDA graph.
+prefill_hopper.cu (wgmma, TMA) serves Hopper and the usual head sizes, prefill.cu (mma.sync) the
+rest, any GPU from compute capability 8.0 on. Which tile of which sequence a block works on is found
+on the device, so a launch depends on array shapes only and can be captured in a CUDA graph.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -30,10 +31,28 @@ _MAX_HEAD_DIM = 256
 _MMA_WARPS = 4
 _MMA_ROWS = 16 * _MMA_WARPS
 
+# By head size: keys of a tile and stages of the ring. A thread has registers for 128 scores and 64
+# results, or the other way round.
+_WGMMA_SHAPES = {64: (128, 2), 128: (128, 2), 256: (64, 2)}
+_WGMMA_ROWS = 128
+_WGMMA_THREADS = 384
+_COLUMN = 64  # elements of a row that lie together in shared memory
+_MMA_TYPES = {"__half": "f16", "__nv_bfloat16": "bf16"}
 
-def _mma_constants(dtype: str, kv: str, head_dim: int, softcap: bool) -> dict[str, int | str]:
+Constants = dict[str, int | str]
+
+
+def _mma_constants(dtype: str, kv: str, head_dim: int, softcap: bool) -> Constants:
     keys = 64 if head_dim <= 128 else 32
     return {"T": dtype, "KV": kv, "HEAD_DIM": head_dim, "KEYS": keys, "SOFTCAP": int(softcap)}
+
+
+def _wgmma_constants(dtype: str, kv: str, head_dim: int, softcap: bool) -> Constants:
+    keys, stages = _WGMMA_SHAPES[head_dim]
+    return {
+        **{"T": dtype, "MMA_TYPE": _MMA_TYPES[dtype], "KV": kv, "HEAD_DIM": head_dim},
+        **{"KEYS": keys, "STAGES": stages, "SOFTCAP": int(softcap)},
+    }
 
 
 CONSTANT_SETS = {
@@ -41,7 +60,12 @@ CONSTANT_SETS = {
         _mma_constants("__half", "__half", 128, False),
         _mma_constants("__nv_bfloat16", "__nv_fp8_e4m3", 256, True),
         _mma_constants("__nv_bfloat16", "__nv_bfloat16", 80, False),
-    ]
+    ],
+    # For sm_90a; elsewhere it is an empty file.
+    "prefill_hopper.cu": [
+        _wgmma_constants("__half", "__half", 128, False),
+        _wgmma_constants("__nv_bfloat16", "__nv_fp8_e4m3", 256, True),
+    ],
 }
 
 
@@ -69,32 +93,119 @@ def paged_attention(
     import cupy
 
     _check(q, k_pages, v_pages, query_starts, seq_lens, block_table, scale)
-    tokens, heads, head_dim = q.shape
-    kv_heads, block_size = k_pages.shape[1:3]
-    share = _largest_divisor(heads // kv_heads, _MMA_ROWS)
-    queries_per_tile = _MMA_ROWS // share
-    step = np.array(
-        (
-            *(tokens, len(seq_lens), heads, kv_heads, share, queries_per_tile),
-            *(q.strides[0] // q.itemsize, block_size),
-            block_table.strides[0] // block_table.itemsize,
-            min(window or _NO_WINDOW, _NO_WINDOW),
-            *(scale * kv_scale, softcap or 0.0, kv_scale),
-        ),
-        _STEP,
-    )[()]
+    hopper = (
+        q.shape[2] in _WGMMA_SHAPES
+        and k_pages.shape[2] % 8 == 0
+        and _is_hopper(cupy.cuda.runtime.getDevice())
+    )
     out = cupy.empty(q.shape, q.dtype)
+    if not q.size:
+        return out
+    (_launch_wgmma if hopper else _launch_mma)(
+        *(q, k_pages, v_pages, query_starts, seq_lens, block_table, out),
+        *(scale, window, softcap, kv_scale),
+    )
+    return out
+
+
+def _launch_mma(
+    q: Any,
+    k_pages: Any,
+    v_pages: Any,
+    query_starts: Any,
+    seq_lens: Any,
+    block_table: Any,
+    out: Any,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    kv_scale: float,
+) -> None:
+    head_dim = q.shape[2]
+    step = _step(_MMA_ROWS, q, k_pages, block_table, scale, window, softcap, kv_scale)
     constants = _mma_constants(ctype(q), ctype(k_pages), head_dim, softcap is not None)
     shared_bytes = _mma_shared_bytes(head_dim, int(constants["KEYS"]), k_pages.itemsize)
     kernel = compiler.load("prefill.cu", None, **constants).function("prefill_mma", shared_bytes)
-    tiles = tokens // queries_per_tile + len(seq_lens) + 1
     kernel(
-        (tiles, heads // share),
+        (_tiles(step), q.shape[1] // int(step["share"])),
         (32 * _MMA_WARPS,),
         *(q, k_pages, v_pages, query_starts, seq_lens, block_table, out, step),
         overlap=True,
     )
-    return out
+
+
+def _launch_wgmma(
+    q: Any,
+    k_pages: Any,
+    v_pages: Any,
+    query_starts: Any,
+    seq_lens: Any,
+    block_table: Any,
+    out: Any,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    kv_scale: float,
+) -> None:
+    heads, head_dim = q.shape[1:]
+    keys, stages = _WGMMA_SHAPES[head_dim]
+    step = _step(_WGMMA_ROWS, q, k_pages, block_table, scale, window, softcap, kv_scale)
+    share, queries = int(step["share"]), int(step["queries_per_tile"])
+    block_size = k_pages.shape[2]
+    box_rows = min(keys, block_size & -block_size)  # of a page that one copy takes
+    width = head_dim * q.itemsize
+    q_map = _tensor_map(
+        q.data.ptr, 2, (head_dim, heads, len(q)), (width, q.strides[0]), (_COLUMN, share, queries)
+    )
+    narrow = k_pages.itemsize == 1
+    page_box = (head_dim if narrow else _COLUMN, box_rows)
+    k_map, v_map = (
+        _tensor_map(
+            *(pages.data.ptr, pages.itemsize, (head_dim, pages.size // head_dim)),
+            *((head_dim * pages.itemsize,), page_box),
+        )
+        for pages in (k_pages, v_pages)
+    )
+    # Matrices, room to align them by 1024, barriers and the like.
+    shared_bytes = (_WGMMA_ROWS + 2 * stages * keys + narrow * keys) * width + 2048
+    constants = _wgmma_constants(ctype(q), ctype(k_pages), head_dim, softcap is not None)
+    module = compiler.load("prefill_hopper.cu", None, **constants)
+    module.function("prefill_wgmma", shared_bytes)(
+        (min(_multiprocessors(), _tiles(step) * (heads // share)),),
+        (_WGMMA_THREADS,),
+        *(q_map, k_map, v_map, query_starts, seq_lens, block_table, out, _taken()),
+        *(box_rows, step),
+        overlap=True,
+    )
+
+
+def _step(
+    rows: int,
+    q: Any,
+    k_pages: Any,
+    block_table: Any,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    kv_scale: float,
+) -> Any:
+    """What a kernel with tiles of `rows` rows is told, a scalar of _STEP."""
+    tokens, heads = q.shape[:2]
+    kv_heads, block_size = k_pages.shape[1:3]
+    share = _largest_divisor(heads // kv_heads, rows)
+    values = (
+        *(tokens, len(block_table), heads, kv_heads, share, rows // share),
+        *(q.strides[0] // q.itemsize, block_size),
+        block_table.strides[0] // block_table.itemsize,
+        min(window or _NO_WINDOW, _NO_WINDOW),
+        *(scale * kv_scale, softcap or 0.0, kv_scale),
+    )
+    return np.array(values, _STEP)[()]
+
+
+def _tiles(step: Any) -> int:
+    """Numbers enough for the tiles of any division of the tokens (prefill.cuh)."""
+    return int(step["tokens"] // step["queries_per_tile"] + step["sequences"]) + 1
 
 
 def _check(
@@ -150,3 +261,69 @@ def _mma_shared_bytes(head_dim: int, keys: int, cache_itemsize: int) -> int:
     narrow = 2 * keys * head_dim if cache_itemsize == 1 else 0
     queries = 0 if head_dim <= 128 else _MMA_ROWS * row
     return 2 * keys * row + 2 * 8 * keys + narrow + queries
+
+
+@functools.lru_cache(maxsize=4096)
+def _tensor_map(
+    address: int,
+    itemsize: int,
+    extents: tuple[int, ...],
+    strides: tuple[int, ...],
+    box: tuple[int, ...],
+) -> Any:
+    """A TMA descriptor, as a kernel argument; extents innermost first, strides in bytes from the
+    second extent on. Boxes of 16-bit elements land swizzled by 128 bytes, of 8-bit ones plainly."""
+    from cuda.bindings import driver
+
+    types, swizzles = driver.CUtensorMapDataType, driver.CUtensorMapSwizzle
+    element, swizzle = {
+        1: (types.CU_TENSOR_MAP_DATA_TYPE_UINT8, swizzles.CU_TENSOR_MAP_SWIZZLE_NONE),
+        2: (types.CU_TENSOR_MAP_DATA_TYPE_UINT16, swizzles.CU_TENSOR_MAP_SWIZZLE_128B),
+    }[itemsize]
+    result, encoded = driver.cuTensorMapEncodeTiled(
+        element,
+        len(extents),
+        address,
+        [driver.cuuint64_t(extent) for extent in extents],
+        [driver.cuuint64_t(stride) for stride in strides],
+        [driver.cuuint32_t(extent) for extent in box],
+        [driver.cuuint32_t(1)] * len(extents),
+        driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
+        swizzle,
+        driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+        driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+    )
+    if int(result):
+        raise compiler.LaunchError(
+            f"TMA can't describe extents {extents}, strides {strides}, box {box}: {result.name}"
+        )
+    return np.array([int(word) for word in encoded.opaque], np.uint64).view("V128")[0]
+
+
+@functools.cache
+def _is_hopper(device: int) -> bool:
+    import cupy
+
+    return bool(cupy.cuda.Device(device).compute_capability == "90")
+
+
+@functools.cache
+def _multiprocessors() -> int:
+    import cupy
+
+    count: int = cupy.cuda.Device().attributes["MultiProcessorCount"]
+    return count
+
+
+_counters: dict[tuple[int, int], Any] = {}
+
+
+def _taken() -> Any:
+    """Zeros by which blocks share out tiles, left zeros; one array a device and stream."""
+    import cupy
+
+    key = (cupy.cuda.runtime.getDevice(), cupy.cuda.get_current_stream().ptr)
+    known = _counters.get(key)
+    if known is None:
+        known = _counters[key] = cupy.zeros(2, "uint32")
+    return known

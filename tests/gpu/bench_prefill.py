@@ -1,6 +1,6 @@
 """Prefill attention: TFLOP/s on a GPU, replayed from a CUDA graph, beside PyTorch's if installed.
 
-    python tests/gpu/bench_prefill.py [--dtype float16]
+    python tests/gpu/bench_prefill.py [--dtype float16] [--mma]
 
 Operations are counted by the keys that each query sees, so causal ones count half. Every replay
 takes other arrays of a set larger than the L2 cache. PyTorch has the same sequences in padded
@@ -127,7 +127,11 @@ def pytorch(queries: list[int], head_dim: int, dtype: str) -> float | None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--dtype", default="float16", choices=["float16", "bfloat16"])
-    dtype = parser.parse_args().dtype
+    parser.add_argument("--mma", action="store_true", help="without Hopper's own kernel")
+    parsed = parser.parse_args()
+    dtype = parsed.dtype
+    if parsed.mma:
+        prefill._WGMMA_SHAPES.clear()
     rng = np.random.default_rng(0)
     mixed = rng.integers(16, 1025, 64).tolist()
     shapes: dict[str, tuple[list[int], list[int]]] = {

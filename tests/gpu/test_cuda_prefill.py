@@ -5,7 +5,7 @@ What no query may see is NaN in the pages, and so is what the output's memory he
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import ml_dtypes
@@ -46,7 +46,6 @@ class Case:
     padded_tokens: int = 0
     padded_sequences: int = 0
     seed: int = 0
-    scale: float = field(default=0.0)  # 1 / sqrt(head_dim)
 
 
 class Step:
@@ -64,7 +63,7 @@ class Step:
         tokens = self.used + case.padded_tokens
         self.q = rng.standard_normal((tokens, case.heads, case.head_dim)).astype(dtype)
         # Sharper than what random vectors give, so that a wrong key shows.
-        self.scale = case.scale or 1.5 * case.head_dim**-0.5
+        self.scale = 1.5 * case.head_dim**-0.5
         blocks = -(-lens // case.block_size)
         total = int(blocks.sum()) + 3
         ids = rng.permutation(total)
@@ -105,11 +104,8 @@ class Step:
     def run(self, arrays: list[Any] | None = None) -> Any:
         case = self.case
         arrays = arrays or self.arrays()
-        poison = cupy.full(self.q.shape, float("nan"), np.float32).view(np.uint8)
-        poison[: self.q.nbytes].fill(0xFF)
-        del poison
-        other = cupy.full(self.q.shape, 0xFFFF, np.uint16)  # the pool hands this memory out next
-        del other
+        poison = cupy.full(self.q.shape, 0xFFFF, np.uint16)  # NaN of either type
+        del poison  # the pool hands this memory out next
         out = prefill.paged_attention(
             *arrays,
             scale=self.scale,
@@ -129,8 +125,7 @@ def on_gpu(x: Any) -> Any:
 
 
 def to_numpy(x: Any, dtype: Any) -> Any:
-    plain = {2: np.uint16, 4: np.uint32}[dtype.itemsize]
-    return x.view(plain).get().view(dtype)
+    return x.view(np.uint16).get().view(dtype)
 
 
 def check(case: Case) -> None:
@@ -156,6 +151,16 @@ RAGGED = ([37, 1, 130, 64, 1, 5], [0, 300, 65, 0, 15, 16])
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_heads_share_keys(group: int, head_dim: int) -> None:
     check(Case(*RAGGED, heads=2 * group, kv_heads=2, head_dim=head_dim, seed=group))
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("cache", ["", "float8"])
+def test_the_kernel_for_other_gpus(
+    head_dim: int, cache: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prefill, "_WGMMA_SHAPES", {})
+    check(Case(*RAGGED, heads=6, kv_heads=2, head_dim=head_dim, cache=cache, padded_tokens=9))
+    check(Case(*RAGGED, head_dim=head_dim, cache=cache, window=70, softcap=9.0, dtype="bfloat16"))
 
 
 @pytest.mark.parametrize("head_dim", [16, 32, 48, 80, 96, 112, 144, 160, 192, 240])
@@ -216,7 +221,7 @@ def test_sequences_without_queries() -> None:
     check(Case([1], [0]))
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", range(24))
 def test_random_steps(seed: int) -> None:
     rng = np.random.default_rng(seed)
     count = int(rng.integers(1, 60))
@@ -247,7 +252,7 @@ def test_random_steps(seed: int) -> None:
 
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_many_queries_of_many_heads(head_dim: int) -> None:
-    check(Case([2500, 700], [0, 2000], heads=8, kv_heads=2, head_dim=head_dim))
+    check(Case([1300, 500], [0, 900], heads=8, kv_heads=2, head_dim=head_dim))
 
 
 @pytest.mark.parametrize("heads", [71, 128, 160])
