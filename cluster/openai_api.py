@@ -35,6 +35,10 @@ _REFUSED: dict[str, tuple[tuple[object, ...], str]] = {
     "audio": (_OFF, "only text can be generated"),
     "prediction": (_OFF, "predicted outputs are not supported"),
     "web_search_options": ((None,), "web search is not supported"),
+    "moderation": (_OFF, "nothing is moderated here"),
+    "reasoning_effort": (_OFF, "reasoning is the template's (chat_template_kwargs)"),
+    "verbosity": (_OFF, "say in the messages how long the answer should be"),
+    "store": (_OFF, "answers are not stored"),
     "guided_decoding_backend": (_OFF, "there is one only; leave it out"),
     "guided_whitespace_pattern": (_OFF, "whitespace in JSON is free; leave it out"),
     "structural_tag": (_OFF, "use structured_outputs with a grammar"),
@@ -204,9 +208,10 @@ class GenerateRequest(ApiRequest):
 
     def guide(self) -> StructuredOutputs | None:
         """What the answer must match, however it was spelled."""
-        found = {
+        response = self.response_format
+        found: dict[str, StructuredOutputs | None] = {
             "structured_outputs": self.structured_outputs,
-            "response_format": self.response_format and self.response_format.structured_outputs(),
+            "response_format": None if response is None else response.structured_outputs(),
             **{
                 f"guided_{name}": StructuredOutputs(**{name: value})
                 for name, value in (
