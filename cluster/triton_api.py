@@ -370,7 +370,7 @@ class _Service:
         top_k, top_p = fields.get("top_k") or 0, fields.get("top_p") or 0.0
         greedy = not top_k and not top_p
         end_id = fields.get("end_id")
-        seed = int(fields.get("seed", fields.get("random_seed", 0)))
+        seed: int = fields["seed"] if "seed" in fields else fields.get("random_seed", 0)
         sampling: Fields = {
             "temperature": 0.0 if greedy else fields.get("temperature", 1.0),
             "top_k": top_k,
