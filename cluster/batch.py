@@ -219,7 +219,8 @@ async def call(app: ASGIApp, path: str, body: bytes) -> tuple[int, bytes]:
     async def receive() -> Message:
         if requests:
             return requests.pop()
-        return await asyncio.get_running_loop().create_future()  # nobody hangs up
+        never: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
+        return await never  # nobody hangs up
 
     async def send(message: Message) -> None:
         nonlocal status

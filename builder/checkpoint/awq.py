@@ -81,7 +81,8 @@ class AWQTensors(FileTensors):
         return self._outputs(".qweight", columns, rows)
 
     def scales(self, rows: slice, groups: slice) -> NDArray[np.float32]:
-        return self.fetch(".scales", np.float32, groups, rows).T
+        scales: NDArray[np.float32] = self.fetch(".scales", np.float32, groups, rows).T
+        return scales
 
     def zeros(self, rows: slice, groups: slice) -> NDArray[np.int8]:
         return self._outputs(".qzeros", groups, rows)

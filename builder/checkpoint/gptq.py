@@ -119,13 +119,17 @@ class GPTQTensors(Ordered):
     def scales(self, rows: slice, groups: slice) -> NDArray[np.float32]:
         if not self.scheme.zeros:
             self._check_symmetric(rows, groups)
-        return self.fetch(".scales", np.float32, groups, rows).T
+        scales: NDArray[np.float32] = self.fetch(".scales", np.float32, groups, rows).T
+        return scales
 
     def zeros(self, rows: slice, groups: slice) -> NDArray[np.int8]:
         words, inside = word_span(rows, 32 // self._bits)
         zeros = unpack(self.fetch(".qzeros", np.int32, groups, words), self._bits)[:, inside]
         largest = np.uint8((1 << self._bits) - 1)
-        return signed((zeros + np.uint8(self._zero_offset)) & largest, self._bits).T
+        centred: NDArray[np.int8] = signed(
+            (zeros + np.uint8(self._zero_offset)) & largest, self._bits
+        ).T
+        return centred
 
     def _check_symmetric(self, rows: slice, groups: slice) -> None:
         if self.zeros(rows, groups).any():

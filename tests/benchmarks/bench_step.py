@@ -19,9 +19,9 @@ import numpy as np
 
 from tensorray import kernels
 from tensorray.builder.array_ops import ArrayOps, LayerKV
-from tensorray.builder.shares import weight_shape
 from tensorray.builder.model import ShardWeights, Weight, Weights
 from tensorray.builder.models.gemma3 import Gemma3
+from tensorray.builder.shares import weight_shape
 from tensorray.kernels import native
 from tensorray.kernels.batch import Batch
 
