@@ -68,12 +68,23 @@ def run(config: EngineConfig, source: str, target: str) -> None:
         from tensorray.cluster.ingress import create_app
         from tensorray.cluster.llm import LLM
 
-        logging.getLogger("ray.serve").setLevel(logging.ERROR)  # the answers say it as well
-        with LLM(**dict(config)) as llm:
+        with _quiet(), LLM(**dict(config)) as llm:
             unguarded = {name: None for name in EngineConfig.model_fields if "api_key" in name}
             here = llm.config.model_copy(update={**unguarded, "api_key": []})
             app = create_app(llm.frontend, _Backend(llm.client), here)
             llm.run(answer(app, lines, output, done, window=4 * config.max_num_seqs))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No warnings about requests: their answers say it as well."""
+    log = logging.getLogger("ray.serve")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
 
 
 def read(path: Path) -> Iterator[Line]:
