@@ -27,8 +27,11 @@ typecheck: $(VENV)/.installed-dev
 	@for room in $(ROOMS); do ln -sfn ../../$$room .typecheck/tensorray/$$room; done
 	@MYPYPATH=.typecheck $(BIN)/mypy $(addprefix -p tensorray.,$(ROOMS))
 
+# Unit tests side by side; then those that start a cluster or hold a model, one at a time.
+# PYTEST_ARGS may narrow either down to nothing, which pytest calls 5.
 pytest: $(VENV)/.installed-dev
-	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -n 2 --dist worksteal -m "not ray and not model" $(PYTEST_ARGS) || [ $$? -eq 5 ]
+	@$(BIN)/python -m pytest -m "ray or model" $(PYTEST_ARGS) || [ $$? -eq 5 ]
 
 # REFERENCE_PYTHON=/path/to/python, one with torch and transformers, adds the comparison.
 bench: $(VENV)/.installed-demo

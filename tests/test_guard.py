@@ -147,9 +147,10 @@ async def test_limits_are_each_keys_own(model: Path) -> None:
 async def test_a_stream_counts_until_it_ends_or_its_client_leaves(model: Path) -> None:
     limits = {"api_key": ["a"], "api_key_concurrency": 1}
     long = {"prompt": "Hi", "max_tokens": 200, "ignore_eos": True, "stream": True}
-    async with serving(model, limits=limits, step_ms=5) as (client, _):
+    async with serving(model, limits=limits, step_ms=5) as (client, backend):
         first = asyncio.ensure_future(client.post(COMPLETIONS, json=long, headers=bearer("a")))
-        await asyncio.sleep(0.2)
+        while not backend.engine.scheduler.unfinished:
+            await asyncio.sleep(0.01)
         answer = await client.post(COMPLETIONS, json=HI, headers=bearer("a"))
         assert (answer.status_code, first.done()) == (429, False)
         assert "1 requests at once" in answer.json()["error"]["message"]

@@ -491,7 +491,8 @@ def test_idle_threads_take_no_time() -> None:
     time.sleep(0.05)
     before = time.process_time()
     time.sleep(0.5)
-    assert time.process_time() - before < 0.1
+    # Three threads that spin would take 1.5 s.
+    assert time.process_time() - before < 0.4
 
 
 @needs_native

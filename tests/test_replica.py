@@ -78,7 +78,7 @@ async def test_a_shard_answers_like_one_in_this_process_and_its_death_is_noticed
         await asyncio.sleep(0)
         os.kill(described["pid"], signal.SIGKILL)
         with pytest.raises(ShardError, match="connection ended"):
-            await asyncio.wait_for(waiting, 2)
+            await asyncio.wait_for(waiting, 30)
 
 
 async def test_what_can_not_load_says_why_and_leaves_nothing(ray_cluster: None) -> None:
@@ -108,7 +108,7 @@ async def test_only_the_lost_shard_is_started_again(ray_cluster: None) -> None:
             killed = time.monotonic()
             os.kill(before[lost], signal.SIGKILL)
             with pytest.raises(ShardError, match=f"rank {lost}: the shard's conn") as e:
-                await asyncio.wait_for(waiting, 2)
+                await asyncio.wait_for(waiting, 30)
             noticed = time.monotonic() - killed
             told: list[str] = []
             link = await four.recover(e.value, told.append)
@@ -172,7 +172,7 @@ async def test_shards_that_nobody_adopts_end_themselves(ray_cluster: None) -> No
     assert all(psutil.pid_exists(pid) for pid in pids)  # a lease that is held does not lapse
     await abandon(orphans)
     await until_gone(pids)
-    deadline = time.monotonic() + 15
+    deadline = time.monotonic() + 60
     while ray.available_resources().get("CPU", 0) < free + 2:
         assert time.monotonic() < deadline, "the placement group is still there"
         await asyncio.sleep(0.1)

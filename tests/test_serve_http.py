@@ -245,7 +245,7 @@ def test_a_killed_shard_is_a_pause(client: openai.OpenAI, port: int) -> None:
     os.kill(shard["pid"], signal.SIGKILL)
     killed = time.monotonic()
     while (seen := get(port, "/health"))[0] == 200:
-        assert time.monotonic() < killed + 2, "not noticed"
+        assert time.monotonic() < killed + 30, "not noticed"
     error = json.loads(seen[1])["error"]
     assert (seen[0], error["code"]) == (503, "engine_unavailable")
     assert "shards failed and are started again" in error["message"]
