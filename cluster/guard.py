@@ -18,6 +18,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from tensorray.cluster.errors import ApiError
 from tensorray.cluster.key_digests import digest
 from tensorray.cluster.responses import error_response
+from tensorray.cluster.triton_errors import for_path
 
 HEADER_BYTES = 32 << 10  # most that a request's headers may take together
 
@@ -101,7 +102,8 @@ class Guard:
                     allowance.take()
                     taken = allowance
         except ApiError as error:
-            await error_response(error)(scope, receive, send)
+            told = for_path(get_route_path(scope), error)
+            await error_response(told)(scope, receive, send)
             return
         try:
             await self._app(scope, receive, send)  # returns when a stream has ended, too

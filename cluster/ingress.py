@@ -7,18 +7,16 @@ the same process.
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from importlib.metadata import version
-from typing import Any, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast
 
 import msgspec
 from fastapi import FastAPI, Request
 from fastapi.routing import APIRoute
 from pydantic import BaseModel
-from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
@@ -26,7 +24,7 @@ from starlette.responses import Response
 
 from tensorray.cluster import openai_api as api
 from tensorray.cluster import triton_api, web_page
-from tensorray.cluster.backend import Backend
+from tensorray.cluster.backend import Backend, EngineStatus
 from tensorray.cluster.bodies import all_of, read_body, together
 from tensorray.cluster.config import EngineConfig
 from tensorray.cluster.errors import ApiError, bad_request, from_exception, unavailable
@@ -35,7 +33,9 @@ from tensorray.cluster.guard import Guard
 from tensorray.cluster.key_digests import read_keys
 from tensorray.cluster.metrics import CONTENT_TYPE
 from tensorray.cluster.openai_answers import Answer, ChatAnswer, CompletionAnswer
+from tensorray.cluster.openapi import ALWAYS, OF_BODIES, Description
 from tensorray.cluster.responses import EventStream, WholeResponse, error_response, json_response
+from tensorray.cluster.triton_errors import for_path
 
 logger = logging.getLogger("ray.serve")
 
@@ -67,37 +67,56 @@ def create_app(frontend: Frontend, backend: Backend, config: EngineConfig) -> Fa
     _protect(app, config)
     app.add_exception_handler(HTTPException, _no_route)
     service = _Service(frontend, backend, config)
-    bodies: list[type[BaseModel]] = []
+    description = Description(keys=bool(config.api_key or config.api_key_file))
 
     def route(
         method: str,
         path: str,
         endpoint: Callable[..., Coroutine[Any, Any, Response]],
         body: type[BaseModel] | None = None,
+        answer: type[Any] | str | None = None,
+        event: type[Any] | None = None,
+        errors: Sequence[int] = (),
     ) -> None:
-        extra = None
-        if body is not None:
-            bodies.append(body)
-            schema = {"$ref": f"#/components/schemas/{body.__name__}"}
-            content = {"application/json": {"schema": schema}}
-            extra = {"requestBody": {"required": True, "content": content}}
+        """`answer` is the answer's model (or media type, for text), `event` that of what is
+        streamed, `errors` are the statuses this endpoint has beside the usual ones."""
+        usual = (*ALWAYS, *OF_BODIES) if body is not None else ALWAYS
+        extra = description.operation(
+            body=body, answer=answer, event=event, errors=(*usual, *errors)
+        )
         app.add_api_route(
             path, endpoint, methods=[method], openapi_extra=extra, response_model=None
         )
 
-    route("POST", "/v1/completions", service.completions, api.CompletionRequest)
-    route("POST", "/v1/chat/completions", service.chat, api.ChatRequest)
-    route("GET", "/v1/models", service.models)
-    route("GET", "/v1/models/{name:path}", service.model)
-    route("POST", "/tokenize", service.tokenize, api.TokenizeRequest)
-    route("POST", "/detokenize", service.detokenize, api.DetokenizeRequest)
-    route("GET", "/health", service.health)
-    route("GET", "/version", service.version)
-    route("GET", "/metrics", service.metrics)
-    route("GET", "/status", service.status)
+    route(
+        "POST",
+        "/v1/completions",
+        service.completions,
+        api.CompletionRequest,
+        api.Completion,
+        api.Completion,
+    )
+    route(
+        "POST",
+        "/v1/chat/completions",
+        service.chat,
+        api.ChatRequest,
+        api.ChatCompletion,
+        api.ChatCompletionChunk,
+    )
+    route("GET", "/v1/models", service.models, answer=api.ModelList)
+    route("GET", "/v1/models/{name:path}", service.model, answer=api.Model, errors=[404])
+    route("POST", "/tokenize", service.tokenize, api.TokenizeRequest, api.Tokens)
+    route("POST", "/detokenize", service.detokenize, api.DetokenizeRequest, api.Text)
+    route("GET", "/health", service.health, answer=Health, errors=[503])
+    route("GET", "/version", service.version, answer=Version)
+    route("GET", "/metrics", service.metrics, answer="text/plain", errors=[503])
+    route("GET", "/status", service.status, answer=Status, errors=[503])
     web_page.add_routes(app)
-    triton_api.add_routes(app, frontend, backend, config.max_body_bytes, service.explain)
-    _describe(app, bodies)
+    triton_api.add_routes(
+        app, frontend, backend, config.max_body_bytes, service.explain, description
+    )
+    description.add_to(app)
     return app
 
 
@@ -116,6 +135,29 @@ def _protect(app: FastAPI, config: EngineConfig) -> None:
             allow_methods=["GET", "POST"],
             allow_headers=["Authorization", "Content-Type"],
         )
+
+
+class Health(msgspec.Struct):
+    """Answer of /health while the engine can serve."""
+
+    status: Literal["ok"] = "ok"
+
+
+class Version(msgspec.Struct):
+    """Answer of /version."""
+
+    version: str
+
+
+class Status(msgspec.Struct):
+    """Answer of /status: what is served, and each engine with its shards."""
+
+    version: str
+    models: list[str]
+    max_model_len: int
+    chat: bool
+    defaults: dict[str, Any]
+    engines: list[EngineStatus]
 
 
 class _Service:
@@ -262,11 +304,11 @@ class _Service:
         reason = await self._backend.failure()
         if reason is not None:
             return error_response(unavailable(reason))
-        return json_response(b'{"status":"ok"}')
+        return json_response(api.to_json(Health()))
 
     async def version(self) -> Response:
         """This server's version."""
-        return json_response(json.dumps({"version": VERSION}).encode())
+        return json_response(api.to_json(Version(VERSION)))
 
     async def metrics(self) -> Response:
         """Prometheus metrics of the engine, the same from every ingress replica."""
@@ -274,15 +316,15 @@ class _Service:
 
     async def status(self) -> Response:
         """What is served, and each engine with its shards: for the web page."""
-        told = {
-            "version": VERSION,
-            "models": self._frontend.model_names,
-            "max_model_len": self._frontend.max_model_len,
-            "chat": self._frontend.can_chat,
-            "defaults": self._frontend.default_params,
-            "engines": await self._backend.status(),
-        }
-        return json_response(msgspec.json.encode(told))
+        told = Status(
+            version=VERSION,
+            models=self._frontend.model_names,
+            max_model_len=self._frontend.max_model_len,
+            chat=self._frontend.can_chat,
+            defaults=self._frontend.default_params,
+            engines=await self._backend.status(),
+        )
+        return json_response(api.to_json(told))
 
     # --- common steps ---
 
@@ -346,24 +388,5 @@ async def _no_route(request: Request, error: Exception) -> Response:
         405: f"{request.url.path} does not take {request.method}; see /openapi.json.",
     }
     message = messages.get(error.status_code, str(error.detail))
-    return error_response(ApiError(error.status_code, message, headers=error.headers))
-
-
-def _describe(app: FastAPI, bodies: Sequence[type[BaseModel]]) -> None:
-    """Put the request bodies into the OpenAPI schema: endpoints read them by themselves, so that
-    errors can be OpenAI's."""
-    plain = app.openapi
-
-    def openapi() -> dict[str, Any]:
-        if app.openapi_schema is None:
-            schema = plain()
-            _, definitions = models_json_schema(
-                [(body, "validation") for body in bodies],
-                ref_template="#/components/schemas/{model}",
-            )
-            schema.setdefault("components", {}).setdefault("schemas", {}).update(
-                definitions["$defs"]
-            )
-        return plain()
-
-    app.openapi = openapi  # type: ignore[method-assign]
+    told = ApiError(error.status_code, message, headers=error.headers)
+    return error_response(for_path(request.url.path, told))

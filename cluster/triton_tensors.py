@@ -15,6 +15,7 @@ from typing import Any
 
 import msgspec
 import numpy as np
+from msgspec import UNSET, UnsetType
 
 from tensorray.cluster.bad_request import BadRequest
 
@@ -48,14 +49,16 @@ class Tensor:
     values: Sequence[Any]
 
 
-class RequestedOutput(msgspec.Struct):
+class InferOutput(msgspec.Struct):
     """An output that the client asks for by name."""
 
     name: str
     parameters: dict[str, Any] = {}
 
 
-class _Input(msgspec.Struct):
+class InferInput(msgspec.Struct):
+    """A tensor as sent; `data` is nested by dimension, or flat."""
+
     name: str
     shape: list[int]
     datatype: str
@@ -63,11 +66,32 @@ class _Input(msgspec.Struct):
     data: list[Any] | None = None
 
 
-class _Header(msgspec.Struct):
-    inputs: list[_Input]
+class InferBody(msgspec.Struct):
+    """An inference request's JSON."""
+
+    inputs: list[InferInput]
     id: str = ""
     parameters: dict[str, Any] = {}
-    outputs: list[RequestedOutput] | None = None
+    outputs: list[InferOutput] | None = None
+
+
+class AnsweredTensor(msgspec.Struct, omit_defaults=True):
+    """An output: `data` in row-major order, or `parameters.binary_data_size` bytes behind."""
+
+    name: str
+    datatype: str
+    shape: list[int]
+    data: list[Any] | UnsetType = UNSET
+    parameters: dict[str, int] | UnsetType = UNSET
+
+
+class InferAnswer(msgspec.Struct, omit_defaults=True):
+    """An inference answer's JSON."""
+
+    model_name: str
+    model_version: str
+    outputs: list[AnsweredTensor]
+    id: str = ""
 
 
 @dataclass(frozen=True)
@@ -77,7 +101,7 @@ class InferRequest:
     id: str
     parameters: dict[str, Any]
     inputs: list[Tensor]
-    outputs: list[RequestedOutput] | None
+    outputs: list[InferOutput] | None
 
     def binary(self, output: str) -> bool:
         """Whether the client wants that output as raw bytes."""
@@ -102,7 +126,7 @@ def read_request(body: bytes, header_length: str | None) -> InferRequest:
             )
         end = int(header_length)
     try:
-        header = msgspec.json.decode(body[:end], type=_Header)
+        header = msgspec.json.decode(body[:end], type=InferBody)
     except msgspec.DecodeError as error:
         raise BadRequest(f"the request is no inference request: {error}") from None
     raw = memoryview(body)[end:]
@@ -133,24 +157,17 @@ def write_answer(
     request: InferRequest, model: str, version: str, outputs: Iterable[Tensor]
 ) -> tuple[bytes, dict[str, str]]:
     """The body, and the headers that say what it is."""
-    told: list[dict[str, Any]] = []
+    told: list[AnsweredTensor] = []
     blobs: list[bytes] = []
     for tensor in outputs:
-        entry: dict[str, Any] = {
-            "name": tensor.name,
-            "datatype": tensor.datatype,
-            "shape": list(tensor.shape),
-        }
+        entry = AnsweredTensor(tensor.name, tensor.datatype, list(tensor.shape))
         if request.binary(tensor.name):
             blobs.append(_to_binary(tensor))
-            entry["parameters"] = {"binary_data_size": len(blobs[-1])}
+            entry.parameters = {"binary_data_size": len(blobs[-1])}
         else:
-            entry["data"] = list(tensor.values)
+            entry.data = list(tensor.values)
         told.append(entry)
-    answer: dict[str, Any] = {"model_name": model, "model_version": version, "outputs": told}
-    if request.id:
-        answer["id"] = request.id
-    header = msgspec.json.encode(answer)
+    header = msgspec.json.encode(InferAnswer(model, version, told, request.id))
     if not blobs:
         return header, {"Content-Type": "application/json"}
     return b"".join([header, *blobs]), {
@@ -159,13 +176,13 @@ def write_answer(
     }
 
 
-def _count(each: _Input) -> int:
+def _count(each: InferInput) -> int:
     if not each.shape or min(each.shape) < 0 or len(each.shape) > 8:
         raise BadRequest(f"input {each.name}: {each.shape} is no shape")
     return prod(each.shape)
 
 
-def _from_json(each: _Input) -> Tensor:
+def _from_json(each: InferInput) -> Tensor:
     if each.data is None:
         raise BadRequest(f"input {each.name} has neither data nor binary_data_size")
     values: list[Any] = each.data
@@ -191,7 +208,7 @@ def _from_json(each: _Input) -> Tensor:
     return Tensor(each.name, each.datatype, each.shape, values)
 
 
-def _from_binary(each: _Input, raw: bytes) -> Tensor:
+def _from_binary(each: InferInput, raw: bytes) -> Tensor:
     count = _count(each)
     if each.datatype == "BYTES":
         values: list[Any] = []
@@ -230,7 +247,7 @@ def _to_binary(tensor: Tensor) -> bytes:
     return b"".join(struct.pack("<I", len(piece)) + piece for piece in pieces)
 
 
-def _dtype(each: _Input) -> np.dtype[Any]:
+def _dtype(each: InferInput) -> np.dtype[Any]:
     if each.datatype not in _DTYPES:
         raise BadRequest(f"input {each.name}: {each.datatype[:40]!r} is no datatype known here")
     return _DTYPES[each.datatype]

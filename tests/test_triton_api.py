@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,13 @@ import httpx
 import numpy as np
 import pytest
 
+from tensorray.cluster import batch
+from tensorray.cluster.ingress import create_app
+from tensorray.cluster.llm import LLM
+from tensorray.cluster.triton_fields import DATATYPES, INPUTS
 from tests.helpers.http_server import http_server
 from tests.helpers.null_engine import LocalBackend, serving, write_model
+from tests.helpers.tiny_models import directory
 
 triton = pytest.importorskip("tritonclient.http", reason="needs tritonclient[http]")
 
@@ -341,6 +347,12 @@ async def test_generate_stream(http: httpx.AsyncClient) -> None:
     assert event["text_output"] == HELLO + await completion(http, max_tokens=30)
 
 
+def guided(kind: str, guide: str, **more: Any) -> dict[str, Any]:
+    """A request whose answer follows a guide."""
+    guide_fields = {"guided_decoding_guide_type": kind, "guided_decoding_guide": guide}
+    return {"text_input": HELLO, **guide_fields, **more}
+
+
 @pytest.mark.parametrize(
     ("fields", "why"),
     [
@@ -349,7 +361,13 @@ async def test_generate_stream(http: httpx.AsyncClient) -> None:
         ({"text_input": "a", "stream": True}, "use generate_stream"),
         ({"text_input": "a", "temperature": "hot"}, "temperature: 'hot' is not FP32"),
         ({"text_input": "a", "max_tokens": 5000}, "max_tokens is too large"),
-        ({"text_input": "a", "guided_decoding_guide": "x"}, "guided_decoding_guide: guided"),
+        ({"text_input": "a", "guided_decoding_guide": "x"}, "guide_type is missing; send one"),
+        (guided("structural_tag", "x"), "'structural_tag' is not supported"),
+        (guided("json", "{}"), "the type is json_schema"),
+        (guided("regex", ""), "send the text of the regex"),
+        (guided("regex", "("), "guided_decoding_guide: "),
+        (guided("regex", "a", end_id=-1), "end_id: -1 can't go with"),
+        (guided("regex", "a", min_length=1), "min_tokens can't go with"),
         ({"text_input": "a", "parameters": "x"}, "parameters must be an object"),
         ({"text_input": "", "max_tokens": 1}, "text_input: the prompt is empty"),
         ({"text_input": "a", "stop_words": [1]}, "stop_words: '1' is not BYTES"),
@@ -363,3 +381,58 @@ async def test_generate_refuses(http: httpx.AsyncClient, fields: Any, why: str) 
         streamed = await http.post("/v2/models/ensemble/generate_stream", json=fields)
         assert streamed.status_code == 400
         assert why in streamed.json()["error"]
+
+
+# --- guided output ---
+
+BOOLEAN = json.dumps({"type": "boolean"})
+GUIDES = [
+    ("regex", "[ab]{3}", lambda text: re.fullmatch("[ab]{3}", text)),
+    ("json_schema", BOOLEAN, lambda text: isinstance(json.loads(text), bool)),
+    ("ebnf_grammar", 'root ::= "up" | "down"', lambda text: text in ("up", "down")),
+]
+
+
+@pytest.fixture(scope="module")
+def guided_app() -> Iterator[Any]:
+    """The API over a model with weights, which can be held to a guide; and its event loop."""
+    with LLM(str(directory("qwen3")), max_model_len=64, num_kv_blocks=64) as llm:
+        yield create_app(llm.frontend, batch._Backend(llm.client), llm.config), llm
+
+
+@pytest.mark.parametrize(("kind", "guide", "right"), GUIDES, ids=[row[0] for row in GUIDES])
+def test_an_answer_follows_its_guide(guided_app: Any, kind: str, guide: str, right: Any) -> None:
+    app, llm = guided_app
+    fields = guided(kind, guide, max_tokens=24, exclude_input_in_output=True, end_id=3)
+    row = {
+        "inputs": [
+            {"name": name, "shape": [1, 1], "datatype": DATATYPES[INPUTS[name]], "data": [value]}
+            for name, value in fields.items()
+        ]
+    }
+
+    async def ask(path: str, body: dict[str, Any]) -> dict[str, Any]:
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:
+            answer = await http.post(f"/v2/models/ensemble/{path}", json=body)
+            assert answer.status_code == 200, answer.text
+            return dict(answer.json())
+
+    text = llm.run(ask("generate", fields))["text_output"]
+    assert right(text)
+    (told,) = llm.run(ask("infer", row))["outputs"]
+    assert told["data"] == [text]
+
+
+def test_a_refusal_by_the_guard_is_one_triton_reads(tmp_path: Path) -> None:
+    """Its client looks for a string, where OpenAI's error is an object."""
+    model = write_model(tmp_path / "model")
+    with (
+        http_server(model, limits={"api_key": ["secret"]}) as (port, _),
+        triton.InferenceServerClient(f"127.0.0.1:{port}") as client,
+    ):
+        with pytest.raises(triton.InferenceServerException, match="didn't provide an API key") as e:
+            client.infer("ensemble", ask())
+        assert e.value.status() == "401"
+        headers = {"Authorization": "Bearer secret"}
+        assert texts(client.infer("ensemble", ask(), headers=headers))[0].startswith(HELLO)

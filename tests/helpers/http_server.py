@@ -19,10 +19,11 @@ from tests.helpers.null_engine import LocalBackend
 
 @contextmanager
 def http_server(
-    model: Path, *, name: str = "tiny", **settings: Any
+    model: Path, *, name: str = "tiny", limits: dict[str, Any] | None = None, **settings: Any
 ) -> Iterator[tuple[int, LocalBackend]]:
-    """Its port, and the engine behind it. `settings` are `null_engine`'s."""
-    config = EngineConfig(model=str(model), served_model_name=[name])
+    """Its port, and the engine behind it. `limits` are EngineConfig's fields, `settings` are
+    `null_engine`'s."""
+    config = EngineConfig(model=str(model), served_model_name=[name], **(limits or {}))
     started = threading.Event()
     serving: list[tuple[uvicorn.Server, LocalBackend]] = []
 
