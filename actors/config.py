@@ -52,7 +52,10 @@ class ShardConfig:
     pipeline_parallel_size: int = 1
     enable_expert_parallel: bool = False
     collective_timeout_seconds: float = 300.0
+    enable_lora: bool = False
+    max_lora_rank: int = 16
     rank: int = 0
+    logits_processors: tuple[str, ...] = ()  # pkg.module:Class, or path/to/file.py:Class
     # Finds what the model's tokens stand for, when guided decoding first needs it.
     vocabulary: Callable[[], Vocabulary] | None = None
 

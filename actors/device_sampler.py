@@ -3,9 +3,11 @@
 `enqueue` queues the kernels that choose a step's tokens (kernels/batch_sampling.py) and the copy of
 what they chose; `collect`, later, waits for the copy. What the choices depend on, the number of
 tokens generated included, is kept on the device, so that step n + 1 may be queued before step n is
-collected. A grammar is the exception: it is followed on the host, so where a sequence has one,
+collected. What steers a sequence by its own tokens (a grammar, rules of its output, the user's
+logits processors) is the exception: it is followed on the host, so where a sequence has any,
 `enqueue` waits for the tokens of the step before, while the device computes this step's logits, and
-sends a mask of the tokens that may come next.
+sends a mask of the tokens that may come next. A logits processor that runs on the host has this
+step's logits brought to it besides.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from numpy.typing import NDArray
 
 from tensorray.actors.device import Device, Mark
 from tensorray.actors.guidance import Guidance, Guide
+from tensorray.actors.logits_processors import ProcessorError, Registry
 from tensorray.actors.protocol import Logprobs, Sampling, SequenceStart
 from tensorray.actors.sampler import (
     ALL_EXCLUDED,
@@ -27,18 +30,23 @@ from tensorray.actors.sampler import (
     NOT_FINITE,
     OVERFLOW,
     SamplingError,
+    Steering,
     check_best,
-    guide_fault,
-    guide_of,
     score_token,
 )
 from tensorray.kernels import batch_sampling as kernels
+from tensorray.kernels.rows import gather_rows
 
 _SEED_MASK = 2**64 - 1
 _MIN_BIASES = 64  # room for the logit bias of a slot, which grows
 _MIN_SLOTS = 4
 _MIN_PINNED = 1024  # bytes
 _UPLOADS_UNDER_WAY = 64
+
+PROCESSED = (
+    "the model's logits, or what logits processors ({names}) made of them on the device, hold NaN, "
+    "infinity or no token to choose"
+)
 
 
 @dataclass(frozen=True)
@@ -118,7 +126,7 @@ class _Sequence:
     edits: bool  # its logits, whatever its length
     min_tokens: int
     outputs: int  # generated, as far as the host has read
-    guide: Guide | None = None
+    steering: Steering
     plain: bool = False  # its next token is just the best one
 
     def __post_init__(self) -> None:
@@ -126,7 +134,7 @@ class _Sequence:
 
     def update(self) -> None:
         greedy = self.sampling.temperature == 0 and self.sampling.logprobs is None
-        greedy = greedy and not self.sampling.grammar
+        greedy = greedy and not self.steering.follows
         self.plain = greedy and not self.edits and self.outputs >= self.min_tokens
 
 
@@ -141,7 +149,7 @@ class Sampled:
     scored: list[int] = field(default_factory=list)  # places in `seqs`
     scores: NDArray[np.int32] | None = None  # of these, as `score_rows` writes them
     whole: dict[int, NDArray[Any]] = field(default_factory=dict)  # place -> logits [vocab]
-    stuck: dict[int, str] = field(default_factory=dict)  # seq -> why its grammar leads nowhere
+    stuck: dict[int, str] = field(default_factory=dict)  # seq -> why it can't go on
     pinned: list[NDArray[np.uint8]] = field(default_factory=list)  # what all of it lies in
 
 
@@ -175,14 +183,17 @@ class DeviceSampler:
         max_num_seqs: int,
         last_tokens: Any = None,
         guidance: Guidance | None = None,
+        processors: Registry | None = None,
     ) -> None:
         """`last_tokens`: int32 [max_num_seqs] on the device, to write to; None: its own. Without
-        `guidance` sequences that have a grammar fail."""
+        `guidance` sequences that have a grammar fail; `processors` are the logits processors that
+        sequences may name."""
         xp = device.xp
         self.vocab_size = vocab_size
         self._device = device
         self._guidance = guidance
-        self._unheard: deque[Sampled] = deque()  # whose tokens guides wait for
+        self._processors = processors or {}
+        self._unheard: deque[Sampled] = deque()  # whose tokens the steered wait for
         self._sequences: dict[int, _Sequence] = {}
         self._starts: dict[int, tuple[int, RowStart]] = {}  # not yet on the device
         self._slots: dict[int, int] = {}
@@ -226,7 +237,7 @@ class DeviceSampler:
             edits=found.edits_always,
             min_tokens=int(found.record["min_tokens"][0]),
             outputs=int(found.record["outputs"][0]),
-            guide=guide_of(start, self._guidance),
+            steering=Steering(start, self._guidance, self._processors),
         )
 
     def end(self, seq: int) -> None:
@@ -247,14 +258,14 @@ class DeviceSampler:
     ) -> Sampled:
         """Queue the choice of one token for each of n distinct sequences.
 
-        Does not wait, unless a sequence has a grammar: then for the steps before.
+        Does not wait, unless a sequence is steered: then for the steps before.
 
         rows: int32 [>= n] on the device, the sequences' rows in the order of `seqs`. logits:
         [>= n, vocab] on the device, float32, float16 or bfloat16, the last axis dense; left as
         they are. masks uint32 [m, ceil(vocab / 32)] and mask_rows int32 [>= n], on the device:
         sequence i may choose only tokens whose bit (token % 32 of word token // 32, low bits first)
-        is set in masks[mask_rows[i]]; -1: any token. Where sequences have grammars, the masks are
-        the grammars'. Raises KeyError for an unknown sequence, ValueError for logits of a wrong
+        is set in masks[mask_rows[i]]; -1: any token. Where sequences are steered, the masks are
+        theirs. Raises KeyError for an unknown sequence, ValueError for logits of a wrong
         shape or type.
         """
         states = [self._sequences[seq] for seq in seqs]
@@ -264,21 +275,25 @@ class DeviceSampler:
         if not states:
             return sampled
         self._send_starts()
-        guided = any(state.sampling.grammar for state in states)
-        if guided:
-            masks, mask_rows = self._masks(sampled)
         if logits.shape[0] > count:
             logits = logits[:count]
+        edited = logits
+        steered = any(state.steering.follows for state in states)
+        if steered:
+            while self._unheard:
+                self._hear()
+            masks, mask_rows = self._masks(sampled)
+            edited = self._processed(sampled, logits)
         rows = rows[:count]
         out = self._out[: 2 * count].reshape(2, count)
         if masks is None and all(state.plain for state in states):
             kernels.greedy_rows(logits, rows, self._state, out)
         else:
-            kernels.sample_rows(logits, rows, self._state, out, masks, mask_rows)
+            kernels.sample_rows(edited, rows, self._state, out, masks, mask_rows)
             self._score(sampled, logits, out[0])
         sampled.results = self._fetch(out, sampled.pinned)
         sampled.mark = self._device.mark()
-        if guided:
+        if steered:
             self._unheard.append(sampled)
         return sampled
 
@@ -295,8 +310,8 @@ class DeviceSampler:
         tokens: list[int] = sampled.results[0].tolist()
         failed: dict[int, str] = {}
         for place in sampled.results[1].nonzero()[0].tolist():
-            sampling = sampled.states[place].sampling
-            failed[sampled.seqs[place]] = _reason(int(sampled.results[1, place]), sampling)
+            state, status = sampled.states[place], int(sampled.results[1, place])
+            failed[sampled.seqs[place]] = _reason(status, state.sampling, state.steering)
         failed |= sampled.stuck
         tokens = [
             -1 if seq in sampled.stuck else token
@@ -370,34 +385,85 @@ class DeviceSampler:
         return self.collect_prompt_logprobs(self.enqueue_prompt_logprobs(tokens, logits, top))
 
     def _masks(self, sampled: Sampled) -> tuple[Any, Any]:
-        """Masks for the sequences that have grammars, and each sequence's row of them, on the
-        device: uint32 [m, words], int32 [n]. Waits for the tokens that the grammars go on from."""
-        while self._unheard:
-            self._hear()
+        """Masks for the sequences that have grammars or rules, and each sequence's row of them, on
+        the device: uint32 [m, words], int32 [n]. None where any token may come next."""
         guides: list[Guide] = []
+        guided: list[int] = []
         rows = np.full(len(sampled.seqs), -1, np.int32)
+        ruled = 0
         for place, (seq, state) in enumerate(zip(sampled.seqs, sampled.states, strict=True)):
-            if reason := guide_fault(state.sampling, state.guide):
+            steering = state.steering
+            if reason := steering.fault:
                 sampled.stuck[seq] = reason
-            elif state.guide is not None:
-                rows[place] = len(guides)
-                guides.append(state.guide)
-        if not guides or self._guidance is None:
+            elif steering.guide is not None:
+                guided.append(place)
+                guides.append(steering.guide)
+            elif steering.rules is not None:
+                rows[place] = ruled
+                ruled += 1
+        rows[guided] = np.arange(ruled, ruled + len(guided))
+        masks = np.full((ruled, -(-self.vocab_size // 32)), -1, np.int32)
+        if guides and self._guidance is not None:
+            masks = np.concatenate([masks, self._guidance.masks(guides)])
+        if not len(masks):
             return None, None
-        masks = self._guidance.masks(guides)
+        for row, state in zip(rows.tolist(), sampled.states, strict=True):
+            if row >= 0 and state.steering.rules is not None:
+                state.steering.rules.restrict(masks[row])
         sent = self._upload(np.concatenate([rows, masks.reshape(-1)]))
         count = len(rows)
         return sent[count:].view(np.uint32).reshape(masks.shape), sent[:count]
 
+    def _processed(self, sampled: Sampled, logits: Any) -> Any:
+        """The logits as the sequences' processors leave them: a float32 copy where there are any.
+
+        Rows of processors that run on the host are brought there, which waits for them.
+        """
+        places = [
+            place
+            for place, (seq, state) in enumerate(zip(sampled.seqs, sampled.states, strict=True))
+            if state.steering.processes and seq not in sampled.stuck
+        ]
+        if not places:
+            return logits
+        index = self._upload(np.arange(len(sampled.seqs), dtype=np.int32))
+        edited = gather_rows(self._device.xp.ascontiguousarray(logits), index, dtype=np.float32)
+        here: dict[int, NDArray[Any]] = {}
+        pinned: list[NDArray[np.uint8]] = []
+        for place in places:
+            chain = sampled.states[place].steering.chain
+            assert chain is not None
+            if not chain.on_device:
+                here[place] = self._fetch(edited[place], pinned)
+                continue
+            try:
+                chain.queue(edited[place])
+            except ProcessorError as error:
+                sampled.stuck[sampled.seqs[place]] = str(error)
+        if here:
+            self._device.mark().wait()
+        for place, row in here.items():
+            if not np.isfinite(row.max()):
+                continue  # the model's own fault, which the choice will find
+            try:
+                changed = sampled.states[place].steering.processed(row.copy())
+            except SamplingError as error:
+                sampled.stuck[sampled.seqs[place]] = str(error)
+            else:
+                edited[place] = self._upload(changed.view(np.int32)).view(np.float32)
+        self._pinned.give(pinned)
+        return edited
+
     def _hear(self) -> None:
-        """Tell the guides the tokens of the oldest step they have not heard of."""
+        """Tell the steered the tokens of the oldest step they have not heard of."""
         sampled = self._unheard.popleft()
         assert sampled.mark is not None
         sampled.mark.wait()
         tokens, failed = sampled.results.tolist()
         for state, token, status in zip(sampled.states, tokens, failed, strict=True):
-            if state.guide is not None and not status:
-                state.guide.advance(token)
+            if state.steering.follows and not status:
+                state.steering.advance(token)
+                state.update()
 
     def _check(self, logits: Any, rows: int) -> None:
         typed = logits.dtype.name in ("float32", "float16", "bfloat16")
@@ -546,8 +612,15 @@ def _grown(xp: Any, array: Any, rows: int, width: int) -> Any:
     return grown
 
 
-def _reason(status: int, sampling: Sampling | None = None) -> str:
+def _reason(status: int, sampling: Sampling | None = None, steering: Steering | None = None) -> str:
     """Why a row has no token, in the words of `Sampler`."""
+    chain = None if steering is None else steering.chain
+    if (
+        chain is not None
+        and chain.on_device
+        and status in (kernels.NOT_FINITE, kernels.ALL_EXCLUDED)
+    ):
+        return PROCESSED.format(names=chain.label)
     if status == kernels.OVERFLOW and sampling is not None:
         return OVERFLOW.format(repetition=sampling.repetition_penalty)
     return {

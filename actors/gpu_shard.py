@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from tensorray.actors.adapter import Adapter
 from tensorray.actors.array_segment import Runner
 from tensorray.actors.buckets import decode_sizes, mixed_sizes
 from tensorray.actors.communicator import Communicator
@@ -27,6 +28,7 @@ from tensorray.actors.forward import Forward
 from tensorray.actors.guidance import Guidance, Vocabulary
 from tensorray.actors.kv_cache import KVCache, KVPlan, choose_num_blocks, plan_groups
 from tensorray.actors.link import PendingStep
+from tensorray.actors.logits_processors import Registry, load_registry
 from tensorray.actors.program import ProgramRunner
 from tensorray.actors.protocol import Logprobs, SegmentInfo, ShardInfo, StepPlan, StepResult
 from tensorray.actors.sampler import SamplingError
@@ -112,13 +114,15 @@ class GpuShard:
         choose_blocks: Callable[[int], int],
         kv_dtype: Any = None,
         vocabulary: Callable[[], Vocabulary] | None = None,
+        processors: Registry | None = None,
         weight_bytes: int = 0,
         began: float | None = None,
     ) -> None:
         """`choose_blocks` sizes the KV cache, in blocks, from the bytes that are free once weights
         and activations have theirs; `kv_dtype` is that of its pages (None: the compute dtype).
         `vocabulary` is asked when a sequence first has a grammar; without it such ones fail.
-        `began` is when loading did, by time.perf_counter."""
+        `processors` are the logits processors that sequences may name. `began` is when loading
+        did, by time.perf_counter."""
         began = time.perf_counter() if began is None else began
         self._device = device
         self._program = program
@@ -145,6 +149,7 @@ class GpuShard:
                 limits.max_num_seqs,
                 self._buffers.last_tokens,
                 None if vocabulary is None else Guidance(vocabulary, model.vocab_size),
+                processors,
             )
             self._running = self._no_sequences()
             kv_dtype = numpy_dtype(dtypes.compute) if kv_dtype is None else kv_dtype
@@ -193,11 +198,17 @@ class GpuShard:
         saying what to change.
         """
         began = time.perf_counter()
+        if config.enable_lora:
+            raise ValueError(
+                "--enable-lora: adapters run on CPUs only so far; add --device cpu, or serve a "
+                "checkpoint with the adapter merged into it"
+            )
         if config.layout.size > 1:
             raise ValueError(
                 "replicas of several GPUs are not supported yet: leave --tensor-parallel-size and "
                 "--pipeline-parallel-size at 1, or use --device cpu"
             )
+        processors = load_registry(config.logits_processors)
         device = device or CudaDevice()
         checkpoint = open_checkpoint(
             config.model,
@@ -269,6 +280,7 @@ class GpuShard:
             choose_blocks=choose_blocks,
             kv_dtype="uint8" if fp8 else compute,
             vocabulary=config.vocabulary,
+            processors=processors,
             weight_bytes=plan_bytes(model, dtype=compute),
             began=began,
         )
@@ -296,6 +308,15 @@ class GpuShard:
         if world.size > 1 or num_blocks != self.info.kv.num_blocks:
             raise ValueError("a shard on a GPU has its replica to itself so far")
         self.reset()
+
+    def add_adapter(self, adapter: Adapter) -> None:
+        raise ValueError("adapters run on CPUs only so far; use --device cpu")
+
+    def remove_adapter(self, id: int) -> None:
+        pass  # there is none
+
+    def adapters(self) -> list[Adapter]:
+        return []
 
     def interrupt(self, reason: str) -> None:
         pass  # it waits for nobody

@@ -10,16 +10,26 @@ Everything here is a msgspec struct: typed on arrival, never a pickle.
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
+
+
+class ProcessorCall(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A logits processor that a sequence asks for, as its class is registered, with arguments."""
+
+    name: str
+    arguments: dict[str, Any] = {}
 
 
 class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
     """How a sequence's next token is chosen. Already validated; every field is resolved.
 
-    Order of application: the grammar; logit bias, allowed/banned tokens and the minimum length;
-    repetition (arXiv 1909.05858), frequency and presence penalties (OpenAI's definition, over
-    generated tokens); temperature; top-k; top-p (arXiv 1904.09751); min-p (arXiv 2407.01082); one
-    draw.
+    Order of application: the user's logits processors, on the model's logits (not while the forced
+    prefix lasts); the grammar; the forced prefix, or bad words and repeated n-grams; logit bias,
+    allowed/banned tokens and the minimum length; repetition (arXiv 1909.05858), frequency and
+    presence penalties (OpenAI's definition, over generated tokens); temperature; top-k; top-p
+    (arXiv 1904.09751); min-p (arXiv 2407.01082); one draw.
     """
 
     temperature: float = 1.0  # 0: greedy
@@ -38,6 +48,11 @@ class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
     min_tokens: int = 0  # until then stop_token_ids can't be chosen
     stop_token_ids: list[int] = []  # EOS ids included, unless the request ignores them
     grammar: str = ""  # that all of the output follows (guidance.py); empty: none
+    # What the sequence's own tokens force or forbid (output_rules.py).
+    forced_prefix: list[int] = []  # that the output begins with
+    bad_words: list[list[int]] = []  # each of two tokens or more; single ones are banned tokens
+    no_repeat_ngram_size: int = 0  # 0: any
+    logits_processors: list[ProcessorCall] = []  # of the user's (logits_processors.py)
 
 
 class SequenceStart(msgspec.Struct, frozen=True):
@@ -49,6 +64,7 @@ class SequenceStart(msgspec.Struct, frozen=True):
     computed: int  # leading tokens whose KV is in the cache already (prefix reuse)
     blocks: list[list[int]]  # per KV group, the block table so far
     sampling: Sampling
+    adapter: int = 0  # the LoRA adapter it runs with, by id; 0: none
 
 
 class StepPlan(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -57,6 +73,10 @@ class StepPlan(msgspec.Struct, frozen=True, omit_defaults=True):
     `seqs[i]` runs its next `counts[i]` tokens. A sequence samples when the step reaches the end
     of its known tokens; earlier prefill chunks sample nothing. Block ids of a sliding-window
     group that fell out of the window stay in the shard's table and are never read again.
+
+    Where a sequence has one known token left and `counts[i]` is more, the rest is room for drafts:
+    tokens the shard guesses and runs along, up to so many (speculative decoding, arXiv 2211.17192).
+    Such a sequence is in one plan at a time.
     """
 
     step: int
@@ -81,6 +101,8 @@ class Logprobs(msgspec.Struct, frozen=True):
 class StepResult(msgspec.Struct, frozen=True, omit_defaults=True):
     """What a step sampled. `seqs[i]` chose `tokens[i]`; sequences in mid-prefill are absent.
 
+    A sequence whose drafts were right is there once for each token it gained, in order.
+
     `failed` names sequences the shard could not go on with (non-finite logits, say), each with
     the reason; they sampled nothing and the shard has kept no state the router must undo.
     """
@@ -94,6 +116,9 @@ class StepResult(msgspec.Struct, frozen=True, omit_defaults=True):
     prompt_logprobs: dict[int, list[Logprobs]] = {}
     failed: dict[int, str] = {}
     seconds: float = 0.0  # time the step took on the shard
+    drafted: dict[int, int] = {}  # tokens guessed, for the sequences that had any
+    # Of the tokens after a sequence's first in this step, whose own are in `logprobs`.
+    further_logprobs: dict[int, list[Logprobs]] = {}
 
 
 class KVGroups(msgspec.Struct, frozen=True):
@@ -114,6 +139,15 @@ class SegmentInfo(msgspec.Struct, frozen=True):
     microseconds: dict[int, dict[str, float]] = {}  # of those that were timed, by backend
 
 
+class Drafting(msgspec.Struct, frozen=True):
+    """How a shard drafts. Costs are in steps of one sequence and one token."""
+
+    max_tokens: int  # a sequence and step
+    row_cost: float  # of one more token in a step
+    draft_cost: float  # of guessing one token
+    max_batch: int | None = None  # no drafts where more sequences than so many decode
+
+
 class ShardInfo(msgspec.Struct, frozen=True):
     """What a shard reports once it is ready to serve."""
 
@@ -130,3 +164,4 @@ class ShardInfo(msgspec.Struct, frozen=True):
     # Whether it sends results; of a replica's shards one does, the others tell of failures only.
     answers: bool = True
     depth: int = 1  # steps worth having in flight: 2 if the device runs while the host prepares
+    drafting: Drafting | None = None  # None: it takes no room for drafts

@@ -9,7 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tensorray.actors.guidance import NO_VOCABULARY, Guidance, Guide
-from tensorray.actors.protocol import Logprobs, Sampling, SequenceStart
+from tensorray.actors.logits_processors import ProcessorChain, ProcessorError, Registry, chain_of
+from tensorray.actors.output_rules import OutputRules, rules_of
+from tensorray.actors.protocol import Logprobs, SequenceStart
 from tensorray.kernels import sampling as kernels
 from tensorray.kernels.philox import uniform
 
@@ -21,8 +23,9 @@ _DRAWS_AHEAD = 64  # draws computed at once: a Philox call costs the same for 1 
 NOT_FINITE = "the model's logits hold NaN or infinity"
 ALL_EXCLUDED = "the model put every token at probability zero (all logits are -inf)"
 NONE_LEFT = (
-    "no token is left to choose: allowed_token_ids, banned_token_ids, min_tokens and the "
-    "structured output's grammar together exclude every one"
+    "no token is left to choose: allowed_token_ids, banned_token_ids, bad_words, "
+    "no_repeat_ngram_size, forced_prefix, min_tokens and the structured output's grammar together "
+    "exclude every one"
 )
 STUCK = "the structured output's grammar can't be followed any further: {reason}"
 OVERFLOW = (
@@ -41,15 +44,23 @@ class Sampler:
     batch mates, on their order, or on a preemption in between.
     """
 
-    def __init__(self, vocab_size: int, guidance: Guidance | None = None) -> None:
-        """Without `guidance` sequences that have a grammar fail."""
+    def __init__(
+        self,
+        vocab_size: int,
+        guidance: Guidance | None = None,
+        processors: Registry | None = None,
+    ) -> None:
+        """Without `guidance` sequences that have a grammar fail; `processors` are the logits
+        processors that sequences may name."""
         self.vocab_size = vocab_size
         self._guidance = guidance
+        self._processors = processors or {}
         self._sequences: dict[int, _Sequence] = {}
 
     def start(self, start: SequenceStart) -> None:
         """A sequence enters, or re-enters: `start.tokens` after the prompt count as its output."""
-        self._sequences[start.seq] = _Sequence(start, guide_of(start, self._guidance))
+        steering = Steering(start, self._guidance, self._processors)
+        self._sequences[start.seq] = _Sequence(start, steering)
 
     def end(self, seq: int) -> None:
         """Forgets a sequence; one that is not known is fine."""
@@ -95,7 +106,9 @@ class Sampler:
 
     def _masks(self, states: Sequence[_Sequence]) -> dict[_Sequence, NDArray[np.int32]]:
         """The tokens that may come next in the guided ones of these sequences."""
-        guides = {state: state.guide for state in states if state.guide is not None}
+        guides = {
+            state: state.steering.guide for state in states if state.steering.guide is not None
+        }
         if not guides or self._guidance is None:
             return {}
         return dict(zip(guides, self._guidance.masks(list(guides.values())), strict=True))
@@ -127,9 +140,9 @@ class Sampler:
 class _Sequence:
     """One sequence: what it asked for, as arrays, and what its own tokens contribute."""
 
-    def __init__(self, start: SequenceStart, guide: Guide | None = None) -> None:
+    def __init__(self, start: SequenceStart, steering: Steering) -> None:
         sampling = self.sampling = start.sampling
-        self.guide = guide
+        self.steering = steering
         self.outputs = len(start.tokens) - start.prompt_len  # generated so far
         self._draws: list[float] = []  # of the coming positions, the next one last
         self._bias_tokens = np.array(list(sampling.logit_bias), np.int64)
@@ -154,9 +167,12 @@ class _Sequence:
         `mask`, int32 [ceil(vocab / 32)], has the bits of the tokens that its grammar allows.
         """
         check_best(row.max())
-        if fault := guide_fault(self.sampling, self.guide):
+        steering = self.steering
+        if fault := steering.fault:
             raise SamplingError(fault)
-        if mask is not None or self._edits():
+        if steering.processes:
+            row = steering.processed(row.copy())
+        if mask is not None or steering.rules is not None or self._edits():
             row = self._edited(row, mask)
         if self.sampling.temperature == 0:
             return int(row.argmax())
@@ -172,8 +188,9 @@ class _Sequence:
     def append(self, token: int) -> None:
         """The chosen token becomes the sequence's last one."""
         self.outputs += 1
-        if self.guide is not None:
-            self.guide.advance(token)
+        if self.steering.follows:
+            self.steering.advance(token)
+            self.plain = self._is_plain()
         if self._draws:
             self._draws.pop()
         if self._seen is not None:
@@ -184,7 +201,7 @@ class _Sequence:
     def _is_plain(self) -> bool:
         """Whether the next token is just the row's best one."""
         greedy = self.sampling.temperature == 0 and self.sampling.logprobs is None
-        return greedy and not self.sampling.grammar and not self._edits()
+        return greedy and not self.steering.follows and not self._edits()
 
     def _edits(self) -> bool:
         return self._always_edits or self.outputs < self._min_tokens
@@ -193,6 +210,11 @@ class _Sequence:
         self, row: NDArray[np.float32], mask: NDArray[np.int32] | None
     ) -> NDArray[np.float32]:
         row = row.copy() if mask is None else kernels.keep_masked(row, mask)
+        if (rules := self.steering.rules) is not None:
+            if (forced := rules.forced) is None:
+                kernels.ban(row, np.array(rules.banned, np.int64))
+            else:
+                kernels.keep_only(row, np.array([forced]))
         if len(self._bias):
             kernels.add_bias(row, self._bias_tokens, self._bias)
         if self._allowed is not None:
@@ -268,21 +290,66 @@ def _seen_tokens(start: SequenceStart) -> _SeenTokens | None:
     return None
 
 
-def guide_of(start: SequenceStart, guidance: Guidance | None) -> Guide | None:
-    """The guide of a sequence that starts, if it has a grammar and there is a vocabulary."""
-    if guidance is None or not start.sampling.grammar:
-        return None
-    return guidance.guide(start.sampling.grammar, start.tokens[start.prompt_len :])
+class Steering:
+    """What of a sequence's choices hangs on the tokens before, and so is followed on the host: its
+    grammar, the rules of its output, and its logits processors."""
 
+    def __init__(self, start: SequenceStart, guidance: Guidance | None, registry: Registry) -> None:
+        self._grammar = bool(start.sampling.grammar)
+        self.guide: Guide | None = None
+        if guidance is not None and self._grammar:
+            self.guide = guidance.guide(start.sampling.grammar, start.tokens[start.prompt_len :])
+        self.rules: OutputRules | None = rules_of(start)
+        self.chain: ProcessorChain | None = None
+        self._broken = ""
+        try:
+            self.chain = chain_of(start, registry)
+        except ProcessorError as error:
+            self._broken = str(error)
 
-def guide_fault(sampling: Sampling, guide: Guide | None) -> str:
-    """Why a sequence's grammar can't be followed; empty if it can, or if there is none."""
-    if not sampling.grammar:
-        return ""
-    if guide is None:
-        return NO_VOCABULARY
-    reason = guide.error
-    return STUCK.format(reason=reason) if reason else ""
+    @property
+    def follows(self) -> bool:
+        """Whether there is anything: then the next choice waits for the last token."""
+        return (
+            self._grammar or self.rules is not None or self.chain is not None or bool(self._broken)
+        )
+
+    @property
+    def processes(self) -> bool:
+        """Whether logits processors have a say in the next token."""
+        return self.chain is not None and (self.rules is None or self.rules.forced is None)
+
+    @property
+    def fault(self) -> str:
+        """Why the sequence can't go on; empty if it can."""
+        if self._broken or not self._grammar:
+            return self._broken
+        if self.guide is None:
+            return NO_VOCABULARY
+        reason = self.guide.error
+        return STUCK.format(reason=reason) if reason else ""
+
+    def processed(self, row: NDArray[np.float32]) -> NDArray[np.float32]:
+        """A row of logits [vocab], which may change, as the logits processors leave it.
+
+        Raises SamplingError for one that fails.
+        """
+        assert self.chain is not None
+        try:
+            return self.chain.apply(row)
+        except ProcessorError as error:
+            raise SamplingError(str(error)) from error
+
+    def advance(self, token: int) -> None:
+        """`token` was chosen."""
+        if self.guide is not None:
+            self.guide.advance(token)
+        if self.chain is not None:
+            self.chain.append(token)
+        if self.rules is not None:
+            self.rules.append(token)
+            if self.rules.done:
+                self.rules = None
 
 
 def check_best(best: np.float32) -> None:

@@ -22,11 +22,14 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from tensorray.actors.adapter import Adapter, AdapterSource
+from tensorray.actors.adapters import AdapterOps, ShardAdapters
 from tensorray.actors.communicator import Communicator
 from tensorray.actors.config import DEFAULT_STEP_TOKENS, ShardConfig
 from tensorray.actors.guidance import Guidance, Vocabulary
 from tensorray.actors.kv_cache import KVCache, choose_num_blocks, plan_groups
 from tensorray.actors.link import PendingStep
+from tensorray.actors.logits_processors import Registry, load_registry
 from tensorray.actors.memory import available_bytes
 from tensorray.actors.protocol import (
     Logprobs,
@@ -114,8 +117,12 @@ class Shard:
         device: str = "cpu",
         step_tokens: int = DEFAULT_STEP_TOKENS,
         vocabulary: Callable[[], Vocabulary] | None = None,
+        processors: Registry | None = None,
+        adapters: ShardAdapters | None = None,
     ) -> None:
-        """`vocabulary` is asked when a sequence first has a grammar; without it such ones fail."""
+        """`vocabulary` is asked when a sequence first has a grammar; without it such ones fail.
+        `processors` are the logits processors that sequences may name, `adapters` the LoRA
+        adapters."""
         self.info = ShardInfo(
             kv=cache.groups,
             vocab_size=model.vocab_size,
@@ -131,9 +138,12 @@ class Shard:
         self._model = model
         self._weights = weights
         self._cache = cache
-        self._ops = ArrayOps(np, cache.layers, max_positions=max_model_len + 1)
+        self._adapters = adapters
+        kind = ArrayOps if adapters is None else AdapterOps
+        self._ops = kind(np, cache.layers, max_positions=max_model_len + 1)
         self._max_num_seqs = max_num_seqs
         self._ranks: Ranks | None = None
+        self._processors = processors or {}
         self._guidance = None
         if vocabulary is not None and self.info.answers:
             self._guidance = Guidance(vocabulary, model.vocab_size)
@@ -152,6 +162,7 @@ class Shard:
             raise ValueError(
                 f"--kv-cache-dtype {config.kv_cache_dtype}: a CPU's KV cache is float32"
             )
+        processors = load_registry(config.logits_processors)
         set_num_threads(config.num_threads)
         step_tokens = config.step_tokens(DEFAULT_STEP_TOKENS)
         checkpoint = open_checkpoint(
@@ -182,6 +193,12 @@ class Shard:
             weights = load_weights(model, checkpoint, layers=layers, dtype=np.float32)
         finally:
             checkpoint.close()
+        adapters = None
+        if config.enable_lora:
+            source = AdapterSource(config.hf_token, config.download_dir, config.offline)
+            adapters = ShardAdapters(
+                model, weights, layers, source=source, max_rank=config.max_lora_rank
+            )
         itemsize = np.dtype(np.float32).itemsize
         num_blocks = choose_num_blocks(
             groups,
@@ -204,7 +221,21 @@ class Shard:
             load_seconds=time.perf_counter() - began,
             step_tokens=step_tokens,
             vocabulary=config.vocabulary,
+            processors=processors,
+            adapters=adapters,
         )
+
+    def add_adapter(self, adapter: Adapter) -> None:
+        if self._adapters is None:
+            raise ValueError("adapters need --enable-lora")
+        self._adapters.load(adapter)
+
+    def remove_adapter(self, id: int) -> None:
+        if self._adapters is not None:
+            self._adapters.unload(id)
+
+    def adapters(self) -> list[Adapter]:
+        return [] if self._adapters is None else self._adapters.loaded()
 
     def join(self, world: Communicator, num_blocks: int) -> None:
         if num_blocks != self.info.kv.num_blocks:
@@ -226,6 +257,8 @@ class Shard:
         self._forget()
 
     def _forget(self) -> None:
+        if self._adapters is not None:
+            self._adapters.forget_sequences()
         self._unheard: deque[np.ndarray] = deque()  # rows of the steps whose tokens are to come
         self._table = SequenceTable(
             self._max_num_seqs,
@@ -233,7 +266,7 @@ class Shard:
             self.info.kv.block_size,
             len(self.info.kv.windows),
         )
-        self._sampler = Sampler(self._model.vocab_size, self._guidance)
+        self._sampler = Sampler(self._model.vocab_size, self._guidance, self._processors)
 
     def close(self) -> None:
         pass

@@ -77,9 +77,7 @@ def load_class(model_class: str) -> type[Model]:
             f"--model-class {model_class}: must be pkg.module:Class or path/to/file.py:Class"
         )
     try:
-        module = (
-            _load_file(Path(where)) if where.endswith(".py") else importlib.import_module(where)
-        )
+        module = load_file(Path(where)) if where.endswith(".py") else importlib.import_module(where)
     except FileNotFoundError:
         raise ModelConfigError(f"--model-class {model_class}: there is no file {where}") from None
     except ModuleNotFoundError as error:
@@ -100,11 +98,14 @@ def load_class(model_class: str) -> type[Model]:
     return found
 
 
-def _load_file(path: Path) -> ModuleType:
-    """Import a file under a name of its own; again when its path is asked for again."""
+def load_file(path: Path) -> ModuleType:
+    """Import a file under a name of its own; the same module when it is asked for unchanged.
+
+    Raises whatever reading and running it raises.
+    """
     path = path.expanduser().resolve()
     source = path.read_bytes()
-    name = f"tensorray_user_model_{path.stem}_{hashlib.sha256(source).hexdigest()[:12]}"
+    name = f"tensorray_user_{path.stem}_{hashlib.sha256(source).hexdigest()[:12]}"
     if name in sys.modules:
         return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, path)

@@ -59,6 +59,7 @@ def make_gpu_shard(
     kv_dtype: Any = None,
     kind: type[StepwiseShard] = StepwiseShard,
     vocabulary: Any = None,
+    processors: Any = None,
 ) -> StepwiseShard:
     model, weights = load(path)
     limits = limits or Limits(max_model_len=64, max_num_seqs=16, step_tokens=64)
@@ -76,4 +77,5 @@ def make_gpu_shard(
         kv_dtype=kv_dtype,
         weight_bytes=plan_bytes(model),
         vocabulary=vocabulary,
+        processors=processors,
     )

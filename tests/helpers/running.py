@@ -39,6 +39,7 @@ def make_shard(
     max_num_seqs: int = 16,
     kind: type[Shard] = Shard,
     vocabulary: Any = None,
+    processors: Any = None,
 ) -> Shard:
     """A shard over a small checkpoint, its weights loaded once for all."""
     model, weights = load(path)
@@ -52,6 +53,7 @@ def make_shard(
         weight_bytes=plan_bytes(model),
         load_seconds=0.0,
         vocabulary=vocabulary,
+        processors=processors,
     )
 
 
