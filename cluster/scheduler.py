@@ -17,19 +17,33 @@ results. A decode is then planned with its input token unknown (the shard feeds 
 where a result shows that the sequence had ended, later results for it are dropped. A result
 belongs to a sequence's present life only if its step is not before `first_step`; a sequence the
 shard does not hold has `first_step` NEVER, so whatever still arrives for it is dropped too.
+
+Where the shard drafts, a decode may have room in a plan for tokens that are guessed. How many of
+them were right only the result says, so that such a sequence is in one plan at a time. Room is what
+is left over: of the token budget, and of the blocks. What wrong guesses leave in the cache is
+written over by what follows.
 """
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
 from typing import Literal
 
 import msgspec
 
-from tensorray.actors.protocol import KVGroups, Logprobs, SequenceStart, StepPlan, StepResult
+from tensorray.actors.protocol import (
+    Drafting,
+    KVGroups,
+    Logprobs,
+    SequenceStart,
+    StepPlan,
+    StepResult,
+)
 from tensorray.cluster.blocks import BlockManager
+from tensorray.cluster.draft_length import DraftLength
 from tensorray.cluster.fairness import AdmissionQueue
 from tensorray.cluster.request import FinishReason, QueueFull, RequestRefused
 from tensorray.cluster.sequence import NEVER, Sequence, Status
@@ -61,6 +75,9 @@ class SchedulerStats:
     preemptions: int  # counter
     prefill_tokens: int  # in the last plan
     decode_tokens: int  # in the last plan
+    drafts: int = 0  # counter: times that tokens were guessed for a sequence
+    draft_tokens: int = 0  # counter: tokens guessed
+    accepted_tokens: int = 0  # counter: of these, the ones that were right
 
 
 class Scheduler:
@@ -72,6 +89,8 @@ class Scheduler:
 
     With `micro_batches` above 1 the decodes are shared out over that many plans, for a pipeline
     whose stages work on one plan each: a sequence is in one plan at a time.
+
+    `drafting` says how the shard drafts, if it does (and `micro_batches` is 1 then).
     """
 
     def __init__(
@@ -85,6 +104,7 @@ class Scheduler:
         policy: Literal["fcfs", "priority"] = "fcfs",
         max_waiting: int = 4096,
         micro_batches: int = 1,
+        drafting: Drafting | None = None,
     ) -> None:
         if max_num_batched_tokens < max_num_seqs:
             raise ValueError(
@@ -98,6 +118,7 @@ class Scheduler:
         self._priorities = policy == "priority"
         self._max_waiting = max_waiting
         self._micro_batches = micro_batches
+        self._drafts = None if drafting is None else DraftLength(drafting)
 
         self._sequences: dict[int, Sequence] = {}  # all unfinished ones
         self._waiting = AdmissionQueue()
@@ -115,6 +136,7 @@ class Scheduler:
         self._prefix_queries = 0
         self._prefix_hits = 0
         self._preemptions = 0
+        self._drafted = [0, 0, 0]  # times, tokens, tokens that were right
         self._prefill_tokens = 0
         self._decode_tokens = 0
 
@@ -164,6 +186,9 @@ class Scheduler:
         for s in self._prefilling:
             self.blocks.trim(s)
         resting = self._others_turn() if self._micro_batches > 1 else set()
+        if self._drafts is not None:
+            self._drafts.plan(len(self._decoding))
+            resting |= {s for s in self._decoding if self._drafts.awaits(s)}
         resting |= self._extend_decodes(resting)
         self._admit()
         chunks = self._share_out(resting) if self._prefilling else []
@@ -174,6 +199,9 @@ class Scheduler:
             self._decoding = [s for s in self._decoding if s in resting] + decoding
         seqs = [s.seq for s in decoding]
         counts = [1] * len(seqs)
+        if self._drafts is not None:
+            taken = len(seqs) + sum(count for _, count in chunks)
+            self._leave_room(self._drafts, decoding, counts, self._max_num_batched_tokens - taken)
         for s in decoding:
             s.computed += 1
         self._decode_tokens = len(seqs)
@@ -245,6 +273,7 @@ class Scheduler:
 
         rows = self._prompt_rows(result) if result.prompt_logprobs else {}
         logprobs = result.logprobs
+        further = self._take_drafts(result) if result.drafted else {}
         for seq, token in zip(result.seqs, result.tokens, strict=True):
             s = sequences.get(seq)
             if s is None or step < s.first_step:
@@ -254,7 +283,7 @@ class Scheduler:
             gain = Progress(s, token)
             progress.append(gain)
             if logprobs:
-                gain.logprobs = logprobs.get(seq)
+                gain.logprobs = next(further[seq]) if seq in further else logprobs.get(seq)
             if rows:
                 gain.prompt_logprobs = rows.pop(seq, None)
             if token in s.stops and s.output_len > s.sampling.min_tokens:
@@ -325,6 +354,9 @@ class Scheduler:
             preemptions=self._preemptions,
             prefill_tokens=self._prefill_tokens,
             decode_tokens=self._decode_tokens,
+            drafts=self._drafted[0],
+            draft_tokens=self._drafted[1],
+            accepted_tokens=self._drafted[2],
         )
 
     # --- decodes ---------------------------------------------------------------------------
@@ -359,6 +391,56 @@ class Scheduler:
             else:
                 s.pause_at = s.computed + 1
         return resting
+
+    # --- drafts ------------------------------------------------------------------------------
+
+    def _leave_room(
+        self, drafts: DraftLength, decoding: list[Sequence], counts: list[int], left: int
+    ) -> None:
+        """Add to the decodes' counts the room for drafts, of `left` tokens that a plan may have
+        besides. Blocks are taken only if nobody else has to give any up for them."""
+        for i, s in enumerate(decoding):
+            # A result may bring one token more than there were drafts.
+            wanted = min(drafts.length(s), s.max_len - len(s.tokens) - 1, left)
+            if wanted < 1:
+                drafts.rest(s)
+                continue
+            upto = s.computed + 1 + wanted
+            if (missing := upto - self.blocks.capacity(s)) > 0:
+                pages = -(-missing // self.blocks.block_size)
+                spare = self.blocks.available - self._reserve()
+                if spare >= pages * self.blocks.num_groups:
+                    self._add_blocks(s, self.blocks.grow(s, upto) or [])
+                upto = min(upto, self.blocks.capacity(s))
+            room = upto - s.computed - 1
+            counts[i] += room
+            left -= room
+
+    def _add_blocks(self, s: Sequence, added: list[list[int]]) -> None:
+        """Tell the shard of blocks, after those that the plan has for the sequence already."""
+        known = self._new_blocks.setdefault(s.seq, [[] for _ in added])
+        for ids, more in zip(known, added, strict=True):
+            ids += more
+
+    def _take_drafts(self, result: StepResult) -> dict[int, Iterator[Logprobs]]:
+        """Count what became of a step's drafts. Of sequences that gained several tokens and have
+        log-probabilities, these in order."""
+        assert self._drafts is not None
+        gained = Counter(result.seqs)
+        for seq, drafted in result.drafted.items():
+            s = self._sequences.get(seq)
+            if s is None or result.step < s.first_step:
+                continue
+            accepted = max(gained[seq] - 1, 0)
+            s.computed += accepted
+            s.pause_at = s.computed  # it may have passed the point it was to pause at
+            self._drafts.record(s, drafted, accepted)
+            for place, count in enumerate((1, drafted, accepted)):
+                self._drafted[place] += count
+        return {
+            seq: chain([result.logprobs[seq]], more)
+            for seq, more in result.further_logprobs.items()
+        }
 
     # --- admission ---------------------------------------------------------------------------
 

@@ -12,6 +12,9 @@ from tensorray.cluster.request import GenerationRequest, Resumed
 if TYPE_CHECKING:
     from tensorray.cluster.blocks import Table
 
+#: What a draft's chance is taken for before there were any.
+OPTIMISM = 0.75
+
 #: A step that never comes: `first_step` of a sequence the shard does not hold.
 NEVER = sys.maxsize
 
@@ -30,9 +33,12 @@ class Sequence:
     """
 
     __slots__ = (
+        "acceptance",
+        "accepted",
         "cached_tokens",
         "charged",
         "computed",
+        "drafted",
         "first_step",
         "keys",
         "last_prefill",
@@ -85,6 +91,11 @@ class Sequence:
         self.prompt_rows = 0  # prompt logprobs received since it (re)started
         # And passed on, over all restarts.
         self.prompt_rows_given = resumed.prompt_rows if resumed else 0
+
+        # Speculative decoding's own.
+        self.drafted = 0  # tokens guessed for it
+        self.accepted = 0  # of these, the ones that were right
+        self.acceptance = OPTIMISM  # how likely the next guess is right, as far as is known
 
         # The block manager's own.
         self.tables: list[Table] = []  # one per kind of KV group, while it runs

@@ -9,16 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from random import Random
 
 from tensorray.actors.protocol import KVGroups, Sampling, SequenceStart, StepPlan, StepResult
 
 VOCAB = 50
 
 
-def fingerprints(tokens: Iterable[int]) -> list[int]:
-    """Per position, a number that stands for the tokens up to and including it."""
-    prints: list[int] = []
-    last = 0
+def fingerprints(tokens: Iterable[int], before: Iterable[int] = ()) -> list[int]:
+    """Per position, a number that stands for the tokens up to and including it.
+
+    `before` are those of the tokens that these follow; the result has them too.
+    """
+    prints = list(before)
+    last = prints[-1] if prints else 0
     for token in tokens:
         last = hash((last, token))
         prints.append(last)
@@ -57,7 +61,10 @@ class _State:
 
 @dataclass
 class ContentShard:
-    """Executes plans in order, and asserts that each could be executed on a real shard."""
+    """Executes plans in order, and asserts that each could be executed on a real shard.
+
+    With `luck` it guesses tokens where a plan has room: so many, rightly and wrongly, at random.
+    """
 
     kv: KVGroups
     max_num_seqs: int
@@ -67,6 +74,7 @@ class ContentShard:
     slots: dict[tuple[int, int], tuple[int, int, int, int]] = field(default_factory=dict)
     next_step: int = 0
     computed_tokens: int = 0
+    luck: Random | None = None
 
     def execute(self, plan: StepPlan, fail: Iterable[int] = ()) -> StepResult:
         assert plan.step == self.next_step
@@ -91,36 +99,65 @@ class ContentShard:
             for table, blocks in zip(self.states[seq].tables, added, strict=True):
                 table += blocks
 
-        for seq, count in zip(plan.seqs, plan.counts, strict=True):
-            self._write(plan.step, seq, count)
-        for seq, count in zip(plan.seqs, plan.counts, strict=True):
-            self._read(plan.step, seq, count)
+        drafts = {
+            seq: self._guess(seq, count)
+            for seq, count in zip(plan.seqs, plan.counts, strict=True)
+            if self.states[seq].computed + 1 == len(self.states[seq].tokens) and count > 1
+        }
+        counts = [
+            1 + len(drafts[seq]) if seq in drafts else count
+            for seq, count in zip(plan.seqs, plan.counts, strict=True)
+        ]
+        for seq, count in zip(plan.seqs, counts, strict=True):
+            self._write(plan.step, seq, count, drafts.get(seq, []))
+        for seq, count in zip(plan.seqs, counts, strict=True):
+            self._read(plan.step, seq, count, drafts.get(seq, []))
 
         seqs: list[int] = []
         tokens: list[int] = []
         failed: dict[int, str] = {}
-        for seq, count in zip(plan.seqs, plan.counts, strict=True):
+        for seq, count in zip(plan.seqs, counts, strict=True):
             state = self.states[seq]
-            state.computed += count
             self.computed_tokens += count
+            state.computed += 1 if seq in drafts else count
             if state.computed < len(state.tokens):
                 continue
-            generated = len(state.tokens) - state.start.prompt_len
-            token = sample(state.prints[-1], state.start.sampling, generated)
-            state.tokens.append(token)
-            state.prints.append(hash((state.prints[-1], token)))
-            if seq in fail:
-                failed[seq] = "broken on purpose"
-            else:
+            for guess in [*drafts.get(seq, []), None]:
+                sampling = state.start.sampling
+                generated = len(state.tokens) - state.start.prompt_len
+                token = sample(state.prints[-1], sampling, generated)
+                state.tokens.append(token)
+                state.prints.append(hash((state.prints[-1], token)))
+                if seq in fail:
+                    failed[seq] = "broken on purpose"
+                    break
                 seqs.append(seq)
                 tokens.append(token)
-        return StepResult(step=plan.step, seqs=seqs, tokens=tokens, failed=failed)
+                stops = token in sampling.stop_token_ids and generated >= sampling.min_tokens
+                if stops or token != guess:
+                    break
+                state.computed += 1
+        drafted = {seq: len(guesses) for seq, guesses in drafts.items() if guesses}
+        return StepResult(step=plan.step, seqs=seqs, tokens=tokens, failed=failed, drafted=drafted)
 
-    def _write(self, step: int, seq: int, count: int) -> None:
+    def _guess(self, seq: int, count: int) -> list[int]:
+        """Up to `count` - 1 tokens that may or may not be what the sequence goes on with."""
+        assert self.luck is not None, "room for drafts on a shard that makes none"
+        state = self.states[seq]
+        generated = len(state.tokens) - state.start.prompt_len
+        last, guesses = state.prints[-1], []
+        for ahead in range(self.luck.randrange(count)):
+            right = sample(last, state.start.sampling, generated + ahead)
+            guesses.append(right if self.luck.random() < 0.7 else (right + 1) % VOCAB)
+            last = hash((last, guesses[-1]))
+        return guesses
+
+    def _write(self, step: int, seq: int, count: int, drafts: list[int]) -> None:
         state = self.states[seq]
         size = self.kv.block_size
+        prints = fingerprints(drafts, state.prints)
         assert count >= 1
-        assert state.computed + count <= len(state.tokens), "tokens that are not known yet"
+        assert state.computed + count <= len(prints), "tokens that are not known yet"
         for position in range(state.computed, state.computed + count):
             for group, table in enumerate(state.tables):
                 block = table[position // size]
@@ -128,10 +165,11 @@ class ContentShard:
                 slot = (block, position % size)
                 before = self.slots.get(slot)
                 assert before is None or before[2] < step, "two writes to a slot in one step"
-                self.slots[slot] = (group, state.prints[position], step, seq)
+                self.slots[slot] = (group, prints[position], step, seq)
 
-    def _read(self, step: int, seq: int, count: int) -> None:
+    def _read(self, step: int, seq: int, count: int, drafts: list[int]) -> None:
         state = self.states[seq]
+        prints = fingerprints(drafts, state.prints)
         size = self.kv.block_size
         for group, (table, window) in enumerate(zip(state.tables, self.kv.windows, strict=True)):
             first = 0 if window is None else max(0, state.computed - window + 1)
@@ -139,6 +177,6 @@ class ContentShard:
                 slot = (table[position // size], position % size)
                 held_group, held, written, writer = self.slots[slot]
                 where = f"sequence {seq}, group {group}, position {position}, slot {slot}"
-                assert (held_group, held) == (group, state.prints[position]), where
+                assert (held_group, held) == (group, prints[position]), where
                 # A plan must not lean on what another sequence computes in the same plan.
                 assert written < step or writer == seq, where

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
+from random import Random
 from typing import Any
 
 import msgspec
@@ -29,6 +30,7 @@ class Rig:
         max_num_seqs: int = 64,
         max_num_batched_tokens: int = 256,
         depth: int = 1,
+        luck: Random | None = None,
         **options: Any,
     ) -> None:
         kv = KVGroups(list(windows), num_blocks, block_size)
@@ -39,7 +41,7 @@ class Rig:
             max_num_batched_tokens=max_num_batched_tokens,
             **options,
         )
-        self.shard = ContentShard(kv, max_num_seqs, max_num_batched_tokens)
+        self.shard = ContentShard(kv, max_num_seqs, max_num_batched_tokens, luck=luck)
         self.depth = depth
         self.steps = 0  # results taken in
         self.sequences: dict[int, Sequence] = {}  # all ever added
@@ -117,8 +119,8 @@ class Rig:
         have other figures (fields of KVGroups)."""
         kv = msgspec.structs.replace(self.shard.kv, **changes)
         limits = (self.shard.max_num_seqs, self.shard.max_num_batched_tokens)
-        next_step = self.shard.next_step
-        self.shard = ContentShard(kv, *limits)
+        next_step, luck = self.shard.next_step, self.shard.luck
+        self.shard = ContentShard(kv, *limits, luck=luck)
         self.shard.next_step = next_step
         self._on_the_way.clear()
         for s in self.scheduler.restart(kv):
