@@ -15,6 +15,11 @@ When blocks may change hands: plans run on the shard in the order they were made
 while making plan n may be given away in plan n at once. Plans before n may still read or write it
 for its old owner, and do so before n runs; plan n and those after know it under its new owner only.
 
+Beams of one search share pages whether full or not: `fork` gives a beam all of another's. Before a
+beam writes to a page that others hold too, `unshare` gives it one of its own, and the plan carries
+the copies that fill it. Copies come before anything else a plan does, so what they read is what
+plans before wrote.
+
 When pages become findable: once a *result* confirms that the step which computes them succeeded,
 not when that step is planned. A plan could hit them one step earlier, but then a sequence that
 failed on the shard would drag along those that trusted its pages.
@@ -114,6 +119,18 @@ class BlockManager:
         columns = -(-length // self.block_size)
         return sum(kind.size * min(columns, self._span(kind)) for kind in self._kinds)
 
+    def blocks_needed_by_beams(self, prompt_len: int, length: int, width: int) -> int:
+        """The most blocks that `width` beams hold on their way to `length` cached tokens each, of
+        which the first `prompt_len` are the same; shared ones count once.
+        """
+        columns = -(-length // self.block_size)
+        shared = prompt_len // self.block_size
+        return sum(
+            kind.size
+            * (min(shared, self._span(kind)) + width * min(columns - shared, self._span(kind)))
+            for kind in self._kinds
+        )
+
     def longest(self, limit: int) -> int:
         """The most cached tokens one sequence alone in the pool can reach, up to `limit`."""
         return bisect_right(range(1, limit + 1), self.total, key=self.blocks_needed)
@@ -206,6 +223,45 @@ class BlockManager:
                 for group, blocks in zip(kind.groups, by_group, strict=True):
                     added[group] += blocks
         return added
+
+    def fork(self, parent: Sequence, child: Sequence) -> None:
+        """Start a sequence's tables with all that another one's hold.
+
+        The child's first `computed` tokens are the parent's.
+        """
+        child.tables = []
+        for table in parent.tables:
+            for page in table.pages[table.trimmed :]:
+                assert page is not None
+                page.refs += 1
+            child.tables.append(Table(table.kind, table.pages.copy(), table.trimmed))
+        child.computed = parent.computed
+        child.keys = parent.keys.copy()
+        child.registered = parent.registered
+        child.promised = 0
+
+    def unshare(self, s: Sequence) -> list[tuple[int, int]] | None:
+        """Give the sequence a page of its own for its next token, where it shares that page.
+
+        The blocks to copy, as (from, to). None, and nothing taken, when there are not enough.
+        """
+        column, used = divmod(s.computed, self.block_size)
+        if not used:
+            return []  # a new page, which nobody shares
+        shared = []
+        for table in s.tables:
+            page = table.pages[column]
+            assert page is not None
+            if page.refs > 1:
+                shared.append((table, page))
+        if sum(table.kind.size for table, _ in shared) > self.available:
+            return None
+        copies: list[tuple[int, int]] = []
+        for table, page in shared:
+            own = table.pages[column] = self._take(table.kind)
+            page.refs -= 1
+            copies += zip(page.blocks, own.blocks, strict=True)
+        return copies
 
     def trim(self, s: Sequence) -> bool:
         """Free the windowed pages that no query from position `computed` on will see.
@@ -325,7 +381,7 @@ class BlockManager:
         """The sequence's content keys, at least the first `columns`."""
         keys, size = s.keys, self.block_size
         for start in range(len(keys) * size, columns * size, size):
-            parent = keys[-1] if keys else blake2b(s.request.cache_salt.encode()).digest()
+            parent = keys[-1] if keys else _root(s.request.cache_salt, s.request.adapter)
             keys.append(blake2b(parent + self._pack(*s.tokens[start : start + size])).digest())
         return keys
 
@@ -369,3 +425,8 @@ class BlockManager:
         if page.key is not None:
             del page.kind.found[page.key]
             page.key = None
+
+
+def _root(salt: str, adapter: int) -> bytes:
+    """What keys begin from: no two adapters, nor versions of one, have a page in common."""
+    return blake2b(salt.encode(), person=adapter.to_bytes(16, "little")).digest()

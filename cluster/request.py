@@ -22,8 +22,19 @@ class Resumed(msgspec.Struct, frozen=True, array_like=True):
     prompt_rows: int = 0  # prompt logprobs told
 
 
+class BeamSearch(msgspec.Struct, frozen=True, omit_defaults=True):
+    """How beams are kept, as `cluster/beams.py` explains."""
+
+    width: int  # beams that live at once, over all groups
+    groups: int = 1  # that divide `width`; above 1 the search is a diverse one
+    length_penalty: float = 1.0
+    early_stopping: bool | Literal["never"] = False
+    diversity: float = 0.0  # what a token costs for each beam of earlier groups that took it
+
+
 class GenerationRequest(msgspec.Struct, frozen=True, omit_defaults=True):
-    """One prompt, `n` sequences. Sequence i draws with `sampling.seed + i`."""
+    """One prompt, `n` sequences. Sequence i draws with `sampling.seed + i`; of beams they are the
+    n best, best first, told when the search has ended."""
 
     request_id: str
     prompt: list[int]
@@ -33,8 +44,12 @@ class GenerationRequest(msgspec.Struct, frozen=True, omit_defaults=True):
     priority: int = 0  # lower runs first, as in vLLM
     user: str = ""  # admission is fair between users
     cache_salt: str = ""  # prompts share cached blocks only under the same salt
+    lora: str = ""  # a LoRA adapter's name; empty: none
+    adapter: int = 0  # the id of that adapter's present version, which the engine puts here
     whole: bool = False  # its reader wants nothing of a sequence before its end
     reuse_prefix: bool = True  # off when prompt logprobs need every row computed
+    beams: BeamSearch | None = None  # None: each sequence draws its own tokens
+    expected_hit: int = 0  # prompt tokens whose presence in its cache had this replica chosen
     # Sequences to go on with; those of the n that are not named have ended. None: all begin.
     resumed: list[Resumed] | None = None
 
