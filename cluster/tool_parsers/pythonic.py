@@ -1,0 +1,159 @@
+"""Llama 4's format: a Python list of calls, `[f(a="x", b=1), g()]`.
+
+https://www.llama.com/docs/model-cards-and-prompt-formats/llama4/
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+from collections.abc import Collection, Sequence
+from typing import Any
+
+from tensorray.cluster.bad_request import BadRequest
+from tensorray.cluster.reply import Arguments
+from tensorray.cluster.text_source import Reading, Source
+from tensorray.cluster.tool_parsers.tool_format import Callee, Spell, ToolFormat, literal
+
+_START, _END = "<|python_start|>", "<|python_end|>"
+_LONGEST_NAME = 64
+
+
+class Pythonic(ToolFormat):
+    name = "pythonic"
+    markers = (_START, _END)
+
+    @staticmethod
+    def is_shown_in(template: str) -> bool:
+        return "[func_name1(params_name1=params_value1" in template or _START in template
+
+    def read(self, source: Source, names: Collection[str]) -> Reading[None]:
+        # Calls are all of the answer; arguments can't be told before all calls are there.
+        yield from source.space()
+        yield from source.literal(_START)
+        calls = yield from self._list(source, names)
+        if calls:
+            for name, arguments in calls:
+                self.begin(source, name)
+                source.add(Arguments(json.dumps(arguments, ensure_ascii=False)))
+            source.drop()
+            yield from source.literal(_END)
+        else:
+            source.at = 0
+        while not source.ended:
+            source.write(source.text[source.at :])
+            source.at = len(source.text)
+            source.drop()
+            yield
+        source.write(source.text[source.at :])
+        source.at = len(source.text)
+
+    def _list(
+        self, source: Source, names: Collection[str]
+    ) -> Reading[list[tuple[str, dict[str, Any]]]]:
+        """Skip a list of calls, and return it; empty if it is none."""
+        start = source.at
+        if not (yield from source.literal("[")):
+            return []
+        yield from source.space()
+        name = yield from source.run_of(lambda c: c.isalnum() or c in "_-.", _LONGEST_NAME)
+        if name not in names or not (yield from source.literal("(")):
+            return []
+        depth, quote = 2, ""
+        while depth:
+            character = yield from source.peek()
+            if not character:
+                return []
+            source.at += 1
+            if quote:
+                if character == "\\" and (yield from source.peek()):
+                    source.at += 1
+                elif character == quote:
+                    quote = ""
+            elif character in "\"'":
+                quote = character
+            elif character in "([{":
+                depth += 1
+            elif character in ")]}":
+                depth -= 1
+        return _parsed(source.text[start : source.at], names)
+
+    def calls(self, functions: Sequence[Callee], spell: Spell, *, single: bool) -> str:
+        more = "" if single else ' (", " call)*'
+        rules = [f'calls: "[" call{more} "]"']
+        rules.append("call: " + " | ".join(f"call_{i}" for i in range(len(functions))))
+        for i, function in enumerate(functions):
+            rules += _call_rules(i, function)
+        return "\n".join(rules) + "\n"
+
+    def mixed(self, functions: Sequence[Callee], spell: Spell, *, single: bool) -> str:
+        """Text that begins with a bracket is a list of calls."""
+        calls = self.calls(functions, spell, single=single)
+        return "mixed: calls | text\ntext: /(?s:[^\\[\\s].*)?/\n" + calls
+
+
+def _parsed(text: str, names: Collection[str]) -> list[tuple[str, dict[str, Any]]]:
+    try:
+        tree = ast.parse(text, mode="eval").body
+        if not isinstance(tree, ast.List):
+            return []
+        calls = []
+        for call in tree.elts:
+            if not isinstance(call, ast.Call) or call.args:
+                return []
+            name = ast.unparse(call.func)
+            if name not in names:
+                return []
+            calls.append(
+                (name, {each.arg or "": _value(text, each.value) for each in call.keywords})
+            )
+    except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
+        return []
+    return calls
+
+
+def _value(text: str, node: ast.expr) -> Any:
+    """A literal of JSON or, where it is none, of Python."""
+    try:
+        return json.loads(ast.get_source_segment(text, node) or "")
+    except ValueError:
+        value = ast.literal_eval(node)
+        json.dumps(value)  # sets and bytes are no arguments: a TypeError
+        return value
+
+
+def _call_rules(number: int, function: Callee) -> list[str]:
+    """Lark rules for a call with JSON values, in the schema's order."""
+    schema = function.schema
+    properties = schema.get("properties", {})
+    known = {"type", "properties", "required", "additionalProperties", "$defs", "definitions"}
+    known |= {"title", "description", "$schema", "x-guidance"}
+    if other := sorted(schema.keys() - known):
+        raise BadRequest(
+            f"{function.name}'s parameters have {', '.join(other)} at their top, which calls in "
+            "this model's format can't be held to",
+            param="tools",
+        )
+    shared = {key: schema[key] for key in ("$defs", "definitions", "x-guidance") if key in schema}
+    required = schema.get("required", [])
+    rules = []
+    # tail: what may follow an argument; head: the same with nothing before it.
+    for i in reversed(range(len(properties) + 1)):
+        head, tail = f"head_{number}_{i}", f"tail_{number}_{i}"
+        if i == len(properties):
+            rules += [f'{head}: ""', f'{tail}: ""']
+            continue
+        key = list(properties)[i]
+        inner = properties[key]
+        value = json.dumps({**inner, **shared} if isinstance(inner, dict) else inner)
+        rest = f"{number}_{i + 1}"
+        rules.append(f"value_{number}_{i}: {literal(key + '=')} %json {value}")
+        skip = key not in required
+        rules.append(
+            f"{head}: value_{number}_{i} tail_{rest}" + (f" | head_{rest}" if skip else "")
+        )
+        rules.append(
+            f'{tail}: ", " value_{number}_{i} tail_{rest}' + (f" | tail_{rest}" if skip else "")
+        )
+    rules.append(f'call_{number}: {literal(function.name + "(")} head_{number}_0 ")"')
+    return rules
