@@ -12,6 +12,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
+from tensorray.actors.adapter import Adapter
 from tensorray.actors.communicator import Communicator
 from tensorray.actors.protocol import ShardInfo, StepPlan, StepResult
 
@@ -42,6 +43,19 @@ class StepExecutor(Protocol):
         Forgets every sequence; the weights stay. A shard that is alone in its replica needs this
         only to have another number of blocks than it chose.
         """
+
+    def add_adapter(self, adapter: Adapter) -> None:
+        """Load a LoRA adapter, while steps run; sequences may start with it from now on.
+
+        Raises CheckpointError or ValueError saying what is wrong with it.
+        """
+
+    def remove_adapter(self, id: int) -> None:
+        """Forget an adapter, if it is there. No sequence will start with it any more."""
+
+    def adapters(self) -> list[Adapter]:
+        """Those that are loaded."""
+        ...
 
     def interrupt(self, reason: str) -> None:
         """From another thread: wake a step that waits for other shards, and those that wait for

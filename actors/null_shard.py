@@ -11,6 +11,7 @@ from functools import partial
 
 import msgspec
 
+from tensorray.actors.adapter import Adapter
 from tensorray.actors.communicator import Communicator
 from tensorray.actors.config import DEFAULT_STEP_TOKENS, ShardConfig
 from tensorray.actors.kv_cache import plan_groups
@@ -45,6 +46,7 @@ class NullShard:
         self.info = info
         self._seconds = step_ms / 1e3
         self._states: dict[int, _State] = {}
+        self._adapters: dict[int, Adapter] = {}
 
     @classmethod
     def from_config(cls, config: ShardConfig) -> NullShard:
@@ -91,6 +93,8 @@ class NullShard:
         for start in plan.starts:
             if start.seq in self._states:
                 raise ValueError(f"sequence {start.seq} started twice")
+            if start.adapter and start.adapter not in self._adapters:
+                raise ValueError(f"sequence {start.seq} started with an adapter that is not here")
             self._states[start.seq] = _State(start, len(start.tokens), start.computed)
         seqs: list[int] = []
         tokens: list[int] = []
@@ -129,6 +133,15 @@ class NullShard:
             prompt_logprobs=prompt_logprobs,
             seconds=time.perf_counter() - began,
         )
+
+    def add_adapter(self, adapter: Adapter) -> None:
+        self._adapters[adapter.id] = adapter
+
+    def remove_adapter(self, id: int) -> None:
+        self._adapters.pop(id, None)
+
+    def adapters(self) -> list[Adapter]:
+        return list(self._adapters.values())
 
     def join(self, world: Communicator, num_blocks: int) -> None:
         kv = msgspec.structs.replace(self.info.kv, num_blocks=num_blocks)

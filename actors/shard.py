@@ -139,8 +139,9 @@ class Shard:
         self._weights = weights
         self._cache = cache
         self._adapters = adapters
-        kind = ArrayOps if adapters is None else AdapterOps
-        self._ops = kind(np, cache.layers, max_positions=max_model_len + 1)
+        self._ops = ArrayOps(np, cache.layers, max_positions=max_model_len + 1)
+        if adapters is not None:
+            self._ops = AdapterOps(adapters, np, cache.layers, max_positions=max_model_len + 1)
         self._max_num_seqs = max_num_seqs
         self._ranks: Ranks | None = None
         self._processors = processors or {}
@@ -292,6 +293,8 @@ class Shard:
         for start in plan.starts:
             table.start(start)
             sampler.start(start)
+        if self._adapters is not None:
+            self._adapters.take(plan)
         for seq, blocks in plan.new_blocks.items():
             table.append_blocks(seq, blocks)
         if not plan.seqs:
@@ -301,6 +304,8 @@ class Shard:
         counts = np.array(plan.counts, np.int32)
         self._hear(rows)
         batch, sampling, scored = self._pack(plan.seqs, rows, counts)
+        if self._adapters is not None:
+            self._adapters.select(plan.seqs, batch.query_starts)
         hidden = self._forward(batch)
         table.computed[rows] += counts
         seqs = [plan.seqs[index] for index in sampling]

@@ -219,6 +219,7 @@ class Scheduler:
                         computed=s.computed,
                         blocks=self.blocks.block_tables(s),
                         sampling=s.sampling,
+                        adapter=s.request.adapter,
                     )
                 )
             seqs.append(s.seq)

@@ -92,6 +92,33 @@ def download(
     return directory
 
 
+def download_files(
+    repo: str,
+    files: list[str],
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    cache_dir: str | None = None,
+    offline: bool = False,
+) -> Path:
+    """Fetch files of a repository's top level, as far as it has them; returns their directory.
+
+    Raises CheckpointError as `download` does.
+    """
+    tried = f"{repo!r} (as a Hub id{f', revision {revision}' if revision else ''})"
+    with _progress_bars(False), _clear_errors(tried, offline):
+        return Path(
+            snapshot_download(
+                repo,
+                revision=revision,
+                token=token,
+                cache_dir=cache_dir,
+                local_files_only=offline,
+                allow_patterns=files,
+            )
+        )
+
+
 def _what_is_missing(repo: str, files: list[str]) -> str:
     gguf = [file for file in files if file.endswith(".gguf")]
     if gguf:
