@@ -19,6 +19,7 @@ import msgspec
 
 from tensorray.actors.link import ShardError, ShardLink
 from tensorray.actors.protocol import ShardInfo, StepPlan
+from tensorray.cluster.replica_choice import weight
 from tensorray.cluster.request import Delta, FinishReason, GenerationRequest, Resumed
 from tensorray.cluster.scheduler import Progress, Scheduler
 from tensorray.cluster.sequence import Sequence
@@ -167,6 +168,7 @@ class Engine:
         self.scheduler = scheduler
         self.failure: str | None = None
         self.recovering: str | None = None  # from what, while it waits for its shards
+        self.prefix_routed = 0  # requests that an ingress chose this engine for, by their prefix
         self._recover = recover
         self._link = link
         self._observer: EngineObserver = observer or SilentObserver()
@@ -217,8 +219,14 @@ class Engine:
             generated = sequence.output_len
             self._tracked[sequence.seq] = _Tracked(stream, index, now, now, generated)
         self._streams[request.request_id] = stream
+        self.prefix_routed += request.expected_hit > 0
         self._wake.set()
         return stream
+
+    @property
+    def load(self) -> int:
+        """What there is to do, as replicas are compared by."""
+        return weight(self.scheduler.queued_tokens, self.scheduler.unfinished)
 
     async def cancel(self, request_id: str, index: int | None = None) -> None:
         """End a request, or one of its sequences, now. Unknown or finished ones are ignored.

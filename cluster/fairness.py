@@ -37,6 +37,7 @@ class AdmissionQueue:
         self._accounts: dict[str, int] = {}
         self._last_admitted = ""
         self._size = 0
+        self.tokens = 0  # that are to be computed of those who wait, as far as is known
 
     def __len__(self) -> int:
         return self._size
@@ -52,6 +53,7 @@ class AdmissionQueue:
                 self._drop_accounts()
         queues[user][s.seq] = s
         self._size += 1
+        self.tokens += _to_compute(s)
 
     def put_back(self, s: Sequence) -> None:
         """Queue a sequence that was at the head before, or running: ahead of the new ones."""
@@ -63,6 +65,7 @@ class AdmissionQueue:
             queue[s.seq] = s
             queue.move_to_end(s.seq, last=False)
         self._size += 1
+        self.tokens += _to_compute(s)
 
     def head(self) -> Sequence | None:
         """The sequence to admit next; it stays in the queue."""
@@ -87,6 +90,7 @@ class AdmissionQueue:
         if not level.preempted and not level.queues:
             del self._levels[s.level]
         self._size -= 1
+        self.tokens -= _to_compute(s)
 
     def charge_admission(self, s: Sequence, tokens: int) -> None:
         """The sequence was admitted, with that many prompt tokens to compute."""
@@ -117,3 +121,8 @@ class AdmissionQueue:
         others = sorted(self._accounts.keys() - needed, key=self._accounts.__getitem__)
         for user in others[:-_KEPT_ACCOUNTS]:
             del self._accounts[user]
+
+
+def _to_compute(s: Sequence) -> int:
+    """Its known tokens, but for those that it was sent here for."""
+    return max(0, len(s.tokens) - s.request.expected_hit)

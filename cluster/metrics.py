@@ -187,6 +187,11 @@ class EngineMetrics(Collector):
         yield self._gauge("num_requests_running", "Sequences in the batch", stats.running)
         yield self._gauge("num_requests_waiting", "Sequences in the queue", stats.waiting)
         yield self._gauge(
+            "queued_tokens",
+            "Prompt tokens of those that wait or prefill, still to be computed",
+            engine.scheduler.queued_tokens,
+        )
+        yield self._gauge(
             "kv_cache_usage_perc",
             "Share of KV blocks that running sequences hold, 0 to 1",
             used / stats.total_blocks if stats.total_blocks else 0.0,
@@ -209,6 +214,11 @@ class EngineMetrics(Collector):
                 stats.prefix_queries,
             ),
             ("prefix_cache_hits", "Prompt tokens found in the prefix cache", stats.prefix_hits),
+            (
+                "prefix_routed_requests",
+                "Requests that this replica was chosen for because it holds their prefix",
+                engine.prefix_routed,
+            ),
             ("num_preemptions", "Sequences that lost their blocks to others", stats.preemptions),
         ):
             yield self._counter(name, help, value)

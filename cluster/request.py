@@ -30,6 +30,7 @@ class BeamSearch(msgspec.Struct, frozen=True, omit_defaults=True):
     length_penalty: float = 1.0
     early_stopping: bool | Literal["never"] = False
     diversity: float = 0.0  # what a token costs for each beam of earlier groups that took it
+    alternatives: int = 0  # likeliest tokens to report with each one of the answer
 
 
 class GenerationRequest(msgspec.Struct, frozen=True, omit_defaults=True):

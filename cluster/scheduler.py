@@ -22,6 +22,10 @@ Where the shard drafts, a decode may have room in a plan for tokens that are gue
 them were right only the result says, so that such a sequence is in one plan at a time. Room is what
 is left over: of the token budget, and of the blocks. What wrong guesses leave in the cache is
 written over by what follows.
+
+A beam search's sequences (beam_group.py) advance together: each of its steps is the prefill of one
+token, and they wait until all of them have told what may come next. They are admitted, preempted
+and ended together too, and take as many slots as the search is wide from its admission on.
 """
 
 from __future__ import annotations
@@ -42,6 +46,8 @@ from tensorray.actors.protocol import (
     StepPlan,
     StepResult,
 )
+from tensorray.cluster.beam_group import BeamGroup
+from tensorray.cluster.beams import Hypothesis
 from tensorray.cluster.blocks import BlockManager
 from tensorray.cluster.draft_length import DraftLength
 from tensorray.cluster.fairness import AdmissionQueue
@@ -59,6 +65,8 @@ class Progress(msgspec.Struct, gc=False):
     finish_reason: FinishReason | None = None
     stop_token: int | None = None  # the stop token id that ended it (equal to `token`)
     error: str = ""  # with finish_reason "error"
+    # Of a beam search, whose `sequence` is its leader: what it has found, when it has ended.
+    hypotheses: list[Hypothesis] | None = None
 
 
 @dataclass(frozen=True)
@@ -124,6 +132,7 @@ class Scheduler:
         self._waiting = AdmissionQueue()
         self._prefilling: list[Sequence] = []  # admitted, known tokens not all planned yet
         self._decoding: list[Sequence] = []
+        self._groups: dict[int, BeamGroup] = {}  # unfinished beam searches, by their leaders
         self._admitted = 0
         self._step = 0
         # Plans whose results are not back: (step, [(sequence, tokens cached after its chunk)]).
@@ -132,6 +141,7 @@ class Scheduler:
         # For the plan in the making.
         self._ends: list[int] = []
         self._new_blocks: dict[int, list[list[int]]] = {}
+        self._copies: dict[int, list[tuple[int, int]]] = {}  # of blocks, by the sequence they serve
 
         self._prefix_queries = 0
         self._prefix_hits = 0
@@ -151,19 +161,27 @@ class Scheduler:
         for s in sequences:
             self._check(s)
         room = self._max_waiting + self._max_num_seqs - self._running - len(self._waiting)
-        if len(sequences) > room and not always:
+        count = sum(_slots(s) for s in sequences)
+        if count > room and not always:
             raise QueueFull(
-                f"{len(self._waiting)} sequences wait already and {len(sequences)} more would "
+                f"{len(self._waiting)} sequences wait already and {count} more would "
                 f"exceed max_waiting ({self._max_waiting}); try again later"
             )
         for s in sequences:
             s.max_len = min(s.max_len, self._max_model_len)
             s.level = s.request.priority if self._priorities else 0
+            if s.request.beams is not None:
+                self._groups[s.seq] = BeamGroup(s)
             self._sequences[s.seq] = s
             self._waiting.add(s)
 
     def cancel(self, seq: int) -> bool:
-        """Forget a sequence; its blocks are free at once. False if it had ended already."""
+        """Forget a sequence, or the beam search it leads; its blocks are free at once. False if it
+        had ended already."""
+        group = self._groups.get(seq)
+        if group is not None:
+            self._end_group(group)
+            return True
         s = self._sequences.get(seq)
         if s is None:
             return False
@@ -183,6 +201,7 @@ class Scheduler:
         with the next plan that runs something.
         """
         self._new_blocks = {}
+        self._copies = {}
         for s in self._prefilling:
             self.blocks.trim(s)
         resting = self._others_turn() if self._micro_batches > 1 else set()
@@ -231,7 +250,8 @@ class Scheduler:
             if s.computed == s.target:
                 s.pause_at = s.computed
                 self._prefilling.remove(s)
-                self._decoding.append(s)
+                if s.group is None:  # else the others of its search are waited for
+                    self._decoding.append(s)
         if not seqs:
             return None
 
@@ -242,6 +262,7 @@ class Scheduler:
             starts=starts,
             new_blocks=self._new_blocks,
             ends=self._ends,
+            copies=[copy for copies in self._copies.values() for copy in copies],
         )
         self._in_flight.append((self._step, reached))
         self._ends = []
@@ -265,8 +286,12 @@ class Scheduler:
         for seq, reason in result.failed.items():
             s = sequences.get(seq)
             if s is not None and step >= s.first_step:
-                ended.append(s)
-                self._finish(s, forget=True)
+                if s.group is not None:
+                    self._end_group(s.group, forget=True)
+                    s = s.group.leader
+                else:
+                    ended.append(s)
+                    self._finish(s, forget=True)
                 progress.append(Progress(s, finish_reason="error", error=reason))
         for s, confirmed in reached:
             if step >= s.first_step:
@@ -278,6 +303,11 @@ class Scheduler:
         for seq, token in zip(result.seqs, result.tokens, strict=True):
             s = sequences.get(seq)
             if s is None or step < s.first_step:
+                continue
+            if s.group is not None:
+                gain = self._hear(s, s.group, logprobs[seq])
+                gain.prompt_logprobs = rows.pop(seq, None)
+                progress.append(gain)
                 continue
             tokens = s.tokens
             tokens.append(token)
@@ -312,9 +342,13 @@ class Scheduler:
         on the way are not to come. Returns the sequences that will never fit the new cache; they
         are forgotten.
         """
+        for group in self._groups.values():
+            if group.running:
+                self._fold(group)
         self._in_flight.clear()
         self._ends = []
         self._new_blocks = {}
+        self._copies = {}
         self.blocks = BlockManager(kv, enable_prefix_caching=self.blocks.enable_prefix_caching)
         ran = self._prefilling + self._decoding
         self._prefilling, self._decoding = [], []
@@ -324,11 +358,7 @@ class Scheduler:
             s.first_step = NEVER
             s.status = Status.WAITING
             self._waiting.put_back(s)
-        unfit = [
-            s
-            for s in self._sequences.values()
-            if self.blocks.blocks_needed(s.max_len - 1) > self.blocks.total
-        ]
+        unfit = [s for s in self._sequences.values() if self._needs(s) > self.blocks.total]
         for s in unfit:
             self.cancel(s.seq)
         return unfit
@@ -339,13 +369,18 @@ class Scheduler:
         return len(self._sequences)
 
     @property
+    def queued_tokens(self) -> int:
+        """Known tokens that no plan has computed yet, of sequences that wait or prefill."""
+        return self._waiting.tokens + sum(s.target - s.computed for s in self._prefilling)
+
+    @property
     def in_flight(self) -> int:
         """Plans whose results `update` has not seen yet."""
         return len(self._in_flight)
 
     def stats(self) -> SchedulerStats:
         return SchedulerStats(
-            running=self._running,
+            running=len(self._sequences) - len(self._waiting),
             waiting=len(self._waiting),
             total_blocks=self.blocks.total,
             free_blocks=self.blocks.available,
@@ -463,9 +498,13 @@ class Scheduler:
             self._waiting.put_back(s)
 
     def _try_to_admit(self, s: Sequence) -> bool:
-        if self._running == self._max_num_seqs or not self.blocks.admit(s, self._reserve()):
+        if self._running + _slots(s) > self._max_num_seqs:
+            return False
+        if not self.blocks.admit(s, self._reserve() + self._headroom(s)):
             return False
         self._waiting.remove(s)
+        if s.group is not None:
+            s.group.running = True
         if s.order < 0:  # for the first time
             s.order = self._admitted
             self._admitted += 1
@@ -485,6 +524,13 @@ class Scheduler:
         """Blocks to leave to the running sequences, so that newcomers don't cost them theirs."""
         return self._running * self.blocks.num_groups
 
+    def _headroom(self, s: Sequence) -> int:
+        """Blocks that a search's beams will want as soon as its prompt has run."""
+        if s.group is None:
+            return 0
+        most = (s.group.width - 1) * self.blocks.num_groups
+        return min(most, self._needs(s) - self.blocks.blocks_needed(s.prompt_len))
+
     def _should_wait_for_prefix(self, s: Sequence) -> bool:
         """Whether another's prefill is just computing blocks that this sequence could reuse.
 
@@ -499,19 +545,20 @@ class Scheduler:
         lower = [other for other in self._preemptible() if other.level > s.level]
         if not lower:
             return False
-        missing = self.blocks.shortfall(s, self._reserve())
-        slots = self._max_num_seqs - self._running
+        missing = self.blocks.shortfall(s, self._reserve() + self._headroom(s))
+        slots = self._max_num_seqs - self._running - _slots(s)
         victims: list[Sequence] = []
         for victim in sorted(lower, key=_rank, reverse=True):
-            if slots > 0 and missing <= 0:
+            if slots >= 0 and missing <= 0:
                 break
             victims.append(victim)
             slots += 1
             missing -= self.blocks.held(victim) + self.blocks.num_groups
-        if slots <= 0 or missing > 0:
+        if slots < 0 or missing > 0:
             return False
         for victim in victims:
-            self._preempt(victim)
+            if victim.status is Status.RUNNING:  # not gone with another of its search
+                self._preempt(victim)
         return bool(victims)
 
     # --- prefills ----------------------------------------------------------------------------
@@ -541,27 +588,98 @@ class Scheduler:
                     chunks.append((s, upto - s.computed))
         return chunks
 
+    # --- beams -------------------------------------------------------------------------------
+
+    def _hear(self, s: Sequence, group: BeamGroup, found: Logprobs) -> Progress:
+        """Take in what may follow a beam; if it was the last one to tell, its search goes on."""
+        gain = Progress(group.leader)
+        if not group.hear(s, found):
+            return gain
+        if not group.search.beams:
+            gain.hypotheses = group.search.best(s.request.n)
+            self._end_group(group)
+            return gain
+        before = list(group.members.values())
+        for member in before:  # it is another beam now: the shard has it start anew
+            self._ends.append(member.seq)
+            member.first_step = NEVER
+            del self._sequences[member.seq]
+            member.status = Status.FINISHED
+        group.hand_out(self.blocks)
+        for member in group.members.values():
+            member.status = Status.RUNNING
+            member.last_prefill = self._step
+            self._sequences[member.seq] = member
+            self._waiting.charge_output(member)
+            self._prefilling.append(member)
+        return gain
+
+    def _fold(self, group: BeamGroup) -> None:
+        """Back to the queue with a search, which goes on from where it is."""
+        self._leave_all(group)
+        group.lead()
+        leader = group.leader
+        leader.status = Status.WAITING
+        self._sequences[leader.seq] = leader
+        self._waiting.put_back(leader)
+
+    def _end_group(self, group: BeamGroup, *, forget: bool = False) -> None:
+        if not group.running:
+            self._waiting.remove(group.leader)
+        self._leave_all(group, forget=forget)
+        del self._groups[group.leader.seq]
+
+    def _leave_all(self, group: BeamGroup, *, forget: bool = False) -> None:
+        """Take a search's sequences off the shard."""
+        for member in group.members.values():
+            self._leave(member, Status.FINISHED, forget=forget)
+            del self._sequences[member.seq]
+        self._prefilling = [s for s in self._prefilling if s.group is not group]
+
     # --- making room -------------------------------------------------------------------------
 
     def _extend(self, s: Sequence, upto: int) -> bool:
         """Extend its tables to `upto` tokens, at the cost of sequences that rank after it."""
         while (added := self.blocks.grow(s, upto)) is None:
-            if not self.blocks.trim(s):
-                return False  # blocks of its own come free with the results on the way
-            victim = max(self._preemptible(), key=_rank)
-            if victim is s:
+            if not self._take_from_last(s):
                 return False
-            self._preempt(victim)
+        if s.group is not None:
+            while (copies := self.blocks.unshare(s)) is None:
+                if not self._take_from_last(s):
+                    return False
+            if copies:
+                self._copies[s.seq] = copies
         if s.first_step != NEVER and any(added):  # else its start will carry the whole tables
             self._new_blocks[s.seq] = added
         return True
 
+    def _take_from_last(self, s: Sequence) -> bool:
+        """Preempt the sequence that ranks last, for one that lacks blocks; False if it is that."""
+        if not self.blocks.trim(s):
+            return False  # blocks of its own come free with the results on the way
+        victim = max(self._preemptible(), key=_rank)
+        if victim is s or (s.group is not None and victim.group is s.group):
+            return False
+        self._preempt(victim)
+        return True
+
     def _preemptible(self) -> list[Sequence]:
         """The running sequences that won't end by themselves with the results on the way."""
-        return [s for s in chain(self._decoding, self._prefilling) if not _ending(s)]
+        awaited = (
+            s
+            for group in self._groups.values()
+            if group.running
+            for s in group.members.values()
+            if s.computed == s.target
+        )
+        return [s for s in chain(self._decoding, self._prefilling, awaited) if not _ending(s)]
 
     def _preempt(self, s: Sequence) -> None:
         """Back to the queue; whatever is on the way for it will be computed again."""
+        if s.group is not None:
+            self._preemptions += 1
+            self._fold(s.group)
+            return
         if s.computed < s.target:
             self._prefilling.remove(s)
         else:
@@ -582,6 +700,7 @@ class Scheduler:
             self._ends.append(s.seq)
             s.first_step = NEVER
         self._new_blocks.pop(s.seq, None)
+        self._copies.pop(s.seq, None)
         if s.status is Status.RUNNING:
             if len(s.tokens) > s.target and not forget:
                 self.blocks.register(s, len(s.tokens) - 1)
@@ -592,7 +711,20 @@ class Scheduler:
 
     @property
     def _running(self) -> int:
-        return len(self._prefilling) + len(self._decoding)
+        """Slots taken."""
+        if not self._groups:
+            return len(self._prefilling) + len(self._decoding)
+        alone = sum(s.group is None for s in self._prefilling) + len(self._decoding)
+        return alone + sum(group.width for group in self._groups.values() if group.running)
+
+    def _needs(self, s: Sequence) -> int:
+        """The most blocks it holds on its way to its end: the last token is sampled and never
+        computed, so it needs no room in the cache."""
+        cached = min(s.max_len, self._max_model_len) - 1
+        beams = s.request.beams
+        if beams is None:
+            return self.blocks.blocks_needed(cached)
+        return self.blocks.blocks_needed_by_beams(s.prompt_len, cached, beams.width)
 
     def _check(self, s: Sequence) -> None:
         """Refuse what can never run, saying what to change."""
@@ -608,10 +740,24 @@ class Scheduler:
                 f"the prompt has {s.prompt_len} tokens; with max_model_len {limit} it can have "
                 f"{limit - 1} at most, to leave room for one generated token"
             )
-        # The last token is sampled and never computed, so it needs no room in the cache.
-        cached = min(s.max_len, limit) - 1
-        needed = self.blocks.blocks_needed(cached)
+        needed = self._needs(s)
+        if (beams := s.request.beams) is not None:
+            if beams.width > self._max_num_seqs:
+                raise RequestRefused(
+                    f"beam_width ({beams.width}) is more than the {self._max_num_seqs} sequences "
+                    "that run at once here; ask for fewer beams, or serve with a larger "
+                    "max_num_seqs"
+                )
+            if needed > self.blocks.total:
+                raise RequestRefused(
+                    f"{beams.width} beams of {s.prompt_len} prompt tokens and up to "
+                    f"{min(s.max_len, limit) - s.prompt_len} generated ones may need {needed} KV "
+                    f"blocks and the cache has {self.blocks.total}; lower beam_width or "
+                    "max_tokens, or serve with a larger KV cache (kv_cache_memory_bytes or "
+                    "num_kv_blocks)"
+                )
         if needed > self.blocks.total:
+            cached = min(s.max_len, limit) - 1
             raise RequestRefused(
                 f"{s.prompt_len} prompt tokens and up to {min(s.max_len, limit) - s.prompt_len} "
                 f"generated ones need {needed} KV blocks and the cache has {self.blocks.total}, "
@@ -637,6 +783,11 @@ class Scheduler:
 
 def _without(sequences: list[Sequence], left_out: set[Sequence]) -> list[Sequence]:
     return [s for s in sequences if s not in left_out] if left_out else sequences
+
+
+def _slots(s: Sequence) -> int:
+    """How many of the sequences that run at once it counts as."""
+    return 1 if s.request.beams is None else s.request.beams.width
 
 
 def _rank(s: Sequence) -> tuple[int, int]:
