@@ -11,6 +11,7 @@ import ray
 import ray.util
 from ray.util.placement_group import PlacementGroup
 
+from tensorray.actors.adapter import Adapter
 from tensorray.actors.config import ShardConfig
 from tensorray.actors.lease import Lease
 from tensorray.actors.shard_host import Loaded, ShardHost
@@ -61,6 +62,20 @@ class ShardActor:
         """See ShardHost.join."""
         assert self._host is not None
         self._host.join(epoch, members, num_blocks)
+
+    def add_adapter(self, adapter: Adapter) -> None:
+        """See StepExecutor.add_adapter."""
+        assert self._host is not None
+        self._host.add_adapter(adapter)
+
+    def remove_adapter(self, id: int) -> None:
+        """See StepExecutor.remove_adapter."""
+        if self._host is not None:
+            self._host.remove_adapter(id)
+
+    def adapters(self) -> list[Adapter]:
+        """Those that are loaded."""
+        return [] if self._host is None else self._host.adapters()
 
     def describe(self) -> Description:
         return describe_process()

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from tensorray.actors.adapter import Adapter
 from tensorray.actors.communicator import Alone, Communicator
 from tensorray.actors.config import ShardConfig
 from tensorray.actors.link import StepExecutor
@@ -97,6 +98,18 @@ class ShardHost:
                 timeout=self._config.collective_timeout_seconds,
             )
         self._executor.join(world, num_blocks)
+
+    def add_adapter(self, adapter: Adapter) -> None:
+        """See StepExecutor.add_adapter."""
+        self._executor.add_adapter(adapter)
+
+    def remove_adapter(self, id: int) -> None:
+        """See StepExecutor.remove_adapter."""
+        self._executor.remove_adapter(id)
+
+    def adapters(self) -> list[Adapter]:
+        """See StepExecutor.adapters."""
+        return self._executor.adapters()
 
     def close(self) -> None:
         self._executor.interrupt("closed")

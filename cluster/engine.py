@@ -19,8 +19,15 @@ import msgspec
 
 from tensorray.actors.link import ShardError, ShardLink
 from tensorray.actors.protocol import ShardInfo, StepPlan
+from tensorray.cluster.adapters import EngineAdapters
 from tensorray.cluster.replica_choice import weight
-from tensorray.cluster.request import Delta, FinishReason, GenerationRequest, Resumed
+from tensorray.cluster.request import (
+    Delta,
+    FinishReason,
+    GenerationRequest,
+    Resumed,
+    UnknownAdapter,
+)
 from tensorray.cluster.scheduler import Progress, Scheduler
 from tensorray.cluster.sequence import Sequence
 
@@ -160,15 +167,19 @@ class Engine:
         observer: EngineObserver | None = None,
         depth: int | None = None,
         recover: Recover | None = None,
+        adapters: EngineAdapters | None = None,
     ) -> None:
         """`depth` is how many steps may be on their way to the shard at once, by default as many
         as it asks for: 2 schedules step n+1 while step n runs. Without `recover` the engine fails
-        for good when its shards do."""
+        for good when its shards do; without `adapters` requests can't ask for any."""
         self.info: ShardInfo = link.info
         self.scheduler = scheduler
         self.failure: str | None = None
         self.recovering: str | None = None  # from what, while it waits for its shards
         self.prefix_routed = 0  # requests that an ingress chose this engine for, by their prefix
+        self.adapters = adapters
+        if adapters is not None:
+            adapters.in_flight = lambda: scheduler.in_flight
         self._recover = recover
         self._link = link
         self._observer: EngineObserver = observer or SilentObserver()
@@ -201,6 +212,8 @@ class Engine:
             raise EngineFailed(self.failure)
         if request.request_id in self._streams:
             raise ValueError(f"request id {request.request_id!r} is already running")
+        if request.lora:
+            request = self._with_adapter(request)
         resumed: dict[int, Resumed | None] = dict.fromkeys(range(request.n))
         if request.resumed is not None:
             resumed = {each.index: each for each in request.resumed}
@@ -219,6 +232,8 @@ class Engine:
             generated = sequence.output_len
             self._tracked[sequence.seq] = _Tracked(stream, index, now, now, generated)
         self._streams[request.request_id] = stream
+        if request.adapter and self.adapters is not None:
+            self.adapters.acquire(request.adapter)
         self.prefix_routed += request.expected_hit > 0
         self._wake.set()
         return stream
@@ -227,6 +242,12 @@ class Engine:
     def load(self) -> int:
         """What there is to do, as replicas are compared by."""
         return weight(self.scheduler.queued_tokens, self.scheduler.unfinished)
+
+    def _with_adapter(self, request: GenerationRequest) -> GenerationRequest:
+        """The request, with the present version of its adapter."""
+        if self.adapters is None:
+            raise UnknownAdapter("adapters need --enable-lora")
+        return msgspec.structs.replace(request, adapter=self.adapters.find(request.lora))
 
     async def cancel(self, request_id: str, index: int | None = None) -> None:
         """End a request, or one of its sequences, now. Unknown or finished ones are ignored.
@@ -284,6 +305,8 @@ class Engine:
             self._waits_since = None
         now = time.perf_counter()
         plan = in_flight.popleft()
+        if self.adapters is not None and self.adapters.fading:
+            self.adapters.heard()
         for item in self.scheduler.update(result):
             self._advance(item, now)
         self._observer.step(len(plan.seqs), sum(plan.counts), result.seconds)
@@ -305,6 +328,8 @@ class Engine:
                 reason = f"it ran in {_MOST_FAILURES} steps that failed, the last so: {error}"
                 self._give_up(seq, reason)
         self.scheduler.restart(self.info.kv)
+        if self.adapters is not None:
+            self.adapters.heard(of_all=True)
         try:
             self._link = await recover(error, self._note)
         except Exception as failure:
@@ -366,6 +391,8 @@ class Engine:
         stream.push(delta)
         if not any(other in self._tracked for other in stream.sequences.values()):
             self._streams.pop(stream.request.request_id, None)
+            if stream.request.adapter and self.adapters is not None:
+                self.adapters.release(stream.request.adapter)
         assert delta.finish_reason is not None
         self._observer.finished(
             outcome or delta.finish_reason,

@@ -38,6 +38,7 @@ from tensorray.cluster.request import (
     QueueFull,
     RequestRefused,
     Resumed,
+    UnknownAdapter,
 )
 
 logger = logging.getLogger(__name__)
@@ -64,7 +65,7 @@ class Cancel(msgspec.Struct, frozen=True, tag=True):
 class Failure(msgspec.Struct, frozen=True):
     """Why a stream ended early."""
 
-    kind: Literal["refused", "queue_full", "unavailable", "internal"]
+    kind: Literal["refused", "unknown_adapter", "queue_full", "unavailable", "internal"]
     message: str
 
     @classmethod
@@ -72,6 +73,8 @@ class Failure(msgspec.Struct, frozen=True):
         match error:
             case QueueFull():
                 return cls("queue_full", str(error))
+            case UnknownAdapter():
+                return cls("unknown_adapter", str(error))
             case RequestRefused():
                 return cls("refused", str(error))
             case EngineFailed():
@@ -82,6 +85,7 @@ class Failure(msgspec.Struct, frozen=True):
     def error(self) -> Exception:
         kinds: dict[str, type[Exception]] = {
             "refused": RequestRefused,
+            "unknown_adapter": UnknownAdapter,
             "queue_full": QueueFull,
             "unavailable": EngineFailed,
             "internal": InternalError,

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from tensorray.cluster.bad_request import BadRequest
 from tensorray.cluster.engine import EngineFailed
-from tensorray.cluster.request import QueueFull, RequestRefused
+from tensorray.cluster.request import QueueFull, RequestRefused, UnknownAdapter
 
 # Where a union's branch, not the user's data, names a step on the way to the offending value.
 _BRANCH = re.compile(r"^(str|int|float|bool|none|\[key\]|(list|dict|tuple)\[.*\]|function-.*)$")
@@ -60,6 +60,10 @@ def bad_request(message: str, param: str | None = None, code: str | None = None)
     return ApiError(400, message, param=param, code=code)
 
 
+def model_not_found(message: str) -> ApiError:
+    return ApiError(404, message, param="model", code="model_not_found")
+
+
 def queue_full(message: str) -> ApiError:
     return ApiError(
         429,
@@ -96,6 +100,8 @@ def from_exception(error: BaseException) -> ApiError:
             return bad_request(message, param)
         case QueueFull():
             return queue_full(str(error))
+        case UnknownAdapter():
+            return model_not_found(str(error))
         case RequestRefused():
             return bad_request(str(error))
         case EngineFailed():

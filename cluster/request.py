@@ -72,5 +72,9 @@ class RequestRefused(ValueError):
     """The engine will not take the request; the message says what to change."""
 
 
+class UnknownAdapter(RequestRefused):
+    """No LoRA adapter of the request's name is loaded."""
+
+
 class QueueFull(RequestRefused):
     """Too many requests wait already; the same request may succeed later."""
