@@ -53,6 +53,9 @@ class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
     bad_words: list[list[int]] = []  # each of two tokens or more; single ones are banned tokens
     no_repeat_ngram_size: int = 0  # 0: any
     logits_processors: list[ProcessorCall] = []  # of the user's (logits_processors.py)
+    # A beam: its `logprobs` are its candidates, scored after all that edits logits. As in
+    # transformers' beam search the edits apply to log-probabilities, which are not normalized again.
+    beam: bool = False
 
 
 class SequenceStart(msgspec.Struct, frozen=True):
@@ -65,6 +68,7 @@ class SequenceStart(msgspec.Struct, frozen=True):
     blocks: list[list[int]]  # per KV group, the block table so far
     sampling: Sampling
     adapter: int = 0  # the LoRA adapter it runs with, by id; 0: none
+    prediction: list[int] = []  # what its user thinks the output will be like, for drafts
 
 
 class StepPlan(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -85,6 +89,9 @@ class StepPlan(msgspec.Struct, frozen=True, omit_defaults=True):
     starts: list[SequenceStart] = []
     new_blocks: dict[int, list[list[int]]] = {}  # seq -> per KV group, ids to append
     ends: list[int] = []  # sequences to forget, before anything else
+    # Blocks that take over what others hold, as (from, to): before anything is computed, all at
+    # once, so that each "from" is as the plan before left it. No block is in two of the "to".
+    copies: list[tuple[int, int]] = []
 
 
 class Logprobs(msgspec.Struct, frozen=True):

@@ -10,6 +10,7 @@ from tensorray.actors.protocol import Sampling
 from tensorray.cluster.request import GenerationRequest, Resumed
 
 if TYPE_CHECKING:
+    from tensorray.cluster.beam_group import BeamGroup
     from tensorray.cluster.blocks import Table
 
 #: What a draft's chance is taken for before there were any.
@@ -40,6 +41,7 @@ class Sequence:
         "computed",
         "drafted",
         "first_step",
+        "group",
         "keys",
         "last_prefill",
         "level",
@@ -80,6 +82,7 @@ class Sequence:
 
         # The scheduler's own.
         self.status = Status.WAITING
+        self.group: BeamGroup | None = None  # whose beam it is
         self.level = 0  # priority; lower is served first
         self.order = -1  # place in the order of first admission; -1: not admitted yet
         self.first_step = NEVER  # the plan that (re)started it on the shard
