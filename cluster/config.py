@@ -7,6 +7,7 @@ Names are vLLM's where it has one. A field here is a flag of `tensorray serve`, 
 from __future__ import annotations
 
 import hashlib
+import json
 from dataclasses import fields
 from functools import partial
 from importlib.metadata import version
@@ -17,9 +18,25 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from tensorray.actors.config import ShardConfig
 from tensorray.actors.protocol import ShardInfo
+from tensorray.actors.speculative_config import parse_speculative_config
 from tensorray.cluster.key_digests import digest
+from tensorray.cluster.lora_module import LoraModule
+from tensorray.cluster.replica_choice import Routing
 from tensorray.cluster.scheduler import Scheduler
 from tensorray.cluster.vocabulary import load_vocabulary
+
+# The settings that say what answers, rather than how fast.
+_ANSWERING = (
+    "model",
+    "model_class",
+    "tokenizer",
+    "revision",
+    "load_format",
+    "hf_overrides",
+    "dtype",
+    "kv_cache_dtype",
+    "max_model_len",
+)
 
 
 class EngineConfig(BaseModel):
@@ -54,6 +71,15 @@ class EngineConfig(BaseModel):
         "auto", description="auto: the model's defaults; vllm: none; or a directory"
     )
     chat_template: str | None = Field(None, description="A jinja file, or a template inline")
+    tool_call_parser: Literal["auto", "none", "hermes", "mistral", "llama3_json", "pythonic"] = (
+        Field("auto", description="How the model writes calls; auto: as its chat template shows")
+    )
+    enable_auto_tool_choice: bool = Field(
+        True, description="Let the model choose to call tools; off: only where a request says so"
+    )
+    reasoning_parser: Literal["auto", "none", "qwen3", "deepseek_r1", "mistral"] = Field(
+        "auto", description="How the model marks its reasoning; auto: as its chat template shows"
+    )
     # --- device and precision ---
     device: Literal["auto", "cpu", "cuda", "null"] = Field(
         "auto",
@@ -80,6 +106,11 @@ class EngineConfig(BaseModel):
         description="Stages that share out the layers, each at work on a batch of its own",
     )
     data_parallel_size: int = Field(1, ge=1, description="Replicas of the whole model")
+    routing: Routing = Field(
+        "prefix",
+        description="Which replica a request goes to. prefix: one that holds its prompt's "
+        "beginning already, unless another is that much freer; balanced: the freer of two",
+    )
     enable_expert_parallel: bool = Field(
         False, description="Share out whole experts over the tensor-parallel shards"
     )
@@ -97,6 +128,9 @@ class EngineConfig(BaseModel):
     )
     router_timeout_seconds: float = Field(
         120.0, ge=0, description="How long requests wait for a router that is lost; 0: not at all"
+    )
+    drain_timeout_seconds: float = Field(
+        60.0, ge=0, description="When serving: how long a process that is to go ends its streams"
     )
     collective_timeout_seconds: float = Field(
         300.0, gt=0, description="A shard that its peers wait longer for within a step is given up"
@@ -149,6 +183,39 @@ class EngineConfig(BaseModel):
     )
     enable_prefix_caching: bool = Field(True, description="Reuse KV blocks of equal prefixes")
     scheduling_policy: Literal["fcfs", "priority"] = "fcfs"
+    logits_processors: list[str] = Field(
+        default_factory=list,
+        description="Your own class between logits and choice, as pkg.module:Class or "
+        "path/to/file.py:Class; requests name it",
+    )
+    # --- LoRA adapters ---
+    enable_lora: bool = Field(
+        False, description="Serve LoRA adapters of the model beside it (on CPUs so far)"
+    )
+    lora_modules: list[LoraModule] = Field(
+        default_factory=list,
+        description="Adapter to serve, as NAME=PATH or JSON; a directory that PEFT saved, or a Hub "
+        "id",
+    )
+    max_loras: int = Field(8, ge=1, description="Adapters running at once")
+    max_lora_rank: int = Field(16, ge=1, description="Highest rank of an adapter")
+    max_cpu_loras: int | None = Field(
+        None, ge=1, description="Adapters in memory at once (default: any number)"
+    )
+    allow_runtime_lora_updating: bool = Field(
+        False, description="Let clients of the API load and unload adapters"
+    )
+    allowed_lora_path: list[str] = Field(
+        default_factory=list,
+        description="Directory below which clients may load from (default: anywhere, and the Hub)",
+    )
+    speculative_config: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Speculative decoding, as JSON with vLLM's keys: "
+        '{"method": "ngram", "num_speculative_tokens": 5, "prompt_lookup_max": 5, '
+        '"prompt_lookup_min": 2}, {"model": "a draft model"}, or {"method": "medusa", "model": '
+        '"its heads"}; same tokens, fewer steps (CPU only)',
+    )
     # --- limits of the API ---
     max_logprobs: int = Field(20, ge=-1, description="Most top-logprobs a request may ask; -1: any")
     max_n: int = Field(128, ge=1, le=128, description="Most sequences a request may ask")
@@ -186,10 +253,40 @@ class EngineConfig(BaseModel):
         return [digest(key) for key in keys]
 
     @model_validator(mode="after")
+    def _can_speculate(self) -> EngineConfig:
+        if parse_speculative_config(self.speculative_config) is None:
+            return self
+        if self.pipeline_parallel_size > 1:
+            raise ValueError(
+                "speculative_config: a pipeline of several stages can't speculate; set "
+                "pipeline_parallel_size to 1"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _limits_have_keys(self) -> EngineConfig:
         limits = (self.api_key_requests_per_minute, self.api_key_concurrency)
         if any(limits) and not (self.api_key or self.api_key_file):
             raise ValueError("limits a key need keys: set api_key or api_key_file")
+        return self
+
+    @model_validator(mode="after")
+    def _adapters_are_enabled(self) -> EngineConfig:
+        asked = {
+            "lora_modules": self.lora_modules,
+            "allow_runtime_lora_updating": self.allow_runtime_lora_updating,
+            "allowed_lora_path": self.allowed_lora_path,
+        }
+        for name, value in asked.items():
+            if value and not self.enable_lora:
+                raise ValueError(f"{name} needs enable_lora")
+        names = [module.name for module in self.lora_modules]
+        for name in names:
+            if names.count(name) > 1 or name in self.names():
+                raise ValueError(f"lora_modules: {name!r} is another model's name already")
+        most = self.max_cpu_loras
+        if most is not None and most < len(names):
+            raise ValueError(f"max_cpu_loras ({most}) is less than the {len(names)} lora_modules")
         return self
 
     @model_validator(mode="after")
@@ -201,6 +298,11 @@ class EngineConfig(BaseModel):
                 f"max_num_seqs ({self.max_num_seqs}), as every running sequence gets a token a step"
             )
         return self
+
+    @property
+    def effective_routing(self) -> Routing:
+        """How requests are routed: a prefix is worth nothing where none is cached."""
+        return self.routing if self.enable_prefix_caching else "balanced"
 
     def names(self) -> list[str]:
         """What the API calls the model; the first is the one answers carry."""
@@ -214,6 +316,12 @@ class EngineConfig(BaseModel):
         text = f"{version('tensorray')} {self.model_dump_json()}"
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
+    def model_digest(self) -> str:
+        """A name for what answers: configurations with the same one may go on with each other's
+        streams."""
+        text = json.dumps([version("tensorray"), *(getattr(self, name) for name in _ANSWERING)])
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
     @property
     def num_shards(self) -> int:
         """Shards of one replica."""
@@ -224,6 +332,8 @@ class EngineConfig(BaseModel):
         shared = {item.name for item in fields(ShardConfig)}
         values = {name: value for name, value in self if name in shared}
         values["cudagraph_capture_sizes"] = tuple(self.cudagraph_capture_sizes)
+        values["speculative_config"] = parse_speculative_config(self.speculative_config)
+        values["logits_processors"] = tuple(self.logits_processors)
         return ShardConfig(**values, rank=rank, vocabulary=partial(load_vocabulary, self))
 
     def scheduler(self, info: ShardInfo) -> Scheduler:
@@ -237,6 +347,8 @@ class EngineConfig(BaseModel):
             policy=self.scheduling_policy,
             max_waiting=self.max_waiting,
             micro_batches=self.pipeline_parallel_size,
+            drafting=info.drafting,
+            max_adapters=self.max_loras,
         )
 
     @classmethod

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import msgspec
 from pydantic import ValidationError
 
+from tensorray.actors.logits_processors import load_registry
 from tensorray.builder.checkpoint import eos_token_ids, open_files, resolve_path
 from tensorray.builder.checkpoint.config import read_generation_config
 from tensorray.builder.registry import resolve
@@ -26,8 +27,12 @@ from tensorray.cluster.assembly import Assembler, GenerationFailed, PreparedRequ
 from tensorray.cluster.bad_request import BadRequest
 from tensorray.cluster.chat import ChatTemplate, ChatTemplateError
 from tensorray.cluster.config import EngineConfig
+from tensorray.cluster.conversation import Conversation
 from tensorray.cluster.errors import explain
+from tensorray.cluster.output_control import Registry, controls
 from tensorray.cluster.outputs import RequestOutput, RequestOutputDelta
+from tensorray.cluster.reasoning import template_arguments
+from tensorray.cluster.reply_format import ReplyFormats
 from tensorray.cluster.request import Delta, GenerationRequest
 from tensorray.cluster.sampling_params import SamplingParams
 from tensorray.cluster.tokenizer import InvalidText, Tokenizer
@@ -80,6 +85,10 @@ class Frontend:
         default_params: Mapping[str, Any] | None = None,
         default_max_tokens: int | None = None,
         chat_template: str | None = None,
+        tool_call_parser: str = "auto",
+        enable_auto_tool_choice: bool = True,
+        reasoning_parser: str = "auto",
+        logits_processors: Registry | None = None,
         max_logprobs: int = 20,
         max_n: int = 128,
         seed: int | None = None,
@@ -91,10 +100,18 @@ class Frontend:
         self.eos_token_ids = list(eos_token_ids)
         self.default_params = dict(default_params or {})
         self._default_max_tokens = default_max_tokens
+        self._logits_processors = logits_processors or {}
         self._max_logprobs = max_logprobs
         self._max_n = max_n
         self._seeds = random.Random(seed) if seed is not None else None
         self._template = ChatTemplate(tokenizer, chat_template)
+        self.replies = ReplyFormats(
+            tokenizer,
+            self._template.text,
+            tool_parser=tool_call_parser,
+            calls_freely=enable_auto_tool_choice,
+            reasoning_parser=reasoning_parser,
+        )
 
     @property
     def model_name(self) -> str:
@@ -140,6 +157,10 @@ class Frontend:
             default_params={name: defaults[name] for name in _DEFAULTS if name in defaults},
             default_max_tokens=defaults.get("max_new_tokens"),
             chat_template=config.chat_template,
+            tool_call_parser=config.tool_call_parser,
+            enable_auto_tool_choice=config.enable_auto_tool_choice,
+            reasoning_parser=config.reasoning_parser,
+            logits_processors=load_registry(config.logits_processors),
             max_logprobs=config.max_logprobs,
             max_n=config.max_n,
             seed=config.seed,
@@ -202,7 +223,10 @@ class Frontend:
         prompt_logprobs = params.prompt_logprobs
         if echo and prompt_logprobs is None:
             prompt_logprobs = params.logprobs
-        changes: dict[str, Any] = {"prompt_logprobs": prompt_logprobs}
+        changes = controls(
+            params, sampling, self.tokenizer, self._logits_processors, self.vocab_size
+        )
+        changes["prompt_logprobs"] = prompt_logprobs
         if params.seed is None and self._seeds is not None:
             changes["seed"] = self._seeds.getrandbits(63)
         request = GenerationRequest(
@@ -218,6 +242,47 @@ class Frontend:
         )
         return PreparedRequest(
             request, params, prompt=prompt if isinstance(prompt, str) else None, echo=echo
+        )
+
+    def converse(
+        self, conversation: Conversation, params: SamplingParams, **settings: Any
+    ) -> PreparedRequest:
+        """A request for what comes next in a conversation; `settings` are those of `request`.
+
+        Its answer is taken apart: reasoning, text and calls of tools. Raises BadRequest.
+        """
+        prompt = self.render(conversation)
+        prepared = self.request(prompt, params, **settings)
+        sampling = prepared.request.sampling
+        reply = self.replies.format(prompt, conversation.tools, sampling.grammar)
+        if reply is None:
+            return prepared
+        if not params.detokenize:
+            raise BadRequest("reasoning and calls are read from text; leave detokenize on")
+        if reply.grammar and (params.ignore_eos or params.min_tokens):
+            given = "ignore_eos" if params.ignore_eos else "min_tokens"
+            raise BadRequest(f"{given} can't go with calls that have to be made", param=given)
+        if reply.grammar and not self.eos_token_ids:
+            raise BadRequest("the model has no end-of-sequence token, which enforced calls need")
+        guided = msgspec.structs.replace(sampling, grammar=reply.grammar)
+        request = msgspec.structs.replace(prepared.request, sampling=guided)
+        return replace(prepared, request=request, reply=reply)
+
+    def render(self, conversation: Conversation) -> list[int]:
+        """A conversation as prompt tokens. Raises BadRequest."""
+        self.replies.check(conversation.tools)
+        return self.chat(
+            conversation.messages,
+            tools=conversation.tools.for_template(),
+            add_generation_prompt=conversation.add_generation_prompt,
+            **{
+                **template_arguments(
+                    self._template.text,
+                    conversation.reasoning_effort,
+                    conversation.enable_thinking,
+                ),
+                **conversation.arguments,
+            },
         )
 
     def _prompt_tokens(self, prompt: str | Sequence[int], add_special_tokens: bool) -> list[int]:

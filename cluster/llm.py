@@ -22,6 +22,7 @@ from typing import Any, TypeVar, cast
 from tensorray.actors.guidance import Vocabulary
 from tensorray.actors.link import LocalLink, ShardLink
 from tensorray.actors.local_replica import LocalReplica
+from tensorray.actors.logits_processors import spell
 from tensorray.actors.shard_host import load_executor
 from tensorray.cluster.config import EngineConfig
 from tensorray.cluster.engine import Engine
@@ -41,12 +42,14 @@ class LLM:
     """One engine on one thread of its own; `generate`, `chat` and `stream` may be called from any.
     With data parallelism there are several, on the same thread. A layout's shards are threads here.
 
-    Keyword arguments are EngineConfig's fields. Raises pydantic's ValidationError for a bad
-    setting and the loader's own errors (CheckpointError, ModelConfigError, KVCacheError) for a
+    Keyword arguments are EngineConfig's fields; `logits_processors` may hold classes, too. Raises
+    pydantic's ValidationError for a bad setting and the loader's own errors (CheckpointError, ModelConfigError, KVCacheError) for a
     model that can't be served. Use as a context manager, or call `close`.
     """
 
     def __init__(self, model: str, **settings: Any) -> None:
+        if processors := settings.get("logits_processors"):
+            settings = {**settings, "logits_processors": [spell(each) for each in processors]}
         self.config = EngineConfig(model=model, **settings)
         self.frontend = Frontend.load(self.config)
         known = partial(vocabulary, self.frontend.tokenizer, self.frontend.eos_token_ids)
@@ -66,7 +69,9 @@ class LLM:
         self.engine = self.engines[0]
         self.info = self.engine.info
         self._client: EngineClient = (
-            self.engine if len(self.engines) == 1 else Replicas(self.engines)
+            self.engine
+            if len(self.engines) == 1
+            else Replicas(self.engines, self.config.effective_routing)
         )
 
     def generate(

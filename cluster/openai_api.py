@@ -18,6 +18,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from pydantic_core import PydanticCustomError
 
 from tensorray.cluster.errors import bad_request
+from tensorray.cluster.sampling_params import ProcessorSpecs
 from tensorray.cluster.structured_outputs import StructuredOutputs
 
 # --- requests ---------------------------------------------------------------------------------
@@ -44,8 +45,6 @@ _REFUSED: dict[str, tuple[tuple[object, ...], str]] = {
     "structural_tag": (_OFF, "use structured_outputs with a grammar"),
     "use_beam_search": (_OFF, "beam search is not supported"),
     "length_penalty": ((None, 1, 1.0), "beam search is not supported"),
-    "bad_words": (_OFF, "use banned_token_ids or logit_bias"),
-    "logits_processors": (_OFF, "custom logits processors are not supported"),
     "prompt_embeds": (_OFF, "prompts are text or token ids"),
     "truncate_prompt_tokens": (_OFF, "shorten the prompt before sending it"),
     "chat_template": (_OFF, "the template is the server's (--chat-template)"),
@@ -149,6 +148,10 @@ _SAMPLING = [
     "ignore_eos",
     "skip_special_tokens",
     "prompt_logprobs",
+    "bad_words",
+    "no_repeat_ngram_size",
+    "forced_prefix",
+    "logits_processors",
 ]
 
 
@@ -177,6 +180,16 @@ class GenerateRequest(ApiRequest):
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
     prompt_logprobs: int | None = None
+    bad_words: list[str | list[int]] | None = Field(
+        None, description="words, or lists of token ids, that are never completed"
+    )
+    no_repeat_ngram_size: int | None = None
+    forced_prefix: str | list[int] | None = Field(
+        None, description="text, or token ids, that the answer begins with"
+    )
+    logits_processors: ProcessorSpecs | None = Field(
+        None, description="of --logits-processors: names, or names and arguments"
+    )
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = Field(
         None, description="what the answer must match (vLLM)"

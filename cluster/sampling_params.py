@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
@@ -13,6 +13,24 @@ from tensorray.cluster.bad_request import BadRequest
 from tensorray.cluster.structured_outputs import StructuredOutputs
 
 FiniteFloat = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class LogitsProcessorSpec(BaseModel):
+    """A logits processor that a request chooses, by the name of its class."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str
+    arguments: dict[str, Any] = Field(default_factory=dict)
+
+
+def _named(value: object) -> object:
+    """A processor without arguments may be its bare name."""
+    return {"name": value} if isinstance(value, str) else value
+
+
+_TokenIds = Annotated[list[Annotated[int, Field(strict=True)]], Field(min_length=1)]
+ProcessorSpecs = list[Annotated[LogitsProcessorSpec, BeforeValidator(_named)]]
 
 
 def _as_list(value: object) -> object:
@@ -94,6 +112,22 @@ class SamplingParams(BaseModel):
         description="Log-probability of each token and of this many alternatives; -1: all",
     )
     prompt_logprobs: int | None = Field(None, ge=-1, description="The same for the prompt's tokens")
+    bad_words: list[Annotated[str, Field(min_length=1)] | _TokenIds] = Field(
+        default_factory=list,
+        max_length=1024,
+        description="Words, or lists of token ids, that are never completed",
+    )
+    no_repeat_ngram_size: int = Field(
+        0, ge=0, description="No run of this many tokens comes twice, prompt included; 0: any may"
+    )
+    forced_prefix: Annotated[str, Field(min_length=1)] | _TokenIds | None = Field(
+        None, description="Text, or token ids, that the output begins with"
+    )
+    logits_processors: ProcessorSpecs = Field(
+        default_factory=list,
+        max_length=16,
+        description="Registered logits processors to apply: name, or name and arguments",
+    )
     structured_outputs: StructuredOutputs | None = Field(
         None, description="What the output must match: json, regex, choice or grammar"
     )

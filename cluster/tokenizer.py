@@ -138,19 +138,26 @@ class Tokenizer:
     # --- text to tokens -------------------------------------------------------------------
 
     def encode(
-        self, text: str, *, add_special_tokens: bool = True, parse_special: bool = False
+        self,
+        text: str,
+        *,
+        add_special_tokens: bool = True,
+        parse_special: bool = False,
+        continues: bool = False,
     ) -> list[int]:
         """Token ids of a text.
 
         With `add_special_tokens` the model's own prefix and suffix (often one BOS) go around it.
         With `parse_special` control tokens spelled in the text become those tokens; without,
         they are text like any other. Added tokens that are not control tokens (HTML tags and runs
-        of newlines in Gemma, `<think>` in Qwen3) are ordinary vocabulary and always found.
+        of newlines in Gemma, `<think>` in Qwen3) are ordinary vocabulary and always found. A text
+        that `continues` another gets no space that the tokenizer puts before a text's start, and
+        holds no control tokens.
 
         Raises InvalidText for a text with an unpaired surrogate.
         """
         controls = self.find_control_tokens(text) if parse_special else []
-        ids = self.encode_around(text, controls)
+        ids = self._encode_later(text) if continues else self.encode_around(text, controls)
         return [*self.prefix_ids, *ids, *self.suffix_ids] if add_special_tokens else ids
 
     def find_control_tokens(self, text: str) -> list[ControlToken]:
@@ -176,6 +183,23 @@ class Tokenizer:
             if flags.rstrip:
                 start = len(text) - len(text[start:].lstrip())
         return ids + self._encode_literally(text[start:], at_start=start == 0)
+
+    def _encode_later(self, text: str) -> list[int]:
+        ids = self._encode_literally(text, at_start=False)
+        if self._spell(ids) == text.encode():
+            return ids
+        # Some tokenizers put a space before any text. Behind a text that it does not merge with
+        # there is none.
+        for before in "\n,0a":
+            start = self._encode_literally(before, at_start=False)
+            both = self._encode_literally(before + text, at_start=False)
+            rest = both[len(start) :]
+            if both[: len(start)] == start and self._spell(rest) == text.encode():
+                return rest
+        return ids
+
+    def _spell(self, ids: Sequence[int]) -> bytes:
+        return b"".join([self._bytes[id] for id in ids])
 
     def _encode_literally(self, text: str, *, at_start: bool = True) -> list[int]:
         ids = self._run(text, at_start=at_start)
