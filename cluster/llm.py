@@ -43,8 +43,9 @@ class LLM:
     With data parallelism there are several, on the same thread. A layout's shards are threads here.
 
     Keyword arguments are EngineConfig's fields; `logits_processors` may hold classes, too. Raises
-    pydantic's ValidationError for a bad setting and the loader's own errors (CheckpointError, ModelConfigError, KVCacheError) for a
-    model that can't be served. Use as a context manager, or call `close`.
+    pydantic's ValidationError for a bad setting and the loader's own errors (CheckpointError,
+    ModelConfigError, KVCacheError) for a model that can't be served. Use as a context manager, or
+    call `close`.
     """
 
     def __init__(self, model: str, **settings: Any) -> None:
