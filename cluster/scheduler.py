@@ -31,7 +31,7 @@ and ended together too, and take as many slots as the search is wide from its ad
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 from typing import Literal
@@ -95,6 +95,8 @@ class Scheduler:
     `policy` "fcfs" ignores requests' priorities; "priority" lets a lower value run first, and
     preempt. `max_waiting` bounds the sequences that wait beyond the free slots.
 
+    At most `max_adapters` different LoRA adapters run at once; who needs another one waits.
+
     With `micro_batches` above 1 the decodes are shared out over that many plans, for a pipeline
     whose stages work on one plan each: a sequence is in one plan at a time.
 
@@ -112,6 +114,7 @@ class Scheduler:
         policy: Literal["fcfs", "priority"] = "fcfs",
         max_waiting: int = 4096,
         micro_batches: int = 1,
+        max_adapters: int = 8,
         drafting: Drafting | None = None,
     ) -> None:
         if max_num_batched_tokens < max_num_seqs:
@@ -123,6 +126,7 @@ class Scheduler:
         self._max_model_len = max_model_len
         self._max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max_num_batched_tokens
+        self._max_adapters = max_adapters
         self._priorities = policy == "priority"
         self._max_waiting = max_waiting
         self._micro_batches = micro_batches
@@ -483,12 +487,13 @@ class Scheduler:
     def _admit(self) -> None:
         """Move waiting sequences to the prefilling ones, as far as slots and blocks go."""
         put_aside: list[Sequence] = []
+        adapters = _AdapterRoom(self._max_adapters, chain(self._decoding, self._prefilling))
         while (s := self._waiting.head()) is not None:
             if self._running == self._max_num_seqs and not self._priorities:
                 break
             if len(put_aside) == self._max_num_seqs:
                 break
-            if self._should_wait_for_prefix(s):
+            if self._should_wait_for_prefix(s) or not adapters.take(s):
                 self._waiting.remove(s)
                 put_aside.append(s)
                 continue
@@ -779,6 +784,32 @@ class Scheduler:
             if len(rows) > known:
                 gained[seq] = rows[known:]
         return gained
+
+
+class _AdapterRoom:
+    """Which LoRA adapters run while sequences are admitted, and whether there is room for more."""
+
+    __slots__ = ("_full", "_most", "_running", "_sequences")
+
+    def __init__(self, most: int, sequences: Iterable[Sequence]) -> None:
+        self._most = most
+        self._sequences = sequences  # that run already; looked at if anyone wants an adapter
+        self._running: set[int] | None = None
+        self._full = False
+
+    def take(self, s: Sequence) -> bool:
+        """Whether the sequence can be admitted. While one waits for room, no other with an
+        adapter passes it, so that its turn comes."""
+        adapter = s.request.adapter
+        if not adapter:
+            return True
+        if self._running is None:
+            self._running = {each.request.adapter for each in self._sequences} - {0}
+        self._full |= adapter not in self._running and len(self._running) >= self._most
+        if self._full:
+            return False
+        self._running.add(adapter)
+        return True
 
 
 def _without(sequences: list[Sequence], left_out: set[Sequence]) -> list[Sequence]:

@@ -1,0 +1,33 @@
+"""LoraModule: an adapter to serve from the start, as flags and config files spell it."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class LoraModule(BaseModel):
+    """`name=path`, or a mapping of these, in JSON on the command line (as vLLM's)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str = Field(min_length=1, description="What requests call it, as their model")
+    path: str = Field(min_length=1, description="A directory, or a Hub id")
+    base_model_name: str | None = Field(None, description="Taken as vLLM's; not used")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _spelled(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        if value.lstrip().startswith("{"):
+            try:
+                return json.loads(value)
+            except ValueError as error:
+                raise ValueError(f"not JSON: {error}") from None
+        name, separator, path = value.partition("=")
+        if not separator:
+            raise ValueError("an adapter is NAME=PATH, or JSON with name and path")
+        return {"name": name.strip(), "path": path.strip()}
