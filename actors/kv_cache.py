@@ -109,12 +109,13 @@ class KVCache:
         self._xp = xp
         self._dtype = dtype
         self.layers: dict[int, LayerKV] = {}
+        self._pages: list[Any] = []
         self.resize(num_blocks)
 
     def resize(self, num_blocks: int) -> None:
         """Have another number of blocks, all empty."""
         plan, xp, dtype = self._plan, self._xp, self._dtype
-        self.layers = {}  # what there was goes before the new comes
+        self.layers, self._pages = {}, []  # what there was goes before the new comes
         shape = (num_blocks, plan.kv_heads, plan.block_size, plan.head_dim)
         pages = [
             (xp.zeros(shape, dtype), xp.zeros(shape, dtype)) for _ in range(plan.layers_per_group)
@@ -125,10 +126,18 @@ class KVCache:
                 keys, values = pages[place]
                 views[layer] = LayerKV(keys, values, group, plan.windows[group])
         self.layers = views
+        self._pages = [array for pair in pages for array in pair]
         self.nbytes = num_blocks * plan.block_bytes(pages[0][0].itemsize)
         self.groups = KVGroups(
             windows=plan.windows, num_blocks=num_blocks, block_size=plan.block_size
         )
+
+
+    def copy_blocks(self, copies: Any) -> None:
+        """Have blocks hold what others do: (from, to) pairs, int `[n, 2]` of `xp`. All of them are
+        read before any is written; no block is written twice."""
+        for array in self._pages:
+            array[copies[:, 1]] = array[copies[:, 0]]
 
 
 def choose_num_blocks(

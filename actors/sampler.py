@@ -93,16 +93,73 @@ class Sampler:
         masks = self._masks(states)
         for seq, state, row in zip(seqs, states, logits, strict=True):
             try:
-                token = state.choose(row, masks.get(state))
-                if state.sampling.logprobs is not None:
-                    logprobs[seq] = score_token(row, token, state.sampling.logprobs)
+                token, entry = state.choose_and_score(row, masks.get(state))
+                if entry is not None:
+                    logprobs[seq] = entry
             except SamplingError as error:
                 token = -1
                 failed[seq] = str(error)
             else:
-                state.append(token)
+                if not state.sampling.beam:  # which starts anew with the token it is given
+                    state.append(token)
             tokens.append(token)
         return tokens, logprobs, failed
+
+    def verify(
+        self,
+        seqs: Sequence[int],
+        drafts: Sequence[Sequence[int]],
+        logits: NDArray[np.float32],
+    ) -> tuple[list[list[int]], dict[int, list[Logprobs]], dict[int, str]]:
+        """As many tokens for each of R distinct sequences as its drafts were right, and one more.
+
+        float32 logits [R + number of drafts, vocab]: for each sequence, those of its next token and
+        of the one after each of its drafts, as if that were true. Each token is chosen as `sample`
+        would choose it, one after the other, and the first that differs from the draft is the last,
+        as is one that ends the sequence. So with any drafts the tokens are those of `sample`.
+
+        Returns the tokens, and log-probabilities of all of them for the sequences that asked. None
+        came for sequences that failed, whose reasons are the third. (Where tokens came before what
+        can't be chosen, the next step will find out.)
+        """
+        self._check(logits, len(seqs) + sum(map(len, drafts)))
+        states = [self._sequences[seq] for seq in seqs]
+        greedy: list[int] | None = None
+        if all(state.plain for state in states):
+            best_tokens, best = kernels.greedy(logits)
+            greedy = best_tokens.tolist() if np.isfinite(best).all() else None
+        chosen: list[list[int]] = []
+        logprobs: dict[int, list[Logprobs]] = {}
+        failed: dict[int, str] = {}
+        first = 0
+        for seq, state, draft in zip(seqs, states, drafts, strict=True):
+            tokens: list[int] = []
+            for at, guess in enumerate([*draft, None], first):
+                try:
+                    if greedy is None:
+                        mask = self._masks([state]).get(state)
+                        token, entry = state.choose_and_score(logits[at], mask)
+                        if entry is not None:
+                            logprobs.setdefault(seq, []).append(entry)
+                    else:
+                        token = greedy[at]
+                except SamplingError as error:
+                    if not tokens:
+                        failed[seq] = str(error)
+                    break
+                if not state.sampling.beam:
+                    state.append(token)
+                tokens.append(token)
+                if token != guess or state.may_end(token):
+                    break
+            chosen.append(tokens)
+            first += 1 + len(draft)
+        return chosen, logprobs, failed
+
+    def guess(self, seq: int, ahead: int, row: NDArray[np.float32]) -> int:
+        """What a sequence would choose from float32 logits [vocab] of a draft's, as the token
+        `ahead` places after its next one: by the same draw, but without any edits."""
+        return self._sequences[seq].guess(row, ahead)
 
     def _masks(self, states: Sequence[_Sequence]) -> dict[_Sequence, NDArray[np.int32]]:
         """The tokens that may come next in the guided ones of these sequences."""
@@ -166,14 +223,7 @@ class _Sequence:
 
         `mask`, int32 [ceil(vocab / 32)], has the bits of the tokens that its grammar allows.
         """
-        check_best(row.max())
-        steering = self.steering
-        if fault := steering.fault:
-            raise SamplingError(fault)
-        if steering.processes:
-            row = steering.processed(row.copy())
-        if mask is not None or steering.rules is not None or self._edits():
-            row = self._edited(row, mask)
+        row = self._final(row, mask)
         if self.sampling.temperature == 0:
             return int(row.argmax())
         return kernels.draw(
@@ -184,6 +234,47 @@ class _Sequence:
             self.sampling.top_p,
             self.sampling.min_p,
         )
+
+    def choose_and_score(
+        self, row: NDArray[np.float32], mask: NDArray[np.int32] | None
+    ) -> tuple[int, Logprobs | None]:
+        """The next token as `choose` has it, and its log-probability if that is asked for.
+
+        A beam's are its best continuations, the first of which nobody has chosen yet.
+        """
+        top = self.sampling.logprobs
+        if self.sampling.beam:
+            found = self._continuations(row, mask, top or 0)
+            return found.token, found
+        token = self.choose(row, mask)
+        return token, None if top is None else score_token(row, token, top)
+
+    def _continuations(
+        self, row: NDArray[np.float32], mask: NDArray[np.int32] | None, count: int
+    ) -> Logprobs:
+        check_best(row.max())
+        scores = self._final(row - np.float32(kernels.log_normalizer(row)), mask)
+        tokens = kernels.largest(scores, count)
+        logprobs: list[float] = scores[tokens].tolist()
+        return Logprobs(int(tokens[0]), logprobs[0], 1, tokens.tolist(), logprobs)
+
+    def guess(self, row: NDArray[np.float32], ahead: int) -> int:
+        sampling = self.sampling
+        if sampling.temperature == 0 or not np.isfinite(row.max()):
+            return int(row.argmax())
+        return kernels.draw(
+            row,
+            self._uniform(ahead),
+            sampling.temperature,
+            sampling.top_k,
+            sampling.top_p,
+            sampling.min_p,
+        )
+
+    def may_end(self, token: int) -> bool:
+        """Whether the sequence ends with this token, now its last one."""
+        sampling = self.sampling
+        return token in sampling.stop_token_ids and self.outputs > sampling.min_tokens
 
     def append(self, token: int) -> None:
         """The chosen token becomes the sequence's last one."""
@@ -205,6 +296,20 @@ class _Sequence:
 
     def _edits(self) -> bool:
         return self._always_edits or self.outputs < self._min_tokens
+
+    def _final(
+        self, row: NDArray[np.float32], mask: NDArray[np.int32] | None
+    ) -> NDArray[np.float32]:
+        """The row, or if it has to be edited a copy that is."""
+        check_best(row.max())
+        steering = self.steering
+        if fault := steering.fault:
+            raise SamplingError(fault)
+        if steering.processes:
+            row = steering.processed(row.copy())
+        if mask is not None or steering.rules is not None or self._edits():
+            row = self._edited(row, mask)
+        return row
 
     def _edited(
         self, row: NDArray[np.float32], mask: NDArray[np.int32] | None
@@ -238,12 +343,13 @@ class _Sequence:
             raise SamplingError(OVERFLOW.format(repetition=self.sampling.repetition_penalty))
         return row
 
-    def _uniform(self) -> float:
-        if not self._draws:
-            positions = range(self.outputs, self.outputs + _DRAWS_AHEAD)
-            seeds = [self.sampling.seed & _SEED_MASK] * _DRAWS_AHEAD
+    def _uniform(self, ahead: int = 0) -> float:
+        """The draw of the next position, or of one so many after it."""
+        if len(self._draws) <= ahead:
+            positions = range(self.outputs, self.outputs + ahead + _DRAWS_AHEAD)
+            seeds = [self.sampling.seed & _SEED_MASK] * len(positions)
             self._draws = uniform(seeds, positions)[::-1].tolist()
-        return self._draws[-1]
+        return self._draws[-1 - ahead]
 
 
 class _SeenTokens:

@@ -20,6 +20,7 @@ import msgspec
 from tensorray.actors.link import ShardError, ShardLink
 from tensorray.actors.protocol import ShardInfo, StepPlan
 from tensorray.cluster.adapters import EngineAdapters
+from tensorray.cluster.beams import Hypothesis
 from tensorray.cluster.replica_choice import weight
 from tensorray.cluster.request import (
     Delta,
@@ -104,6 +105,7 @@ class _Tracked:
     last_token: float = 0.0
     generated: int = 0
     failures: int = 0  # of the shards while it ran, since its last token
+    others: range = range(0)  # further indices that end with it: of a beam search all but the first
 
 
 class TokenStream(AsyncIterator[list[Delta]]):
@@ -217,6 +219,10 @@ class Engine:
         resumed: dict[int, Resumed | None] = dict.fromkeys(range(request.n))
         if request.resumed is not None:
             resumed = {each.index: each for each in request.resumed}
+        count = request.n
+        if request.beams is not None:  # one sequence leads the search; nothing was told before
+            count = request.beams.width
+            resumed = {0: resumed.get(0)}
         sequences = {}
         for index, begun in resumed.items():
             sampling = request.sampling
@@ -225,12 +231,15 @@ class Engine:
             seq = self._next_sequence + index
             sequences[index] = Sequence(seq, request, sampling, begun)
         self.scheduler.add(*sequences.values(), always=request.resumed is not None)
-        self._next_sequence += request.n
+        self._next_sequence += count
         stream = TokenStream(self, request, {i: each.seq for i, each in sequences.items()})
         now = time.perf_counter()
         for index, sequence in sequences.items():
             generated = sequence.output_len
-            self._tracked[sequence.seq] = _Tracked(stream, index, now, now, generated)
+            tracked = _Tracked(stream, index, now, now, generated)
+            if request.beams is not None:
+                tracked.others = range(1, request.n)
+            self._tracked[sequence.seq] = tracked
         self._streams[request.request_id] = stream
         if request.adapter and self.adapters is not None:
             self.adapters.acquire(request.adapter)
@@ -318,7 +327,7 @@ class Engine:
         began = time.perf_counter()
         self._note(str(error))
         self._observer.failed(str(error))
-        for seq in {seq for plan in in_flight for seq in plan.seqs}:
+        for seq in {self.scheduler.leader(seq) for plan in in_flight for seq in plan.seqs}:
             tracked = self._tracked.get(seq)
             if tracked is None:
                 continue
@@ -367,6 +376,11 @@ class Engine:
         )
         if item.logprobs is not None:
             delta.logprobs = [item.logprobs]
+        if item.hypotheses is not None:
+            self._answer(seq, tracked, item.hypotheses, item.sequence.cached_tokens, now)
+            return
+        if item.sequence.group is not None:
+            tracked.failures = 0
         if item.prompt_logprobs:
             delta.prompt_logprobs = list(item.prompt_logprobs)
         if item.token is not None:
@@ -383,11 +397,36 @@ class Engine:
         else:
             self._finish(seq, tracked, delta)
 
+    def _answer(
+        self, seq: int, tracked: _Tracked, found: list[Hypothesis], cached: int, now: float
+    ) -> None:
+        """Tell what a beam search has found, all at once. Of those that were asked for and that
+        its rules leave no tokens for nothing is told but their end."""
+        deltas = []
+        for index, each in enumerate(found):
+            entries = each.entries
+            tokens = [entry.token for entry in entries]
+            delta = Delta(index, tokens, logprobs=entries, finish_reason=each.finish_reason)
+            if each.finish_reason == "stop":
+                delta.stop_token = tokens[-1]
+            deltas.append(delta)
+            tracked.generated += len(tokens)
+        n = tracked.stream.request.n
+        deltas += [Delta(i, [], finish_reason="abort") for i in range(len(found), n)]
+        deltas[0].cached_tokens = cached
+        tracked.others = range(0)
+        self._observer.first_token(now - tracked.arrival)
+        for delta in deltas[1:]:
+            tracked.stream.push(delta)
+        self._finish(seq, tracked, deltas[0])
+
     def _finish(
         self, seq: int, tracked: _Tracked, delta: Delta, outcome: FinishReason | None = None
     ) -> None:
         del self._tracked[seq]
         stream = tracked.stream
+        for index in tracked.others:
+            stream.push(msgspec.structs.replace(delta, index=index))
         stream.push(delta)
         if not any(other in self._tracked for other in stream.sequences.values()):
             self._streams.pop(stream.request.request_id, None)

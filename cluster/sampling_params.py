@@ -3,14 +3,32 @@
 from __future__ import annotations
 
 import secrets
+import sys
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from tensorray.actors.protocol import Sampling
 from tensorray.cluster.bad_request import BadRequest
+from tensorray.cluster.beams import candidates
+from tensorray.cluster.request import BeamSearch
 from tensorray.cluster.structured_outputs import StructuredOutputs
+
+# What only a beam search heeds, and what only a draw does: the values that ask for nothing.
+_BEAM_FIELDS: dict[str, tuple[object, ...]] = {
+    "beam_width": (None, 1),
+    "length_penalty": (1.0,),
+    "early_stopping": (False,),
+    "beam_search_diversity_rate": (0.0,),
+    "num_beam_groups": (None, 1),
+}
+_DRAW_FIELDS: dict[str, tuple[object, ...]] = {
+    "temperature": (0.0, 1.0),
+    "top_k": (0, -1),
+    "top_p": (1.0,),
+    "min_p": (0.0,),
+}
 
 FiniteFloat = Annotated[float, Field(allow_inf_nan=False)]
 
@@ -52,6 +70,36 @@ class SamplingParams(BaseModel):
         ge=1,
         le=128,
         description="Sequences to draw, of which the n most likely are returned [default: n]",
+    )
+    use_beam_search: bool = Field(
+        False, description="Return the likeliest sequences that a beam search finds; nothing is drawn"
+    )
+    beam_width: int | None = Field(
+        None, ge=1, le=128, description="Beams to search with [default: best_of, or else n]"
+    )
+    length_penalty: FiniteFloat = Field(
+        1.0,
+        ge=-10.0,
+        le=10.0,
+        description="Beams are ranked by log-probability over length to this power",
+    )
+    early_stopping: bool | Literal["never"] = Field(
+        False,
+        description="When a beam search ends: true, with beam_width sequences; false, when better "
+        "ones are unlikely; never, when there can be none",
+    )
+    beam_search_diversity_rate: FiniteFloat = Field(
+        0.0,
+        ge=0.0,
+        le=100.0,
+        description="What a token costs a beam for each earlier group of beams that just took it",
+    )
+    num_beam_groups: int | None = Field(
+        None,
+        ge=1,
+        le=128,
+        description="Groups of beams that differ from each other [default: one, or with "
+        "beam_search_diversity_rate one for each beam]",
     )
     temperature: FiniteFloat = Field(
         1.0, ge=0.0, le=100.0, description="Sharpness of the draw; 0: the most likely token"
@@ -149,6 +197,51 @@ class SamplingParams(BaseModel):
             )
         return self
 
+    @model_validator(mode="after")
+    def _consistent_beams(self) -> SamplingParams:
+        if not self.use_beam_search:
+            for name, off in _BEAM_FIELDS.items():
+                if getattr(self, name) not in off:
+                    raise ValueError(f"{name} needs use_beam_search to be true")
+            return self
+        if None not in (self.beam_width, self.best_of) and self.beam_width != self.best_of:
+            raise ValueError(
+                f"beam_width ({self.beam_width}) and best_of ({self.best_of}) both say how many "
+                "beams to search with; send one"
+            )
+        width = self.beam_width or self.best_of or self.n
+        if width < self.n:
+            raise ValueError(f"beam_width ({width}) must be at least n ({self.n})")
+        for name, off in _DRAW_FIELDS.items():
+            if (value := getattr(self, name)) not in off:
+                raise ValueError(f"{name} ({value}) has no meaning in a beam search; leave it out")
+        if self.stop:
+            raise ValueError("stop can't go with use_beam_search; use stop_token_ids")
+        groups, rate = self.num_beam_groups, self.beam_search_diversity_rate
+        if groups is not None and width % groups:
+            raise ValueError(f"num_beam_groups ({groups}) must divide beam_width ({width})")
+        if groups is not None and (groups > 1) != (rate > 0):
+            raise ValueError(
+                f"num_beam_groups ({groups}) and beam_search_diversity_rate ({rate:g}) go together: "
+                "several groups need a rate above 0"
+            )
+        return self
+
+    def beam_search(self) -> BeamSearch | None:
+        """The rules of the beam search that is asked for, if one is."""
+        if not self.use_beam_search:
+            return None
+        width = self.beam_width or self.best_of or self.n
+        rate = self.beam_search_diversity_rate
+        return BeamSearch(
+            width=width,
+            groups=self.num_beam_groups or (width if rate else 1),
+            length_penalty=self.length_penalty,
+            early_stopping=self.early_stopping,
+            diversity=rate,
+            alternatives=sys.maxsize if self.logprobs == -1 else self.logprobs or 0,
+        )
+
     def resolve(self, eos_token_ids: Sequence[int], vocab_size: int) -> Sampling:
         """What the shard needs, with the model's EOS ids and a seed filled in.
 
@@ -172,6 +265,12 @@ class SamplingParams(BaseModel):
             dict.fromkeys([*self.stop_token_ids, *([] if self.ignore_eos else eos_token_ids)])
         )
         best_of = self.best_of or self.n
+        # best_of ranks by the sequences' log-probabilities, so the shard must report them.
+        logprobs = 0 if self.logprobs is None and best_of > self.n else self.logprobs
+        beams = self.beam_search()
+        if beams is not None:
+            logprobs = vocab_size if self.logprobs == -1 else self.logprobs or 0
+            logprobs = min(max(candidates(beams, len(stop)), logprobs), vocab_size)
         grammar = ""
         if self.structured_outputs is not None:
             if not eos_token_ids:
@@ -181,7 +280,7 @@ class SamplingParams(BaseModel):
                 )
             grammar = self.structured_outputs.compiled()
         return Sampling(
-            temperature=self.temperature,
+            temperature=self.temperature if beams is None else 0.0,
             top_k=min(max(self.top_k, 0), vocab_size),
             top_p=self.top_p,
             min_p=self.min_p,
@@ -192,10 +291,10 @@ class SamplingParams(BaseModel):
             allowed_token_ids=self.allowed_token_ids,
             banned_token_ids=self.banned_token_ids,
             seed=secrets.randbits(63) if self.seed is None else self.seed,
-            # best_of ranks by the sequences' log-probabilities, so the shard must report them.
-            logprobs=0 if self.logprobs is None and best_of > self.n else self.logprobs,
+            logprobs=logprobs,
             prompt_logprobs=self.prompt_logprobs,
             min_tokens=self.min_tokens,
             stop_token_ids=stop,
             grammar=grammar,
+            beam=beams is not None,
         )

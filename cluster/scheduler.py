@@ -243,6 +243,7 @@ class Scheduler:
                         blocks=self.blocks.block_tables(s),
                         sampling=s.sampling,
                         adapter=s.request.adapter,
+                        prediction=s.request.prediction,
                     )
                 )
             seqs.append(s.seq)
@@ -371,6 +372,11 @@ class Scheduler:
     def unfinished(self) -> int:
         """Sequences that are running or waiting."""
         return len(self._sequences)
+
+    def leader(self, seq: int) -> int:
+        """The leader of the beam search that a sequence belongs to, or itself."""
+        s = self._sequences.get(seq)
+        return seq if s is None or s.group is None else s.group.leader.seq
 
     @property
     def queued_tokens(self) -> int:

@@ -19,7 +19,7 @@ import torch
 import transformers
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
-MODELS = ("gemma3", "gpt2", "llama3", "mixtral")
+MODELS = ("gemma3", "gpt2", "llama3", "qwen3")
 WIDTH, TOKENS = 4, 12
 END = 1
 # Random models end seldom: with more tokens that end, searches finish in every way there is.
