@@ -297,6 +297,8 @@ class Shard:
             self._adapters.take(plan)
         for seq, blocks in plan.new_blocks.items():
             table.append_blocks(seq, blocks)
+        if plan.copies:
+            self._cache.copy_blocks(np.array(plan.copies))
         if not plan.seqs:
             return StepResult(step=plan.step, seqs=[], tokens=[])
 

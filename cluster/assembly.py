@@ -110,6 +110,9 @@ class Assembler:
                 output.index = index
                 if prepared.params.logprobs is None:
                     output.logprobs = output.cumulative_logprob = None
+        if prepared.request.beams is not None:  # a grammar may have fewer answers than asked for
+            found = [output for output in merged if self._sequences[output.index].generated]
+            merged = found or merged
         return RequestOutput(
             request_id=prepared.request.request_id,
             prompt=prepared.prompt,
@@ -158,6 +161,7 @@ class _Sequence:
         self._stop_ids = set(params.stop_token_ids)
         self._echo = prepared.echo
         self._wants_logprobs = params.logprobs is not None or prepared.ranks
+        self._sums_logprobs = self._wants_logprobs or prepared.request.beams is not None
         self._cumulative = 0.0
         self._text = (
             OutputText(
@@ -204,11 +208,12 @@ class _Sequence:
             finish_reason=reason,
             stop_reason=stop_reason,
         )
-        if self._wants_logprobs:
+        if self._sums_logprobs:
             entries = delta.logprobs[: len(tokens)]
             self._cumulative += sum(entry.logprob for entry in entries)
-            output.logprobs = [spell_logprob(self._tokenizer, entry) for entry in entries]
             output.cumulative_logprob = self._cumulative
+            if self._wants_logprobs:
+                output.logprobs = [spell_logprob(self._tokenizer, entry) for entry in entries]
         if self._echo:
             self._echo = False
             self._put_prompt_before(output, prompt_logprobs)

@@ -47,8 +47,9 @@ __all__ = [
     "PreparedRequest",
 ]
 
-# generation_config.json's names are SamplingParams' for these.
-_DEFAULTS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+# generation_config.json's names are SamplingParams' for these. All but the last are of draws.
+_DRAW_DEFAULTS = ("temperature", "top_k", "top_p", "min_p")
+_DEFAULTS = (*_DRAW_DEFAULTS, "repetition_penalty")
 
 
 class EngineClient(Protocol):
@@ -173,8 +174,11 @@ class Frontend:
 
         Raises BadRequest naming the field that is wrong.
         """
+        defaults = self.default_params
+        if fields.get("use_beam_search"):  # which draws nothing
+            defaults = {name: defaults[name] for name in defaults if name not in _DRAW_DEFAULTS}
         try:
-            return SamplingParams(**{**self.default_params, **fields})
+            return SamplingParams(**{**defaults, **fields})
         except ValidationError as error:
             message, param = explain(error)
             raise BadRequest(message, param=param) from None
@@ -229,12 +233,14 @@ class Frontend:
         changes["prompt_logprobs"] = prompt_logprobs
         if params.seed is None and self._seeds is not None:
             changes["seed"] = self._seeds.getrandbits(63)
+        beams = params.beam_search()
         request = GenerationRequest(
             request_id=request_id,
             prompt=tokens,
             sampling=msgspec.structs.replace(sampling, **changes),
             max_tokens=self._max_tokens(len(tokens), params),
-            n=params.best_of or params.n,
+            n=params.n if beams is not None else params.best_of or params.n,
+            beams=beams,
             priority=priority,
             user=user,
             cache_salt=cache_salt,
@@ -332,7 +338,8 @@ class Frontend:
         return max(params.min_tokens, min(left, self._default_max_tokens or left))
 
     def _check(self, params: SamplingParams) -> None:
-        for name, count in (("n", params.n), ("best_of", params.best_of or 0)):
+        for name in ("n", "best_of", "beam_width"):
+            count: int = getattr(params, name) or 0
             if count > self._max_n:
                 raise BadRequest(
                     f"{name} ({count}) is more than this server's limit of {self._max_n}",
