@@ -29,6 +29,10 @@ class LocalReplica:
             self.close()
             raise
 
+    @property
+    def hosts(self) -> Sequence[ShardHost]:
+        return self._hosts
+
     async def connect(self) -> GroupLink:
         """The link to all of them; one at a time."""
         links = [TcpLink.connect(host.loaded.steps) for host in self._hosts]

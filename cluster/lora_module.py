@@ -1,8 +1,9 @@
-"""LoraModule: an adapter to serve from the start, as flags and config files spell it."""
+"""How users name adapters: LoraModule in flags and config files, LoRARequest in calls of `LLM`."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -31,3 +32,13 @@ class LoraModule(BaseModel):
         if not separator:
             raise ValueError("an adapter is NAME=PATH, or JSON with name and path")
         return {"name": name.strip(), "path": path.strip()}
+
+
+@dataclass(frozen=True)
+class LoRARequest:
+    """An adapter for a call of `LLM`, as vLLM spells it: it is loaded when first asked for. Another
+    number or path under the same name is another version, which takes its place."""
+
+    lora_name: str
+    lora_int_id: int
+    lora_path: str
