@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from tensorray.actors.speculative_config import SpeculativeConfig
+
 if TYPE_CHECKING:  # importing it would bring NumPy to every `tensorray --help`
     from tensorray.actors.guidance import Vocabulary
     from tensorray.actors.segment_runners import SegmentBackend
@@ -48,6 +50,7 @@ class ShardConfig:
     build_plans: bool = False
     enforce_eager: bool = False
     cudagraph_capture_sizes: tuple[int, ...] = ()
+    speculative_config: SpeculativeConfig | None = None
     tensor_parallel_size: int = 1
     pipeline_parallel_size: int = 1
     enable_expert_parallel: bool = False

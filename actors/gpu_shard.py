@@ -209,6 +209,10 @@ class GpuShard:
                 "--pipeline-parallel-size at 1, or use --device cpu"
             )
         processors = load_registry(config.logits_processors)
+        if config.speculative_config is not None:
+            raise ValueError(
+                "--speculative-config is for CPU shards so far: leave it out, or use --device cpu"
+            )
         device = device or CudaDevice()
         checkpoint = open_checkpoint(
             config.model,

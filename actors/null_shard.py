@@ -51,6 +51,8 @@ class NullShard:
     @classmethod
     def from_config(cls, config: ShardConfig) -> NullShard:
         """Takes vocabulary and context length from the model's config; reads no weights."""
+        if config.speculative_config is not None:
+            raise ValueError("--speculative-config: the null device has nothing to check drafts by")
         found = open_files(
             config.model,
             load_format=config.load_format,

@@ -68,6 +68,8 @@ class SequenceStart(msgspec.Struct, frozen=True):
     blocks: list[list[int]]  # per KV group, the block table so far
     sampling: Sampling
     adapter: int = 0  # the LoRA adapter it runs with, by id; 0: none
+    # The vector that is wanted in place of tokens: "last", "mean" or "cls" (pooling.py).
+    pooling: str = ""
     prediction: list[int] = []  # what its user thinks the output will be like, for drafts
 
 
@@ -122,6 +124,8 @@ class StepResult(msgspec.Struct, frozen=True, omit_defaults=True):
     # mid-prompt reports them again from the first when it re-enters.
     prompt_logprobs: dict[int, list[Logprobs]] = {}
     failed: dict[int, str] = {}
+    # Of the pooled sequences whose prompts have run whole: float32 [hidden], little-endian.
+    pooled: dict[int, bytes] = {}
     seconds: float = 0.0  # time the step took on the shard
     drafted: dict[int, int] = {}  # tokens guessed, for the sequences that had any
     # Of the tokens after a sequence's first in this step, whose own are in `logprobs`.

@@ -26,6 +26,7 @@ from tensorray.actors.adapter import Adapter, AdapterSource
 from tensorray.actors.adapters import AdapterOps, ShardAdapters
 from tensorray.actors.communicator import Communicator
 from tensorray.actors.config import DEFAULT_STEP_TOKENS, ShardConfig
+from tensorray.actors.drafters import OpenSpeculation
 from tensorray.actors.guidance import Guidance, Vocabulary
 from tensorray.actors.kv_cache import KVCache, choose_num_blocks, plan_groups
 from tensorray.actors.link import PendingStep
@@ -40,6 +41,7 @@ from tensorray.actors.protocol import (
 )
 from tensorray.actors.ranks import Ranks
 from tensorray.actors.sampler import Sampler, SamplingError
+from tensorray.actors.speculation import Speculation, pad, rows_up_to, unpad
 from tensorray.builder.array_ops import ArrayOps
 from tensorray.builder.checkpoint import open_checkpoint
 from tensorray.builder.load import load_weights, plan_bytes
@@ -119,10 +121,11 @@ class Shard:
         vocabulary: Callable[[], Vocabulary] | None = None,
         processors: Registry | None = None,
         adapters: ShardAdapters | None = None,
+        speculation: Speculation | None = None,
     ) -> None:
         """`vocabulary` is asked when a sequence first has a grammar; without it such ones fail.
         `processors` are the logits processors that sequences may name, `adapters` the LoRA
-        adapters."""
+        adapters. With `speculation` plans may leave room for drafts."""
         self.info = ShardInfo(
             kv=cache.groups,
             vocab_size=model.vocab_size,
@@ -134,7 +137,9 @@ class Shard:
             step_tokens=step_tokens,
             depth=model.layout.pp_size,
             answers=model.layout.rank == model.layout.sampler,
+            drafting=None if speculation is None else speculation.drafting,
         )
+        self._speculation = speculation
         self._model = model
         self._weights = weights
         self._cache = cache
@@ -201,6 +206,10 @@ class Shard:
                 model, weights, layers, source=source, max_rank=config.max_lora_rank
             )
         itemsize = np.dtype(np.float32).itemsize
+        opened, share = None, 1.0
+        if config.speculative_config is not None:
+            opened = OpenSpeculation(config, model, weights.head)
+            share = opened.share(groups.block_bytes(itemsize))
         num_blocks = choose_num_blocks(
             groups,
             itemsize,
@@ -208,14 +217,15 @@ class Shard:
             max_num_seqs=config.max_num_seqs,
             step_tokens=step_tokens,
             # Shards of one replica may all be on this machine.
-            available=available_bytes() // (2 * layout.size),
-            cache_bytes=config.kv_cache_memory_bytes,
+            available=int(available_bytes() * share) // (2 * layout.size),
+            cache_bytes=config.kv_cache_memory_bytes and int(config.kv_cache_memory_bytes * share),
             num_blocks=config.num_kv_blocks,
         )
+        cache = KVCache(groups, num_blocks, np, np.float32)
         return cls(
             model,
             weights,
-            KVCache(groups, num_blocks, np, np.float32),
+            cache,
             max_model_len=max_model_len,
             max_num_seqs=config.max_num_seqs,
             weight_bytes=plan_bytes(model, layers=layers),
@@ -224,6 +234,7 @@ class Shard:
             vocabulary=config.vocabulary,
             processors=processors,
             adapters=adapters,
+            speculation=opened and opened.close(cache.groups, max_model_len, step_tokens),
         )
 
     def add_adapter(self, adapter: Adapter) -> None:
@@ -260,7 +271,10 @@ class Shard:
     def _forget(self) -> None:
         if self._adapters is not None:
             self._adapters.forget_sequences()
-        self._unheard: deque[np.ndarray] = deque()  # rows of the steps whose tokens are to come
+        # Of the steps whose tokens are to come: rows, and the most tokens of each if not one.
+        self._unheard: deque[tuple[np.ndarray, list[int] | None]] = deque()
+        if self._speculation is not None:
+            self._speculation.reset(self.info.kv.num_blocks)
         self._table = SequenceTable(
             self._max_num_seqs,
             self.info.max_model_len,
@@ -286,7 +300,10 @@ class Shard:
 
     def _execute(self, plan: StepPlan) -> StepResult:
         began = time.perf_counter()
-        table, sampler = self._table, self._sampler
+        table, sampler, speculation = self._table, self._sampler, self._speculation
+        if speculation is not None:
+            self._hear_all()
+            speculation.take(plan.ends, plan.starts)
         for seq in plan.ends:
             table.end(seq)
             sampler.end(seq)
@@ -305,7 +322,10 @@ class Shard:
         rows = np.array([table.rows[seq] for seq in plan.seqs], np.int32)
         counts = np.array(plan.counts, np.int32)
         self._hear(rows)
-        batch, sampling, scored = self._pack(plan.seqs, rows, counts)
+        drafts: dict[int, list[int]] = {}
+        if speculation is not None:
+            drafts = speculation.draft(plan.seqs, counts, table, self._ranks, sampler.guess)
+        batch, sampling, scored = self._pack(plan.seqs, rows, counts, drafts)
         if self._adapters is not None:
             self._adapters.select(plan.seqs, batch.query_starts)
         hidden = self._forward(batch)
@@ -319,22 +339,45 @@ class Shard:
         if self._model.layout.is_last:
             prompt_logprobs, unscored = self._score_prompts(batch, hidden, scored)
             batch.logit_rows = batch.query_starts[1:][sampling] - 1
+            if drafts:
+                batch.logit_rows = rows_up_to(batch.logit_rows, [drafts.get(s, ()) for s in seqs])
             if seqs:
                 logits = self._logits(batch, hidden)
+        widths = [1 + len(drafts.get(seq, ())) for seq in seqs] if drafts else None
         if not self.info.answers:
             if seqs and self._model.layout.is_first:
-                self._unheard.append(rows[sampling])
+                self._unheard.append((rows[sampling], widths))
                 table.unheard[rows[sampling]] += 1
             return StepResult(step=plan.step, seqs=[], tokens=[])
 
         tokens: list[int] = []
         logprobs: dict[int, Logprobs] = {}
+        further: dict[int, list[Logprobs]] = {}
         failed: dict[int, str] = {}
-        if seqs:
+        chosen: list[list[int]] | None = None
+        if seqs and widths is not None:
+            guesses = [drafts.get(seq, []) for seq in seqs]
+            chosen, entries, failed = sampler.verify(seqs, guesses, logits)
+            self._advance(rows[sampling], widths, chosen)
+            logprobs = {seq: each[0] for seq, each in entries.items()}
+            further = {seq: each[1:] for seq, each in entries.items() if len(each) > 1}
+            if self._ranks is not None:
+                self._ranks.tell(pad(chosen, widths))
+        elif seqs:
             tokens, logprobs, failed = sampler.sample(seqs, logits)
             table.last_token[rows[sampling]] = tokens
             if self._ranks is not None:
                 self._ranks.tell(np.array(tokens, np.int32))
+        if speculation is not None:
+            gained = [[token] for token in tokens] if chosen is None else chosen
+            ends = batch.logit_rows if widths is None else batch.logit_rows[np.cumsum(widths) - 1]
+            for index, seq in enumerate(seqs):
+                unused = 0 if widths is None else widths[index] - len(gained[index])
+                if seq not in failed:
+                    speculation.gained(seq, gained[index], hidden[ends[index] - unused])
+        if chosen is not None:
+            seqs = [seq for seq, each in zip(seqs, chosen, strict=True) for _ in each]
+            tokens = [token for each in chosen for token in each]
         if failed := failed | unscored:
             kept = [index for index, seq in enumerate(seqs) if seq not in failed]
             seqs, tokens = [seqs[i] for i in kept], [tokens[i] for i in kept]
@@ -346,10 +389,23 @@ class Shard:
             prompt_logprobs=prompt_logprobs,
             failed=failed,
             seconds=time.perf_counter() - began,
+            drafted={seq: len(draft) for seq, draft in drafts.items()},
+            further_logprobs=further,
         )
 
+    def _advance(self, rows: np.ndarray, widths: list[int], chosen: list[list[int]]) -> None:
+        """After a step of drafts: of `widths[i]` tokens that ran, those before `chosen[i]`'s last
+        were right."""
+        table = self._table
+        table.computed[rows] -= np.array(widths) - [max(len(tokens), 1) for tokens in chosen]
+        table.last_token[rows] = [tokens[-1] if tokens else -1 for tokens in chosen]
+
     def _pack(
-        self, seqs: list[int], rows: np.ndarray, counts: np.ndarray
+        self,
+        seqs: list[int],
+        rows: np.ndarray,
+        counts: np.ndarray,
+        drafts: dict[int, list[int]],
     ) -> tuple[Batch, np.ndarray, list[tuple[int, _Prefill, int, int]]]:
         """The step's batch; which of its sequences sample; the prefill chunks whose rows are
         scored for prompt logprobs, as (first packed row, sequence, first position, count)."""
@@ -364,6 +420,10 @@ class Shard:
         tokens = table.last_token[rows][owner]
         samples = np.ones(len(seqs), bool)
         scored = []
+        if drafts:
+            for index, seq in enumerate(seqs):
+                if draft := drafts.get(seq):
+                    tokens[query_starts[index] + 1 : query_starts[index + 1]] = draft
         if table.prefill:
             for index, seq in enumerate(seqs):
                 prefill = table.prefill.get(seq)
@@ -398,14 +458,24 @@ class Shard:
 
     def _hear(self, rows: np.ndarray) -> None:
         """Take in the tokens that these rows go on from, and any that have come by now."""
-        table, ranks = self._table, self._ranks
         while self._unheard and (
-            len(self._unheard) > self._model.layout.pp_size or table.unheard[rows].any()
+            len(self._unheard) > self._model.layout.pp_size or self._table.unheard[rows].any()
         ):
-            assert ranks is not None
-            told = self._unheard.popleft()
+            self._hear_next()
+
+    def _hear_all(self) -> None:
+        while self._unheard:
+            self._hear_next()
+
+    def _hear_next(self) -> None:
+        table, ranks = self._table, self._ranks
+        assert ranks is not None
+        told, widths = self._unheard.popleft()
+        if widths is None:
             table.last_token[told] = ranks.hear(len(told))
-            table.unheard[told] -= 1
+        else:
+            self._advance(told, widths, unpad(ranks.hear(sum(widths)), widths))
+        table.unheard[told] -= 1
 
     def _forward(self, batch: Batch) -> Any:
         """The residual stream after the stage's last layer, `[T, hidden]`."""

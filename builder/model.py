@@ -183,6 +183,11 @@ class Model(ABC):
     def head(self, op: Ops, w: Weights, x: Tensor) -> Tensor:
         """Selected rows of the residual stream `[R, hidden]` -> logits `[R, vocab]`."""
 
+    def final_norm(self, op: Ops, w: Weights, x: Tensor) -> Tensor:
+        """The head as far as its projection, `[R, hidden]`, of the head's weights. What has heads
+        of its own there (Medusa's) needs a definition to say it."""
+        return x
+
 
 class ModelConfigError(ValueError):
     """The checkpoint's config lacks something a definition needs, or asks for what it has not."""

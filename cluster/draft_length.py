@@ -6,8 +6,8 @@ costs `row_cost` and what guessing it takes, and is right only if all before it 
 its chance exceeds its cost over the going price. A batch that is large by itself leaves drafts
 little to gain, and the same rule then asks for few, or none.
 
-The chance of a guess is tracked for each sequence: a running mean over its recent drafts. A sequence
-that has none, as they don't pay, becomes more confident with time and so tries again now and then.
+The chance of a guess is tracked for each sequence: a running mean over its recent drafts. One that
+has none, as they don't pay, becomes more confident with time and so tries again now and then.
 """
 
 from __future__ import annotations
@@ -39,6 +39,8 @@ class DraftLength:
 
     def length(self, s: Sequence) -> int:
         """Drafts that pay for a sequence."""
+        if s.sampling.beam:  # its tokens are chosen elsewhere
+            return 0
         chance = min(s.acceptance, _SUREST)
         if chance <= self._least:
             return 0

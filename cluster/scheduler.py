@@ -244,6 +244,7 @@ class Scheduler:
                         sampling=s.sampling,
                         adapter=s.request.adapter,
                         prediction=s.request.prediction,
+                        prediction=s.request.prediction,
                     )
                 )
             seqs.append(s.seq)

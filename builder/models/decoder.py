@@ -145,4 +145,7 @@ class Decoder(Model):
         return op.add_residual(x, self.run_mlp(op, w, y, layer))
 
     def head(self, op: Ops, w: Weights, x: Tensor) -> Tensor:
-        return self.vocabulary.logits(op, w.tokens, op.rms_norm(x, w.norm, self.eps))
+        return self.vocabulary.logits(op, w.tokens, self.final_norm(op, w, x))
+
+    def final_norm(self, op: Ops, w: Weights, x: Tensor) -> Tensor:
+        return op.rms_norm(x, w.norm, self.eps)

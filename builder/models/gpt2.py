@@ -101,8 +101,10 @@ class GPT2(Model):
         return op.add_residual(x, project_out(op, y, w.down, w.down_bias))
 
     def head(self, op: Ops, w: Weights, x: Tensor) -> Tensor:
-        x = op.layer_norm(x, w.norm, w.norm_bias, self.eps)
-        return self.vocabulary.logits(op, w.tokens, x)
+        return self.vocabulary.logits(op, w.tokens, self.final_norm(op, w, x))
+
+    def final_norm(self, op: Ops, w: Weights, x: Tensor) -> Tensor:
+        return op.layer_norm(x, w.norm, w.norm_bias, self.eps)
 
     def _scale(self, layer: int) -> float:
         scale = self.head_dim**-0.5 if self.scale_by_size else 1.0

@@ -1,0 +1,122 @@
+"""From a config to the drafter it asks for, loaded and checked against the model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from tensorray.actors.config import ShardConfig
+from tensorray.actors.draft_model import DraftModel
+from tensorray.actors.drafter import Drafter
+from tensorray.actors.lookup_drafter import LookupDrafter
+from tensorray.actors.medusa import MedusaHeads
+from tensorray.actors.protocol import Drafting, KVGroups
+from tensorray.actors.speculation import Speculation
+from tensorray.actors.speculative_config import SpeculativeConfig
+from tensorray.builder.checkpoint import open_checkpoint, resolve_path
+from tensorray.builder.checkpoint.medusa import load_medusa
+from tensorray.builder.load import load_weights, plan_bytes
+from tensorray.builder.model import Model, ModelConfigError, Weights
+from tensorray.builder.registry import resolve
+
+#: What one more token adds to a step on a CPU, of a step with one: weights are read once for up to
+#: six rows, and from there on the products take the time (tests/benchmarks/bench_step.py).
+CPU_ROW_COST = 0.08
+
+
+class OpenSpeculation:
+    """A drafter that waits for the KV cache to be sized."""
+
+    def __init__(self, config: ShardConfig, model: Model, head: Weights) -> None:
+        """Load what the config's drafter needs: on the rank that samples, as the others are told.
+
+        `head` are the weights of the model's own head. Raises CheckpointError, ModelConfigError or
+        ValueError saying what does not fit.
+        """
+        assert config.speculative_config is not None
+        self._how: SpeculativeConfig = config.speculative_config
+        self._config = config
+        self._model = model
+        self._head = head
+        self._small: Model | None = None
+        self._drafter: Drafter | None = None
+        self._cost = 0.0
+        if model.layout.pp_size > 1:
+            raise ValueError("--speculative-config: a pipeline of several stages can't speculate")
+        if model.layout.rank != model.layout.sampler:
+            return
+        if self._how.method == "ngram":
+            self._drafter = LookupDrafter(self._how.prompt_lookup_min, self._how.prompt_lookup_max)
+        elif self._how.method == "medusa":
+            self._drafter = self._load_medusa()
+        else:
+            self._load_small()
+
+    def share(self, block_bytes: int) -> float:
+        """The part of the KV cache's memory that blocks of `block_bytes` of the model may have."""
+        if self._small is None:
+            return 1.0
+        own = DraftModel.block_bytes(self._small, self._config.block_size)
+        return block_bytes / (block_bytes + own)
+
+    def close(self, groups: KVGroups, max_model_len: int, step_tokens: int) -> Speculation:
+        """The speculation of a shard whose cache has this shape."""
+        if self._small is not None:
+            self._drafter = DraftModel(
+                self._small,
+                self._weights,
+                groups,
+                cost=self._cost,
+                max_model_len=max_model_len,
+                step_tokens=step_tokens,
+            )
+        most = self._how.num_speculative_tokens
+        cost = 0.0
+        if self._drafter is not None:
+            most = min(most, self._drafter.most or most)
+            cost = self._drafter.cost
+        drafting = Drafting(most, CPU_ROW_COST, cost, self._how.disable_by_batch_size)
+        return Speculation(drafting, self._drafter)
+
+    def _load_medusa(self) -> MedusaHeads:
+        model = self._model
+        if type(model).final_norm is Model.final_norm:
+            raise ModelConfigError(
+                f"--speculative-config: {type(model).__name__} does not say what its final norm is "
+                "(Model.final_norm), which Medusa heads come after"
+            )
+        heads = load_medusa(self._path(), model.hidden_size, model.vocab_size)
+        whole = plan_bytes(model, dtype=np.float32)
+        cost = sum(head.nbytes for head in heads) / len(heads) / whole
+        return MedusaHeads(heads, model, self._head, cost=cost)
+
+    def _path(self) -> Path:
+        config = self._config
+        assert self._how.model is not None
+        return resolve_path(
+            self._how.model,
+            token=config.hf_token,
+            cache_dir=config.download_dir,
+            offline=config.offline,
+        )
+
+    def _load_small(self) -> None:
+        config, name = self._config, self._how.model
+        assert name is not None
+        checkpoint = open_checkpoint(
+            name, token=config.hf_token, cache_dir=config.download_dir, offline=config.offline
+        )
+        try:
+            small = resolve(checkpoint.config)(checkpoint.config)
+            if small.vocab_size != self._model.vocab_size:
+                raise ModelConfigError(
+                    f"--speculative-config: the draft model {name} has {small.vocab_size} tokens "
+                    f"and the model {self._model.vocab_size}; they have to share a vocabulary"
+                )
+            self._weights = load_weights(small, checkpoint, dtype=np.float32)
+        finally:
+            checkpoint.close()
+        self._small = small
+        sizes = plan_bytes(small, dtype=np.float32), plan_bytes(self._model, dtype=np.float32)
+        self._cost = sizes[0] / sizes[1]
