@@ -101,7 +101,7 @@ def read_manifest(data: bytes, where: str) -> Manifest:
     try:
         content = json.loads(data)
         schema = content["schema"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise ManifestError(f"{where}: not an engine manifest") from None
     if not isinstance(schema, int) or schema > SCHEMA:
         raise NewerManifestError(

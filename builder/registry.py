@@ -52,6 +52,8 @@ def resolve(config: Mapping[str, Any], model_class: str | None = None) -> type[M
     names = config.get("architectures") or []
     if isinstance(names, str):
         names = [names]
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ModelConfigError("model config: architectures: must be a list of names")
     for name in names:
         if name in ARCHITECTURES:
             return ARCHITECTURES[name]

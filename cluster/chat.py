@@ -46,6 +46,11 @@ class ChatTemplate:
         """Whether the model has one, or was given one."""
         return bool(self._sources)
 
+    @property
+    def text(self) -> str:
+        """The template's own text; of several, all of them."""
+        return "\n".join(self._sources.values())
+
     def encode(
         self,
         messages: Sequence[Mapping[str, Any]],
@@ -142,6 +147,8 @@ class ChatTemplate:
                 raise ChatTemplateError(
                     f"the chat template is not valid: line {error.lineno}: {error.message}"
                 ) from None
+            except (RecursionError, SyntaxError, MemoryError):  # of what it is compiled to
+                raise ChatTemplateError("the chat template is nested too deeply") from None
         return self._compiled[name]
 
     def _render(
@@ -288,7 +295,7 @@ def _parse(arguments: Any) -> Any:
         return arguments
     try:
         value = json.loads(arguments)
-    except ValueError:
+    except (ValueError, RecursionError):
         return arguments
     return value if isinstance(value, dict) else arguments
 

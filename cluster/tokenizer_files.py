@@ -153,7 +153,13 @@ def _chat_templates(directory: Path, config: Mapping[str, Any]) -> dict[str, str
     if isinstance(found, str):
         templates["default"] = found
     elif isinstance(found, list):
-        templates = {str(entry["name"]): str(entry["template"]) for entry in found}
+        try:
+            templates = {str(entry["name"]): str(entry["template"]) for entry in found}
+        except (KeyError, TypeError):
+            raise TokenizerError(
+                f"{directory / 'tokenizer_config.json'}: chat_template must be a template, or a "
+                "list of objects with a name and a template"
+            ) from None
     legacy = _read_json(directory / "chat_template.json").get("chat_template")
     if isinstance(legacy, str):
         templates["default"] = legacy
@@ -174,9 +180,10 @@ def _read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file; {} if there is no such file."""
     try:
         value = json.loads(path.read_bytes())
+        json.dumps(value, ensure_ascii=False).encode()  # an unpaired surrogate is no text
     except FileNotFoundError:
         return {}
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise TokenizerError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(value, dict):
         raise TokenizerError(f"{path}: a JSON object was expected, not {type(value).__name__}")

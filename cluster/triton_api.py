@@ -250,7 +250,7 @@ class _Service:
         def prepare() -> _Ask:
             try:
                 sent = msgspec.json.decode(body, type=dict[str, Any])
-            except msgspec.DecodeError as error:
+            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
                 raise BadRequest(f"the request is no JSON object: {error}") from None
             given = sent.pop("parameters", None) or {}
             if not isinstance(given, dict):

@@ -127,7 +127,7 @@ def read_request(body: bytes, header_length: str | None) -> InferRequest:
         end = int(header_length)
     try:
         header = msgspec.json.decode(body[:end], type=InferBody)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise BadRequest(f"the request is no inference request: {error}") from None
     raw = memoryview(body)[end:]
     tensors = []

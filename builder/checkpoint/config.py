@@ -79,7 +79,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file; raises CheckpointError naming it if it isn't one."""
     try:
         value = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not valid JSON: {error}") from error
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error

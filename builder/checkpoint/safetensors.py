@@ -87,7 +87,7 @@ def read_index(path: Path) -> dict[str, str]:
     try:
         weight_map = json.loads(path.read_bytes())["weight_map"]
         files = {str(name): str(file) for name, file in weight_map.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path}: not a safetensors index: {error!r}") from error
     for name, file in files.items():
         if Path(file).name != file:
@@ -127,7 +127,7 @@ def read_header(file: DataFile) -> dict[str, FileTensor]:
         )
     try:
         header = json.loads(file.read(8, length).tobytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: the header is not JSON: {error}") from error
     if not isinstance(header, dict):
         raise CheckpointError(f"{path}: the header is not a JSON object")
