@@ -213,6 +213,7 @@ class Frontend:
         priority: int = 0,
         user: str = "",
         cache_salt: str = "",
+        lora: str = "",
         add_special_tokens: bool = True,
         echo: bool = False,
     ) -> PreparedRequest:
@@ -244,6 +245,7 @@ class Frontend:
             priority=priority,
             user=user,
             cache_salt=cache_salt,
+            lora=lora,
             reuse_prefix=prompt_logprobs is None,
         )
         return PreparedRequest(

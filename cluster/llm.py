@@ -20,19 +20,23 @@ from functools import partial
 from typing import Any, TypeVar, cast
 
 from tensorray.actors.guidance import Vocabulary
-from tensorray.actors.link import LocalLink, ShardLink
+from tensorray.actors.link import LocalLink, ShardLink, StepExecutor
 from tensorray.actors.local_replica import LocalReplica
 from tensorray.actors.logits_processors import spell
-from tensorray.actors.shard_host import load_executor
+from tensorray.actors.shard_host import ShardHost, load_executor
+from tensorray.cluster.adapters import EngineAdapters, LocalHost
+from tensorray.cluster.bad_request import BadRequest
 from tensorray.cluster.config import EngineConfig
 from tensorray.cluster.engine import Engine
+from tensorray.cluster.fleet import Fleet, LocalDoor
 from tensorray.cluster.frontend import EngineClient, Frontend, PreparedRequest
+from tensorray.cluster.lora_module import LoRARequest
 from tensorray.cluster.outputs import RequestOutput, RequestOutputDelta
 from tensorray.cluster.replicas import Replicas
 from tensorray.cluster.sampling_params import SamplingParams
 from tensorray.cluster.vocabulary import vocabulary
 
-__all__ = ["LLM", "SamplingParams"]
+__all__ = ["LLM", "LoRARequest", "SamplingParams"]
 
 T = TypeVar("T")
 Prompt = str | list[int]
@@ -65,8 +69,21 @@ class LLM:
         self.engines: list[Engine] = []
         for each in shards:
             link = self._run(each.connect())
-            self.engines.append(Engine(link, endless.scheduler(link.info)))
+            adapters = None
+            if self.config.enable_lora:
+                adapters = EngineAdapters(LocalHost(each.holders), self.config.max_cpu_loras)
+            self.engines.append(Engine(link, endless.scheduler(link.info), adapters=adapters))
             self._run(self.engines[-1].start())
+        doors = [LocalDoor(each.adapters) for each in self.engines if each.adapters is not None]
+        #: The engines' adapters; None without enable_lora. Its coroutines are for `run`.
+        self.fleet = Fleet(lambda: doors) if doors else None
+        self._adapters: dict[str, LoRARequest] = {}  # that were loaded by requests
+        try:
+            for module in self.config.lora_modules:
+                self._load_adapter(LoRARequest(module.name, 0, module.path))
+        except BaseException:
+            self.close()
+            raise
         self.engine = self.engines[0]
         self.info = self.engine.info
         self._client: EngineClient = (
@@ -81,12 +98,14 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         on_finished: Callable[[RequestOutput], None] | None = None,
+        lora_request: LoRARequest | Sequence[LoRARequest | None] | None = None,
     ) -> list[RequestOutput]:
         """Complete prompts (text, or token ids) in one batch; outputs in the prompts' order.
 
         `sampling_params` is one for all or one a prompt; without it the model's own defaults.
-        `on_finished` is called, on the engine's thread, as each prompt finishes. Raises
-        BadRequest for a prompt or parameter the model can't take, before anything runs.
+        `on_finished` is called, on the engine's thread, as each prompt finishes. `lora_request` is
+        the LoRA adapter for all, or one a prompt. Raises BadRequest for a prompt or parameter the
+        model can't take, AdapterRefused for such an adapter, before anything runs.
         """
         listed = _prompts(prompts)
         if sampling_params is None or isinstance(sampling_params, SamplingParams):
@@ -95,9 +114,15 @@ class LLM:
             each = list(sampling_params)
             if len(each) != len(listed):
                 raise ValueError(f"{len(listed)} prompts but {len(each)} sampling_params")
+        if lora_request is None or isinstance(lora_request, LoRARequest):
+            lora_request = [lora_request] * len(listed)
+        if len(lora_request) != len(listed):
+            raise ValueError(f"{len(listed)} prompts but {len(lora_request)} lora_request")
         prepared = [
-            self.frontend.request(prompt, params, request_id=self._next_id())
-            for prompt, params in zip(listed, each, strict=True)
+            self.frontend.request(
+                prompt, params, request_id=self._next_id(), lora=self._load_adapter(lora)
+            )
+            for prompt, params, lora in zip(listed, each, lora_request, strict=True)
         ]
         return self._run(self._collect(prepared, on_finished))
 
@@ -107,6 +132,7 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         on_finished: Callable[[RequestOutput], None] | None = None,
+        lora_request: LoRARequest | Sequence[LoRARequest | None] | None = None,
         **template_arguments: Any,
     ) -> list[RequestOutput]:
         """Answer one conversation, or several in one batch, through the model's chat template."""
@@ -115,14 +141,23 @@ class LLM:
             "list[list[dict[str, Any]]]", list(messages) if several else [messages]
         )
         prompts = [self.frontend.chat(each, **template_arguments) for each in conversations]
-        return self.generate(prompts, sampling_params, on_finished=on_finished)
+        return self.generate(
+            prompts, sampling_params, on_finished=on_finished, lora_request=lora_request
+        )
 
     def stream(
-        self, prompt: Prompt, sampling_params: SamplingParams | None = None
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        *,
+        lora_request: LoRARequest | None = None,
     ) -> Iterator[RequestOutputDelta]:
         """Complete one prompt, as it comes. Leaving the iterator early cancels the request."""
         prepared = self.frontend.request(
-            prompt, sampling_params or self.frontend.params(), request_id=self._next_id()
+            prompt,
+            sampling_params or self.frontend.params(),
+            request_id=self._next_id(),
+            lora=self._load_adapter(lora_request),
         )
         items: queue.SimpleQueue[RequestOutputDelta | BaseException | None] = queue.SimpleQueue()
 
@@ -191,6 +226,17 @@ class LLM:
             await asyncio.gather(*tasks, return_exceptions=True)
             raise
 
+    def _load_adapter(self, asked: LoRARequest | None) -> str:
+        """The name of the adapter that is asked for, which is loaded if that version is not."""
+        if asked is None:
+            return ""
+        if self.fleet is None:
+            raise BadRequest("lora_request needs enable_lora", param="lora_request")
+        if self._adapters.get(asked.lora_name) != asked:
+            self._run(self.fleet.load(asked.lora_name, asked.lora_path))
+            self._adapters[asked.lora_name] = asked
+        return asked.lora_name
+
     def _next_id(self) -> str:
         return f"llm-{next(self._ids)}"
 
@@ -214,6 +260,14 @@ class _Shards:
         self._replica = None
         if self._executor is None:
             self._replica = LocalReplica(configs)
+
+    @property
+    def holders(self) -> Sequence[StepExecutor | ShardHost]:
+        """Who each shard's adapters are given to."""
+        if self._replica is not None:
+            return self._replica.hosts
+        assert self._executor is not None
+        return [self._executor]
 
     async def connect(self) -> ShardLink:
         if self._replica is not None:
