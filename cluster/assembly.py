@@ -18,6 +18,8 @@ from tensorray.cluster.outputs import (
     TokenLogprob,
     Usage,
 )
+from tensorray.cluster.reply import joined
+from tensorray.cluster.reply_format import ReplyFormat, ReplyReader
 from tensorray.cluster.request import Delta, GenerationRequest
 from tensorray.cluster.sampling_params import SamplingParams
 from tensorray.cluster.tokenizer import Tokenizer
@@ -31,13 +33,15 @@ class GenerationFailed(RuntimeError):
 class PreparedRequest:
     """A request to the engine, and what its answer needs besides.
 
-    `prompt` is the prompt's text, None if it came as token ids.
+    `prompt` is the prompt's text, None if it came as token ids; `reply` how a chat's answer is
+    taken apart, None where it is text alone.
     """
 
     request: GenerationRequest
     params: SamplingParams
     prompt: str | None = None
     echo: bool = False
+    reply: ReplyFormat | None = None
 
     @property
     def ranks(self) -> bool:
@@ -54,6 +58,7 @@ class Assembler:
         self._prompt_logprobs: dict[int, list[TokenLogprob | None]] = {}  # by sequence index
         self._prompt_logprobs_sent = False
         self._cached_tokens = 0
+        self._drafts: dict[int, tuple[int, int]] = {}  # by sequence: guessed, of these right
         self._sequences = [_Sequence(tokenizer, prepared, i) for i in range(prepared.request.n)]
 
     @property
@@ -72,6 +77,8 @@ class Assembler:
             if delta.finish_reason == "error":
                 raise GenerationFailed(delta.error or "the engine failed on this request")
             self._cached_tokens = max(self._cached_tokens, delta.cached_tokens)
+            if delta.drafted:
+                self._drafts[delta.index] = delta.drafted, delta.accepted
             if delta.prompt_logprobs:
                 known = self._prompt_logprobs.setdefault(delta.index, [None])
                 known += [self._spell(entry) for entry in delta.prompt_logprobs]
@@ -131,6 +138,9 @@ class Assembler:
             prompt_tokens=len(self._prepared.request.prompt),
             completion_tokens=sum(sequence.generated for sequence in self._sequences),
             cached_tokens=self._cached_tokens,
+            reasoning_tokens=sum(sequence.reasoning_tokens for sequence in self._sequences),
+            accepted_prediction_tokens=sum(accepted for _, accepted in self._drafts.values()),
+            rejected_prediction_tokens=sum(all_ - ok for all_, ok in self._drafts.values()),
         )
 
     def _known_prompt_logprobs(self) -> list[TokenLogprob | None]:
@@ -170,13 +180,19 @@ class _Sequence:
                 stop=params.stop,
                 include_stop=params.include_stop_str_in_output,
                 skip_special_tokens=params.skip_special_tokens,
+                shown=prepared.reply.shown if prepared.reply is not None else frozenset(),
                 min_tokens=params.min_tokens,
             )
             if params.detokenize
             else None
         )
+        self._reply = ReplyReader(prepared.reply, tokenizer) if prepared.reply else None
         self.generated = 0
         self.finished = False
+
+    @property
+    def reasoning_tokens(self) -> int:
+        return self._reply.reasoning_tokens if self._reply is not None else 0
 
     def add(
         self, delta: Delta, prompt_logprobs: list[TokenLogprob | None]
@@ -208,6 +224,10 @@ class _Sequence:
             finish_reason=reason,
             stop_reason=stop_reason,
         )
+        if self._reply is not None:
+            output.parts = self._reply.push(text, tokens)
+            if self.finished:
+                output.parts += self._reply.finish()
         if self._sums_logprobs:
             entries = delta.logprobs[: len(tokens)]
             self._cumulative += sum(entry.logprob for entry in entries)
@@ -270,6 +290,8 @@ def _merge(index: int, parts: Sequence[CompletionOutput]) -> CompletionOutput:
         last = parts[-1]
         whole.cumulative_logprob = last.cumulative_logprob
         whole.finish_reason, whole.stop_reason = last.finish_reason, last.stop_reason
+        if last.parts is not None:
+            whole.parts = joined([each for part in parts for each in part.parts or []])
         if last.logprobs is not None:
             whole.logprobs = [entry for part in parts for entry in part.logprobs or []]
     return whole

@@ -138,6 +138,8 @@ class TokenStream(AsyncIterator[list[Delta]]):
             waiting.finish_reason = delta.finish_reason
             waiting.stop_token = delta.stop_token
             waiting.error = delta.error
+            if delta.drafted:
+                waiting.drafted, waiting.accepted = delta.drafted, delta.accepted
         if delta.finish_reason is not None:
             self._unfinished.discard(delta.index)
         elif self.request.whole:
@@ -374,6 +376,8 @@ class Engine:
             stop_token=item.stop_token,
             error=item.error,
         )
+        if item.sequence.drafted:
+            delta.drafted, delta.accepted = item.sequence.drafted, item.sequence.accepted
         if item.logprobs is not None:
             delta.logprobs = [item.logprobs]
         if item.hypotheses is not None:

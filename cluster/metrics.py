@@ -220,6 +220,13 @@ class EngineMetrics(Collector):
                 engine.prefix_routed,
             ),
             ("num_preemptions", "Sequences that lost their blocks to others", stats.preemptions),
+            ("spec_decode_num_drafts", "Times that tokens were guessed", stats.drafts),
+            ("spec_decode_num_draft_tokens", "Tokens guessed", stats.draft_tokens),
+            (
+                "spec_decode_num_accepted_tokens",
+                "Tokens guessed that were right",
+                stats.accepted_tokens,
+            ),
         ):
             yield self._counter(name, help, value)
 

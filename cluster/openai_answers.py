@@ -20,6 +20,7 @@ from tensorray.cluster.outputs import (
     TokenLogprob,
     Usage,
 )
+from tensorray.cluster.reply import Arguments, CallBegins, Part, Reasoning, Text
 from tensorray.cluster.tokenizer import Tokenizer
 
 _LOWEST = -9999.0  # JSON has no minus infinity
@@ -44,8 +45,8 @@ class Answer(ABC):
         """The answer to a request that does not stream; one output a prompt."""
 
     @abstractmethod
-    def chunk(self, index: int, output: CompletionOutput) -> msgspec.Struct | None:
-        """What news of one choice adds to a stream; None if there is nothing to show."""
+    def chunks(self, index: int, output: CompletionOutput) -> Sequence[msgspec.Struct]:
+        """What news of one choice adds to a stream."""
 
     @abstractmethod
     def last_chunk(self, usage: api.Usage) -> msgspec.Struct:
@@ -58,10 +59,13 @@ class Answer(ABC):
         async with aclosing(deltas):
             async for prompt, delta in deltas:
                 self._counts[prompt] = delta.usage
-                chunks = [
-                    self.chunk(prompt * self._n + output.index, output) for output in delta.outputs
-                ]
-                events = b"".join([api.to_event(chunk) for chunk in chunks if chunk is not None])
+                events = b"".join(
+                    [
+                        api.to_event(chunk)
+                        for output in delta.outputs
+                        for chunk in self.chunks(prompt * self._n + output.index, output)
+                    ]
+                )
                 if events:
                     yield events
         if self._usage_at_end:
@@ -79,7 +83,15 @@ class Answer(ABC):
         prompt = sum(count.prompt_tokens for count in counts)
         completion = sum(count.completion_tokens for count in counts)
         cached = sum(count.cached_tokens for count in counts)
-        return api.Usage(prompt, completion, prompt + completion, api.PromptTokensDetails(cached))
+        usage = api.Usage(prompt, completion, prompt + completion, api.PromptTokensDetails(cached))
+        reasoning = sum(count.reasoning_tokens for count in counts)
+        accepted = sum(count.accepted_prediction_tokens for count in counts)
+        rejected = sum(count.rejected_prediction_tokens for count in counts)
+        if reasoning or accepted or rejected:
+            usage.completion_tokens_details = api.CompletionTokensDetails(
+                reasoning, accepted, rejected
+            )
+        return usage
 
 
 class CompletionAnswer(Answer):
@@ -106,12 +118,12 @@ class CompletionAnswer(Answer):
         usage = self._usage(answer.usage for answer in outputs)
         return api.Completion(self.id, self.created, self.model, choices, usage=usage)
 
-    def chunk(self, index: int, output: CompletionOutput) -> api.Completion | None:
+    def chunks(self, index: int, output: CompletionOutput) -> Sequence[api.Completion]:
         if not (output.text or output.logprobs or output.finish_reason):
-            return None
+            return ()
         choices = [self._choice(index, output)]
         usage = self._chunk_usage()
-        return api.Completion(self.id, self.created, self.model, choices, usage=usage)
+        return (api.Completion(self.id, self.created, self.model, choices, usage=usage),)
 
     def last_chunk(self, usage: api.Usage) -> api.Completion:
         return api.Completion(self.id, self.created, self.model, [], usage=usage)
@@ -137,16 +149,21 @@ class ChatAnswer(Answer):
     def __init__(self, request: api.ChatRequest, model: str) -> None:
         super().__init__("chatcmpl", request, model)
         self._top = (request.top_logprobs or 0) if request.logprobs else None
+        self._tells_reasoning = request.include_reasoning is not False
+        self._metadata = request.metadata
         self._opened: set[int] = set()  # choices that have told their role
+        self._calls: dict[int, int] = {}  # calls so far, by choice
 
     def whole(self, outputs: Sequence[RequestOutput]) -> api.ChatCompletion:
         (answer,) = outputs
         choices = [
             api.ChatChoice(
                 output.index,
-                api.ChatMessage(output.text),
+                self._message(output),
                 self._spelled(output),
-                output.finish_reason,
+                "tool_calls"
+                if output.finish_reason == "stop" and output.reply.tool_calls
+                else output.finish_reason,
                 output.stop_reason,
             )
             for output in answer.outputs
@@ -154,29 +171,73 @@ class ChatAnswer(Answer):
         whole = api.ChatCompletion(
             self.id, self.created, self.model, choices, self._usage([answer.usage])
         )
+        if self._metadata is not None:
+            whole.metadata = self._metadata
         if answer.prompt_logprobs is not None:
             whole.prompt_logprobs = prompt_logprobs(
                 answer.prompt_logprobs, self._top_prompt_logprobs or 0
             )
         return whole
 
-    def chunk(self, index: int, output: CompletionOutput) -> api.ChatCompletionChunk | None:
-        if not (output.text or output.logprobs or output.finish_reason):
-            return None
-        delta = api.ChatDelta()
+    def chunks(self, index: int, output: CompletionOutput) -> Sequence[api.ChatCompletionChunk]:
+        parts = output.parts
+        if parts is None:
+            parts = [Text(output.text)] if output.text else []
+        deltas = [delta for part in parts if (delta := self._delta(index, part)) is not None]
+        if not deltas:
+            if not (output.logprobs or output.finish_reason):
+                return ()
+            deltas = [api.ChatDelta()]
         if index not in self._opened:
             self._opened.add(index)
-            delta = api.ChatDelta("assistant", "")
-        if output.text:
-            delta.content = output.text
-        choice = api.ChatChunkChoice(index, delta, self._spelled(output), output.finish_reason)
+            deltas[0].role = "assistant"
+            if deltas[0].content is UNSET:
+                deltas[0].content = ""
+        choices = [api.ChatChunkChoice(index, delta) for delta in deltas]
+        choices[0].logprobs = self._spelled(output)
         if output.finish_reason is not None:
-            choice.stop_reason = output.stop_reason
+            called = output.finish_reason == "stop" and index in self._calls
+            choices[-1].finish_reason = "tool_calls" if called else output.finish_reason
+            choices[-1].stop_reason = output.stop_reason
         usage = self._chunk_usage()
-        return api.ChatCompletionChunk(self.id, self.created, self.model, [choice], usage=usage)
+        return [
+            api.ChatCompletionChunk(self.id, self.created, self.model, [choice], usage=usage)
+            for choice in choices
+        ]
 
     def last_chunk(self, usage: api.Usage) -> api.ChatCompletionChunk:
         return api.ChatCompletionChunk(self.id, self.created, self.model, [], usage=usage)
+
+    def _message(self, output: CompletionOutput) -> api.ChatMessage:
+        reply = output.reply
+        message = api.ChatMessage(reply.content if reply.content or not reply.tool_calls else None)
+        if reply.reasoning and self._tells_reasoning:
+            message.reasoning_content = message.reasoning = reply.reasoning
+        if reply.tool_calls:
+            message.tool_calls = [
+                api.ToolCall(api.CalledFunction(call.arguments, call.name), call.id)
+                for call in reply.tool_calls
+            ]
+        return message
+
+    def _delta(self, index: int, part: Part) -> api.ChatDelta | None:
+        delta = api.ChatDelta()
+        match part:
+            case Text(text):
+                delta.content = text
+            case Reasoning(text):
+                if not self._tells_reasoning:
+                    return None
+                delta.reasoning_content = delta.reasoning = text
+            case CallBegins(name, id):
+                number = self._calls.get(index, 0)
+                self._calls[index] = number + 1
+                function = api.CalledFunction("", name)
+                delta.tool_calls = [api.ToolCallDelta(number, function, id, "function")]
+            case Arguments(text):
+                function = api.CalledFunction(text)
+                delta.tool_calls = [api.ToolCallDelta(self._calls[index] - 1, function)]
+        return delta
 
     def _spelled(self, output: CompletionOutput) -> api.ChoiceLogprobs | None:
         if self._top is None or output.logprobs is None:

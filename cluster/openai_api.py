@@ -17,6 +17,7 @@ from msgspec import UNSET, UnsetType
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from tensorray.cluster.chat_fields import ChatFields, TemplateFields
 from tensorray.cluster.errors import bad_request
 from tensorray.cluster.sampling_params import ProcessorSpecs
 from tensorray.cluster.structured_outputs import StructuredOutputs
@@ -28,18 +29,21 @@ from tensorray.cluster.structured_outputs import StructuredOutputs
 _OFF: tuple[object, ...] = (None, False, [], {}, "")
 _REFUSED: dict[str, tuple[tuple[object, ...], str]] = {
     "suffix": (_OFF, "completions end where the model ends them; insertion is not supported"),
-    "tools": (_OFF, "tool calls are not supported; leave it out or send tool_choice 'none'"),
-    "tool_choice": ((None, "none", "auto"), "tool calls are not supported; send 'none'"),
-    "functions": (_OFF, "function calls are not supported; leave it out"),
-    "function_call": ((None, "none", "auto"), "function calls are not supported; send 'none'"),
+    "tools": (_OFF, "only chats call tools"),
+    "tool_choice": ((None, "none", "auto"), "only chats call tools"),
+    "functions": (_OFF, "send tools, which took their place"),
+    "function_call": ((None, "none", "auto"), "send tool_choice, which took its place"),
     "modalities": ((None, ["text"]), "only text can be generated"),
     "audio": (_OFF, "only text can be generated"),
     "prediction": (_OFF, "predicted outputs are not supported"),
     "web_search_options": ((None,), "web search is not supported"),
     "moderation": (_OFF, "nothing is moderated here"),
-    "reasoning_effort": (_OFF, "reasoning is the template's (chat_template_kwargs)"),
-    "verbosity": (_OFF, "say in the messages how long the answer should be"),
+    "reasoning_effort": (_OFF, "only chats reason"),
+    "verbosity": ((None, "medium"), "say in the messages how long the answer should be"),
     "store": (_OFF, "answers are not stored"),
+    "service_tier": ((None, "auto", "default"), "there is one tier; leave it out"),
+    "prompt_cache_options": ((None, {}, {"mode": "implicit"}), "all prompts are cached alike"),
+    "prompt_cache_retention": ((None, "in_memory"), "prompts are cached in memory only"),
     "guided_decoding_backend": (_OFF, "there is one only; leave it out"),
     "guided_whitespace_pattern": (_OFF, "whitespace in JSON is free; leave it out"),
     "structural_tag": (_OFF, "use structured_outputs with a grammar"),
@@ -311,20 +315,15 @@ class CompletionRequest(GenerateRequest):
 
 # What messages hold is checked where they are rendered (chat.py), for the handle and `LLM` too.
 Messages = Annotated[list[dict[str, Any]], Field(min_length=1)]
-TemplateArguments = Annotated[
-    dict[str, Any] | None, Field(description="variables of the chat template (vLLM)")
-]
 
 
-class ChatRequest(GenerateRequest):
+class ChatRequest(GenerateRequest, ChatFields):
     """`POST /v1/chat/completions`."""
 
     messages: Messages
     max_completion_tokens: int | None = None
     logprobs: bool | None = False
     top_logprobs: int | None = None
-    add_generation_prompt: bool | None = True
-    chat_template_kwargs: TemplateArguments = None
 
     @model_validator(mode="after")
     def _consistent(self) -> ChatRequest:
@@ -340,16 +339,18 @@ class ChatRequest(GenerateRequest):
             fields["logprobs"] = self.top_logprobs or 0
         return fields
 
+    @property
+    def takes_long(self) -> bool:
+        return bool(self.tools) or super().takes_long
 
-class TokenizeRequest(ApiRequest):
+
+class TokenizeRequest(ApiRequest, TemplateFields):
     """`POST /tokenize`: a prompt, or messages as chat would render them."""
 
     model: str | None = None
     prompt: str | None = None
     messages: Messages | None = None
     add_special_tokens: bool | None = None
-    add_generation_prompt: bool | None = True
-    chat_template_kwargs: TemplateArguments = None
     return_token_strs: bool | None = False
 
     @model_validator(mode="after")
@@ -373,14 +374,22 @@ class PromptTokensDetails(msgspec.Struct):
     cached_tokens: int = 0
 
 
+class CompletionTokensDetails(msgspec.Struct):
+    reasoning_tokens: int = 0
+    accepted_prediction_tokens: int = 0  # tokens that speculative decoding guessed, and were right
+    rejected_prediction_tokens: int = 0  # and that were not: no part of the answer
+
+
 class Usage(msgspec.Struct):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
+    completion_tokens_details: CompletionTokensDetails | UnsetType = UNSET
 
 
 FinishReason = Literal["stop", "length", "abort", "error"]
+ChatFinishReason = Literal["stop", "length", "tool_calls", "abort", "error"]
 
 
 class CompletionLogprobs(msgspec.Struct):
@@ -438,17 +447,44 @@ class ChoiceLogprobs(msgspec.Struct):
     refusal: None = None
 
 
+class CalledFunction(msgspec.Struct):
+    """`arguments` is JSON text; in a stream, what is new of it."""
+
+    arguments: str
+    name: str | UnsetType = UNSET
+
+
+class ToolCall(msgspec.Struct):
+    function: CalledFunction
+    id: str
+    type: Literal["function"] = "function"
+
+
+class ToolCallDelta(msgspec.Struct):
+    """`id`, `type` and the name come first, without arguments; then arguments alone."""
+
+    index: int
+    function: CalledFunction
+    id: str | UnsetType = UNSET
+    type: Literal["function"] | UnsetType = UNSET
+
+
 class ChatMessage(msgspec.Struct):
-    content: str
+    """`reasoning` is what `reasoning_content` is, as vLLM and OpenRouter name it."""
+
+    content: str | None
     role: Literal["assistant"] = "assistant"
     refusal: None = None
+    reasoning_content: str | UnsetType = UNSET
+    reasoning: str | UnsetType = UNSET
+    tool_calls: list[ToolCall] | UnsetType = UNSET
 
 
 class ChatChoice(msgspec.Struct):
     index: int
     message: ChatMessage
     logprobs: ChoiceLogprobs | None = None
-    finish_reason: FinishReason | None = None
+    finish_reason: ChatFinishReason | None = None
     stop_reason: int | str | None = None
 
 
@@ -459,19 +495,23 @@ class ChatCompletion(msgspec.Struct):
     choices: list[ChatChoice]
     usage: Usage
     object: Literal["chat.completion"] = "chat.completion"
+    metadata: dict[str, str] | UnsetType = UNSET
     prompt_logprobs: list[dict[str, PromptLogprob] | None] | UnsetType = UNSET
 
 
 class ChatDelta(msgspec.Struct):
     role: Literal["assistant"] | UnsetType = UNSET
     content: str | UnsetType = UNSET
+    reasoning_content: str | UnsetType = UNSET
+    reasoning: str | UnsetType = UNSET
+    tool_calls: list[ToolCallDelta] | UnsetType = UNSET
 
 
 class ChatChunkChoice(msgspec.Struct):
     index: int
     delta: ChatDelta
     logprobs: ChoiceLogprobs | None = None
-    finish_reason: FinishReason | None = None
+    finish_reason: ChatFinishReason | None = None
     stop_reason: int | str | UnsetType | None = UNSET
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from tensorray.cluster.reply import Part, Reply
 from tensorray.cluster.request import FinishReason
 
 
@@ -32,7 +33,8 @@ class CompletionOutput:
     unless asked to. `cumulative_logprob` and `logprobs` are None unless log-probabilities were
     asked for. With echo, all three begin with the prompt's, whose first token has None for its
     log-probability. `stop_reason` is the stop string or stop token id that ended the sequence;
-    None where the model's own EOS or the length did.
+    None where the model's own EOS or the length did. `parts` is the text taken apart, in order, for
+    chats whose answers have more than text in them.
     """
 
     index: int
@@ -42,16 +44,27 @@ class CompletionOutput:
     logprobs: list[TokenLogprob | None] | None = None
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
+    parts: list[Part] | None = None
+
+    @property
+    def reply(self) -> Reply:
+        """What the text says: its content, the reasoning before it, and calls of tools."""
+        return Reply(self.text) if self.parts is None else Reply.of(self.parts)
 
 
 @dataclass(frozen=True)
 class Usage:
     """Token counts. `completion_tokens` counts every generated token, best_of's losers too;
-    `cached_tokens` are prompt tokens that came from the prefix cache."""
+    `cached_tokens` are prompt tokens that came from the prefix cache, `reasoning_tokens` generated
+    ones that came before the answer proper. Of the tokens that speculative decoding guessed,
+    `accepted_prediction_tokens` were right and are part of the answer."""
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cached_tokens: int = 0
+    reasoning_tokens: int = 0
+    accepted_prediction_tokens: int = 0
+    rejected_prediction_tokens: int = 0
 
     @property
     def total_tokens(self) -> int:

@@ -68,6 +68,8 @@ class Delta(msgspec.Struct, omit_defaults=True):
     stop_token: int | None = None  # the stop token id that ended it (also last in `tokens`)
     error: str = ""  # with finish_reason "error"
     cached_tokens: int = 0  # prompt tokens served from the prefix cache; on the first delta
+    drafted: int = 0  # tokens guessed for it from its start, where any were
+    accepted: int = 0  # of these, the ones that were right
 
 
 class RequestRefused(ValueError):
