@@ -25,6 +25,7 @@ import ray.util
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from tensorray.actors.adapter import Adapter
 from tensorray.actors.communicator import CommunicatorError
 from tensorray.actors.config import ShardConfig
 from tensorray.actors.group_link import GroupFailed, GroupLink
@@ -56,6 +57,7 @@ _REASON_SECONDS = 1.0
 # How long a shard may take to say how it is, to whoever watches.
 _LOOK_SECONDS = 1.0
 _JOIN_SECONDS = 90.0
+_ADAPTER_SECONDS = 240.0
 _WARN_SECONDS = 30.0
 _RETRY_SECONDS = 1.0
 _ATTEMPTS = 3
@@ -93,6 +95,11 @@ class Replica:
         self._loaded: list[Loaded | None] = [None] * len(configs)
         self._link: TcpLink | GroupLink | None = None
         self._was_whole = False
+        self._adapters: dict[int, Adapter] = {}  # that all shards have
+        # An adapter is loaded by the shards there are, so there must not be others meanwhile.
+        self._changing = asyncio.Lock()
+        #: Whether its shards were another router's before.
+        self.adopted = False
 
     @classmethod
     async def open(cls, name: str, configs: Sequence[ShardConfig], where: Where) -> Replica:
@@ -132,9 +139,13 @@ class Replica:
         """Put the replica right after its link has failed with `error`: the new link.
 
         Shards that failed of themselves, or don't answer, are started again; the others stay.
-        `tell` hears what became of the lost ones. Raises ShardError or PlacementError if it can't
-        be done.
+        `tell` hears what became of the lost ones. Those started again have the adapters that the
+        others have. Raises ShardError or PlacementError if it can't be done.
         """
+        async with self._changing:
+            return await self._recover(error, tell)
+
+    async def _recover(self, error: ShardError, tell: Callable[[str], None]) -> TcpLink | GroupLink:
         count = len(self._configs)
         failed = error.ranks if isinstance(error, GroupFailed) else {}
         if count == 1:
@@ -152,6 +163,45 @@ class Replica:
         for rank in lost:
             self._drop(rank)
         return await self._complete()
+
+    @property
+    def adapters(self) -> list[Adapter]:
+        """LoRA adapters that all shards have."""
+        return list(self._adapters.values())
+
+    async def add_adapter(self, adapter: Adapter) -> None:
+        """Load an adapter in all shards, or in none. Raises ValueError with a shard's reason, and
+        ShardError if one can't be asked."""
+        async with self._changing:
+            calls = [
+                asyncio.wait_for(_get(actor.add_adapter, adapter), _ADAPTER_SECONDS)
+                for actor in self._actors
+            ]
+            outcomes = await asyncio.gather(*calls, return_exceptions=True)
+            errors = [each for each in outcomes if isinstance(each, BaseException)]
+            if not errors:
+                self._adapters[adapter.id] = adapter
+                return
+            await self._forget_adapter(adapter.id)
+        for error in errors:
+            cause = getattr(error, "cause", None)
+            if isinstance(error, ray.exceptions.RayTaskError) and isinstance(cause, ValueError):
+                raise ValueError(str(cause))
+        raise ShardError(f"a shard could not load it: {_first_line(errors[0])}") from errors[0]
+
+    async def remove_adapter(self, id: int) -> None:
+        """Forget an adapter in all shards."""
+        async with self._changing:
+            self._adapters.pop(id, None)
+            await self._forget_adapter(id)
+
+    async def _forget_adapter(self, id: int) -> None:
+        """A shard that does not answer has none, or is about to be started again."""
+        actors = [actor for actor in self._actors if actor is not None]
+        calls = [
+            asyncio.wait_for(_get(actor.remove_adapter, id), _ALIVE_SECONDS) for actor in actors
+        ]
+        await asyncio.gather(*calls, return_exceptions=True)
 
     async def describe(self) -> list[Description]:
         """Each shard's process, by rank."""
@@ -203,8 +253,24 @@ class Replica:
             taken = await asyncio.gather(*(replica._take_over(*each) for each in actors))
             if any(taken):
                 logger.warning("adopted %d of %d shards", sum(taken), len(configs))
+                await replica._adopt_adapters()
                 return replica
         return None
+
+    async def _adopt_adapters(self) -> None:
+        """Of the adapters that shards have, keep those that all of them have."""
+        self.adopted = True
+        actors = [actor for actor in self._actors if actor is not None]
+        found = [
+            {adapter.id: adapter for adapter in held or ()}
+            for held in await asyncio.gather(
+                *(_answer(actor.adapters, _ALIVE_SECONDS) for actor in actors)
+            )
+        ]
+        everywhere = set.intersection(*map(set, found))
+        self._adapters = {id: found[0][id] for id in sorted(everywhere)}
+        for id in set().union(*found) - everywhere:
+            await self._forget_adapter(id)
 
     async def _take_over(self, rank: int, actor: Any) -> bool:
         """Become the owner of a shard that has none and has loaded."""
@@ -259,6 +325,8 @@ class Replica:
                 up = True
                 self._leases[rank] = await HeldLease.take(endpoint)
                 self._loaded[rank] = await actor.load.remote(self._configs[rank])
+                for adapter in self._adapters.values():
+                    await actor.add_adapter.remote(adapter)
                 return
             except ray.exceptions.RayTaskError as error:
                 cause = getattr(error, "cause", error)
