@@ -133,6 +133,7 @@ class ShardAdapters:
         self._head = frozenset(map(id, weights.head.arrays.values()))
         self._loaded: dict[int, LoadedAdapter] = {}
         self._running: dict[int, LoadedAdapter] = {}  # by sequence
+        self._missing: set[int] = set()  # sequences that can't go on
 
     def load(self, adapter: Adapter) -> None:
         """Read an adapter. Raises CheckpointError saying what is wrong with it."""
@@ -150,15 +151,25 @@ class ShardAdapters:
         return [each.adapter for each in list(self._loaded.values())]
 
     def take(self, plan: StepPlan) -> None:
-        """Sequences end and start. Raises KeyError for an adapter that is not loaded."""
+        """Sequences end and start."""
         for seq in plan.ends:
             self._running.pop(seq, None)
+            self._missing.discard(seq)
         for start in plan.starts:
-            if start.adapter:
+            if start.adapter in self._loaded:
                 self._running[start.seq] = self._loaded[start.adapter]
+            elif start.adapter:
+                self._missing.add(start.seq)
+
+    def missing(self, seqs: Sequence[int]) -> dict[int, str]:
+        """Of these sequences, those whose adapter could not be loaded again when the shard was
+        started anew, with the reason."""
+        found = self._missing.intersection(seqs) if self._missing else ()
+        return dict.fromkeys(found, "its adapter's files are gone; load the adapter again")
 
     def forget_sequences(self) -> None:
         self._running.clear()
+        self._missing.clear()
 
     def select(self, seqs: Sequence[int], starts: Any) -> None:
         """Set the step's rows: those from `starts[i]` to `starts[i + 1]` are of `seqs[i]`."""

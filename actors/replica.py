@@ -325,8 +325,7 @@ class Replica:
                 up = True
                 self._leases[rank] = await HeldLease.take(endpoint)
                 self._loaded[rank] = await actor.load.remote(self._configs[rank])
-                for adapter in self._adapters.values():
-                    await actor.add_adapter.remote(adapter)
+                await self._give_adapters(rank)
                 return
             except ray.exceptions.RayTaskError as error:
                 cause = getattr(error, "cause", error)
@@ -341,6 +340,17 @@ class Replica:
                 logger.warning("rank %d: %s; starting it again", rank, told)
                 self._drop(rank)
                 await asyncio.sleep(_RETRY_SECONDS)
+
+    async def _give_adapters(self, rank: int) -> None:
+        """Have a shard that was started again load what the others have. What it can't is gone for
+        all of them: sequences that ask for it fail, and no others."""
+        for adapter in self.adapters:
+            try:
+                await self._actors[rank].add_adapter.remote(adapter)
+            except ray.exceptions.RayTaskError as error:  # noqa: PERF203
+                logger.error("adapter %s is lost: %s", adapter.name, _first_line(error))
+                self._adapters.pop(adapter.id, None)
+                await self._forget_adapter(adapter.id)
 
     def _create(self, rank: int) -> Any:
         """A shard's actor, which Ray is about to place."""

@@ -338,6 +338,8 @@ class Shard:
         unscored: dict[int, str] = {}
         if self._model.layout.is_last:
             prompt_logprobs, unscored = self._score_prompts(batch, hidden, scored)
+            if self._adapters is not None:
+                unscored |= self._adapters.missing(plan.seqs)
             batch.logit_rows = batch.query_starts[1:][sampling] - 1
             if drafts:
                 batch.logit_rows = rows_up_to(batch.logit_rows, [drafts.get(s, ()) for s in seqs])
