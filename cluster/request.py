@@ -52,7 +52,6 @@ class GenerationRequest(msgspec.Struct, frozen=True, omit_defaults=True):
     beams: BeamSearch | None = None  # None: each sequence draws its own tokens
     expected_hit: int = 0  # prompt tokens whose presence in its cache had this replica chosen
     prediction: list[int] = []  # what the output may be like: speeds up prompt lookup
-    prediction: list[int] = []  # what the output may be like: speeds up prompt lookup
     # Sequences to go on with; those of the n that are not named have ended. None: all begin.
     resumed: list[Resumed] | None = None
 

@@ -244,7 +244,6 @@ class Scheduler:
                         sampling=s.sampling,
                         adapter=s.request.adapter,
                         prediction=s.request.prediction,
-                        prediction=s.request.prediction,
                     )
                 )
             seqs.append(s.seq)
