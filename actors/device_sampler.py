@@ -8,6 +8,9 @@ logits processors) is the exception: it is followed on the host, so where a sequ
 `enqueue` waits for the tokens of the step before, while the device computes this step's logits, and
 sends a mask of the tokens that may come next. A logits processor that runs on the host has this
 step's logits brought to it besides.
+
+Beams (`Sampling.beam`) choose nothing: what may follow them is scored like any log-probabilities.
+Where something edits a beam's logits, they are brought to the host and scored by a `Sampler`.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -29,6 +33,7 @@ from tensorray.actors.sampler import (
     NONE_LEFT,
     NOT_FINITE,
     OVERFLOW,
+    Sampler,
     SamplingError,
     Steering,
     check_best,
@@ -128,6 +133,7 @@ class _Sequence:
     outputs: int  # generated, as far as the host has read
     steering: Steering
     plain: bool = False  # its next token is just the best one
+    beam: Sampler | None = None  # which scores it on the host
 
     def __post_init__(self) -> None:
         self.update()
@@ -162,6 +168,15 @@ class PromptScores:
     mark: Mark | None = None  # None: nothing was queued
     scores: NDArray[np.int32] | None = None
     whole: NDArray[Any] | None = None  # logits [R, vocab]
+    pinned: list[NDArray[np.uint8]] = field(default_factory=list)
+
+
+@dataclass(eq=False)
+class HostRows:
+    """Rows on their way to the host; for `collect_rows`, once."""
+
+    mark: Mark | None = None
+    rows: NDArray[Any] = field(default_factory=lambda: np.empty((0, 0)))
     pinned: list[NDArray[np.uint8]] = field(default_factory=list)
 
 
@@ -230,6 +245,9 @@ class DeviceSampler:
         the device together, with the next `enqueue`.
         """
         self.end(start.seq)
+        beam = None
+        if start.sampling.beam:
+            start, beam = self._beam(start)
         found = row_start(start, self.vocab_size)
         self._starts[start.seq] = row, found
         self._sequences[start.seq] = _Sequence(
@@ -238,7 +256,16 @@ class DeviceSampler:
             min_tokens=int(found.record["min_tokens"][0]),
             outputs=int(found.record["outputs"][0]),
             steering=Steering(start, self._guidance, self._processors),
+            beam=beam,
         )
+
+    def _beam(self, start: SequenceStart) -> tuple[SequenceStart, Sampler | None]:
+        """A beam's start without what edits its logits, and what scores it if anything does."""
+        sampler = Sampler(self.vocab_size, self._guidance, self._processors)
+        sampler.start(start)
+        plain = Sampling(temperature=0.0, logprobs=start.sampling.logprobs, beam=True)
+        edited = sampler if sampler.edits(start.seq) else None
+        return msgspec.structs.replace(start, sampling=plain), edited
 
     def end(self, seq: int) -> None:
         """Forgets a sequence; one that is not known is fine. Its row is free at once."""
@@ -331,7 +358,13 @@ class DeviceSampler:
                     logprobs[sampled.seqs[place]] = entry
         for place, row in sampled.whole.items():
             seq, top = sampled.seqs[place], sampled.states[place].sampling.logprobs or 0
-            if seq not in failed:
+            if seq in failed:
+                continue
+            if (beam := sampled.states[place].beam) is not None:
+                _, found, stuck = beam.sample([seq], row.astype(np.float32)[None])
+                logprobs |= found
+                failed |= stuck
+            else:
                 logprobs[seq] = score_token(row.astype(np.float32), tokens[place], top)
         self._pinned.give(sampled.pinned)
         return tokens, logprobs, failed
@@ -383,6 +416,21 @@ class DeviceSampler:
     def prompt_logprobs(self, tokens: Sequence[int], logits: Any, top: int) -> list[Logprobs]:
         """Both of the above at once: `Sampler.prompt_logprobs`."""
         return self.collect_prompt_logprobs(self.enqueue_prompt_logprobs(tokens, logits, top))
+
+    def enqueue_rows(self, rows: Any) -> HostRows:
+        """Queue a copy of rows on the device to the host, after which they may change."""
+        found = HostRows()
+        found.rows = self._fetch(rows, found.pinned)
+        found.mark = self._device.mark()
+        return found
+
+    def collect_rows(self, found: HostRows) -> NDArray[np.float32]:
+        """Wait for the rows, as float32; once."""
+        assert found.mark is not None
+        found.mark.wait()
+        rows = found.rows.astype(np.float32)
+        self._pinned.give(found.pinned)
+        return rows
 
     def _masks(self, sampled: Sampled) -> tuple[Any, Any]:
         """Masks for the sequences that have grammars or rules, and each sequence's row of them, on
@@ -543,7 +591,11 @@ class DeviceSampler:
         scored = [i for i, top in enumerate(tops) if top is not None]
         if not scored:
             return
-        whole = [i for i in scored if not 0 <= (tops[i] or 0) <= kernels.MAX_TOP]
+        whole = [
+            i
+            for i in scored
+            if not 0 <= (tops[i] or 0) <= kernels.MAX_TOP or sampled.states[i].beam is not None
+        ]
         for place in whole:
             sampled.whole[place] = self._fetch(logits[place], sampled.pinned)
         sampled.scored = [i for i in scored if i not in sampled.whole]

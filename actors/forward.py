@@ -4,10 +4,14 @@ A step of decodes alone is one graph, for as many sequences as its bucket has. A
 two: the layers over its packed tokens, padded to a bucket of those, leave the residual stream in a
 buffer; the head runs over the rows that are wanted, padded to a bucket of sequences. So buckets of
 tokens and of rows add up, and don't multiply.
+
+A stage of a pipeline takes that stream from the stage before and hands it to the stage after, as
+many rows as the step has tokens, between the graphs.
 """
 
 from __future__ import annotations
 
+import gc
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,9 +19,11 @@ from typing import Any
 
 from tensorray.actors.buckets import Buckets
 from tensorray.actors.device import Device
+from tensorray.actors.device_ranks import DeviceRanks
 from tensorray.actors.program import ProgramRunner
 from tensorray.actors.step_buffers import Step, StepBuffers
 from tensorray.builder.array_ops import ArrayOps
+from tensorray.kernels.batch import Batch
 
 logger = logging.getLogger(__name__)
 
@@ -29,8 +35,12 @@ class Forward:
     """Runs steps whose metadata is in `buffers`. All calls belong inside `device.current()`.
 
     `max_seqs` sequences and `max_tokens` packed tokens are the most a step has; the residual
-    stream is `[tokens, width]` of dtype `residual`.
+    stream is `[tokens, width]` of dtype `residual`. With `is_first` unset it comes from the stage
+    before.
     """
+
+    #: The other shards of the replica, once they have met; None: there are none.
+    ranks: DeviceRanks | None = None
 
     def __init__(
         self,
@@ -43,6 +53,7 @@ class Forward:
         max_tokens: int,
         width: int,
         residual: Any,
+        is_first: bool = True,
     ) -> None:
         self._device = device
         self._runner = runner
@@ -51,6 +62,7 @@ class Forward:
         self._max_seqs = max_seqs
         self._max_tokens = max_tokens
         self._hidden = device.xp.zeros((max_tokens, width), residual)
+        self._received = None if is_first else device.xp.zeros((max_tokens, width), residual)
         self._decodes: dict[int, Callable[[], Any]] = {}
         self._bodies: dict[int, Callable[[], None]] = {}
         self._heads: dict[int, Callable[[], Any]] = {}
@@ -59,10 +71,21 @@ class Forward:
         self._head_sizes = Buckets([])
 
     def run(self, step: Step) -> Any:
-        """Queue a step; returns logits `[>= R, vocab]` on the device, or None if none is wanted.
+        """Queue a step; returns logits `[>= R, vocab]` on the device, or None if none is wanted,
+        or this stage has none.
 
         They are overwritten by the next step.
         """
+        if self._received is not None:
+            assert self.ranks is not None
+            self.ranks.receive(self._received[: step.tokens])
+        logits = self._run(step)
+        if not self._runner.has_head:
+            assert self.ranks is not None
+            self.ranks.pass_on(self._hidden[: step.tokens])
+        return logits
+
+    def _run(self, step: Step) -> Any:
         if step.is_decode and (size := self._decode_sizes.fit(step.sequences)) is not None:
             return self._decodes[size]()
         size = self._body_sizes.fit(step.tokens)
@@ -71,10 +94,15 @@ class Forward:
         else:
             self._bodies[size]()
         wanted = len(step.sampled)
-        if not wanted:
+        if not wanted or not self._runner.has_head:
             return None
         size = self._head_sizes.fit(wanted)
         return self._head(wanted) if size is None else self._heads[size]()
+
+    def stream(self, rows: range) -> Any:
+        """Packed rows of the residual stream of the step that `run` queued last: `[rows, width]`,
+        overwritten by the next step. Not for steps of decodes alone."""
+        return self._hidden[rows.start : rows.stop]
 
     def logits(self, first: int, count: int) -> Iterator[tuple[int, int, Any]]:
         """Logits of packed rows of the step that `run` queued last: (first row, number of rows,
@@ -92,7 +120,8 @@ class Forward:
         for activations is taken."""
         with self._device.recording():
             self._body(self._max_tokens)
-            self._head(self._max_seqs)
+            if self._runner.has_head:
+                self._head(self._max_seqs)
         self._device.mark().wait()
 
     def record(self, decodes: Sequence[int], bodies: Sequence[int]) -> None:
@@ -106,7 +135,7 @@ class Forward:
             self._decodes[size] = self._recorded("decode", size, self._decode)
         for size in sorted(bodies, reverse=True):
             self._bodies[size] = self._recorded("step", size, self._body)
-        for size in sorted(decodes, reverse=True) if bodies else ():
+        for size in sorted(decodes, reverse=True) if bodies and self._runner.has_head else ():
             self._heads[size] = self._recorded("head", size, self._head)
         self._decode_sizes = Buckets([*self._decodes])
         self._body_sizes = Buckets([*self._bodies])
@@ -119,6 +148,12 @@ class Forward:
             (before - self._device.free_memory()) / 2**20,
         )
 
+    def forget(self) -> None:
+        """Let go of all graphs: of the memory they write to, and of the ranks they speak to."""
+        self._decodes, self._bodies, self._heads = {}, {}, {}
+        self._decode_sizes = self._body_sizes = self._head_sizes = Buckets([])
+        gc.collect()
+
     def _recorded(self, kind: str, size: int, work: Callable[[int], Any]) -> Callable[[], Any]:
         began = time.perf_counter()
         recorded = self._device.record(lambda: work(size))
@@ -128,12 +163,20 @@ class Forward:
     def _decode(self, size: int) -> Any:
         self._buffers.unpack(size, size)
         batch = self._ops.batch = self._buffers.batch(size, size, max_query=1)
-        return self._runner.head(self._runner.body(batch.tokens))
+        hidden = self._runner.body(self._entering(batch))
+        if self._runner.has_head:
+            return self._runner.head(hidden)
+        self._hidden[:size] = hidden
+        return None
 
     def _body(self, tokens: int) -> None:
         self._buffers.unpack(tokens, self._max_seqs)
         batch = self._ops.batch = self._buffers.batch(tokens, self._max_seqs, max_query=None)
-        self._hidden[:tokens] = self._runner.body(batch.tokens)
+        self._hidden[:tokens] = self._runner.body(self._entering(batch))
+
+    def _entering(self, batch: Batch) -> Any:
+        """What the layers begin with: tokens, or the residual stream."""
+        return batch.tokens if self._received is None else self._received[: len(batch.tokens)]
 
     def _head(self, rows: int) -> Any:
         self._ops.batch = self._buffers.batch(0, 0, max_query=None, rows=rows)

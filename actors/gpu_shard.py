@@ -3,6 +3,10 @@
 `submit` packs a plan, uploads it and queues all of its step on the device, sampling included;
 nothing in it waits. The tokens it chose stay on the device as the next step's input. What `submit`
 returns waits for the copy of the tokens that the host sees, while the next step runs.
+
+One of a replica's several shards has the layers of its stage and its rank's part of the weights;
+device_ranks.py is how it reaches the others. It records its graphs once it has met them, and anew
+each time, since graphs hold on to whom they were recorded with.
 """
 
 from __future__ import annotations
@@ -12,23 +16,30 @@ import gc
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
 
 from tensorray.actors.adapter import Adapter
 from tensorray.actors.array_segment import Runner
 from tensorray.actors.buckets import decode_sizes, mixed_sizes
-from tensorray.actors.communicator import Communicator
+from tensorray.actors.communicator import Communicator, CommunicatorError
 from tensorray.actors.config import ShardConfig
 from tensorray.actors.device import CudaDevice, Device, DeviceError, Mark
-from tensorray.actors.device_sampler import DeviceSampler, PromptScores, Sampled
+from tensorray.actors.device_ranks import DeviceRanks, Rehearsal
+from tensorray.actors.device_sampler import DeviceSampler, HostRows, PromptScores, Sampled
 from tensorray.actors.device_weights import DevicePlacement
 from tensorray.actors.forward import Forward
 from tensorray.actors.guidance import Guidance, Vocabulary
 from tensorray.actors.kv_cache import KVCache, KVPlan, choose_num_blocks, plan_groups
 from tensorray.actors.link import PendingStep
 from tensorray.actors.logits_processors import Registry, load_registry
+from tensorray.actors.pooling import NO_STATES, PooledChunk, Pooler, has_states
 from tensorray.actors.program import ProgramRunner
 from tensorray.actors.protocol import Logprobs, SegmentInfo, ShardInfo, StepPlan, StepResult
 from tensorray.actors.sampler import SamplingError
@@ -39,7 +50,7 @@ from tensorray.builder.checkpoint import open_checkpoint
 from tensorray.builder.graph import DTypes, Program, Segment, trace
 from tensorray.builder.joining import join_rope
 from tensorray.builder.load import load_weights, plan_bytes
-from tensorray.builder.model import Model, ShardWeights
+from tensorray.builder.model import Model, ShardWeights, stage_layers
 from tensorray.builder.precision import choose_dtypes, numpy_dtype
 from tensorray.builder.registry import resolve
 
@@ -97,7 +108,7 @@ class Runners(Protocol):
 
 
 class GpuShard:
-    """A model on one device."""
+    """A model, or its layout's share of one, on one device."""
 
     def __init__(
         self,
@@ -126,7 +137,12 @@ class GpuShard:
         began = time.perf_counter() if began is None else began
         self._device = device
         self._program = program
+        self._layout = layout = model.layout
+        self._model = model
+        self._head_weights = weights.head
+        self._pooler = Pooler()
         self._limits = limits
+        self._graphs = graphs
         self._groups = len(groups.groups)
         # A pipelined step may run one token past the last one that counts.
         self._width = -(-(limits.max_model_len + 1) // groups.block_size)
@@ -143,18 +159,22 @@ class GpuShard:
                 block_size=groups.block_size,
                 ring=DEPTH + 1,
             )
-            self._sampler = DeviceSampler(
-                device,
-                model.vocab_size,
-                limits.max_num_seqs,
-                self._buffers.last_tokens,
-                None if vocabulary is None else Guidance(vocabulary, model.vocab_size),
-                processors,
-            )
+            self._sampler: DeviceSampler | None = None
+            if layout.rank == layout.sampler:
+                self._sampler = DeviceSampler(
+                    device,
+                    model.vocab_size,
+                    limits.max_num_seqs,
+                    self._buffers.last_tokens,
+                    None if vocabulary is None else Guidance(vocabulary, model.vocab_size),
+                    processors,
+                )
             self._running = self._no_sequences()
+            self._ranks: DeviceRanks | None = None
+            self._unheard: deque[NDArray[np.int32]] = deque()  # rows whose tokens are to come
             kv_dtype = numpy_dtype(dtypes.compute) if kv_dtype is None else kv_dtype
             residual = numpy_dtype(dtypes.residual)
-            ops = ArrayOps(
+            self._ops = ops = ArrayOps(
                 device.xp,
                 KVCache(groups, 1, device.xp, kv_dtype).layers,
                 max_positions=limits.max_model_len + 1,
@@ -169,13 +189,17 @@ class GpuShard:
                 max_tokens=limits.step_tokens,
                 width=model.hidden_size,
                 residual=residual,
+                is_first=layout.is_first,
             )
+            if layout.tp_size > 1:
+                ops.ranks = Rehearsal(device.xp, layout.tp_size)
             self._buffers.upload(None, self._running)
             self._forward.warm_up()
             num_blocks = choose_blocks(device.free_memory())
-            cache = KVCache(groups, num_blocks, device.xp, kv_dtype)
+            self._cache = cache = KVCache(groups, num_blocks, device.xp, kv_dtype)
             ops.kv = cache.layers
-            self._forward.record(graphs.decodes, graphs.bodies)
+            if layout.size == 1:
+                self._forward.record(graphs.decodes, graphs.bodies)
         self.info = ShardInfo(
             kv=cache.groups,
             vocab_size=model.vocab_size,
@@ -187,7 +211,9 @@ class GpuShard:
             segments=runners.report(),
             rejected_plans=len(runners.rejected),
             step_tokens=limits.step_tokens,
-            depth=DEPTH,
+            answers=self._sampler is not None,
+            # With more stages as many as there are: a sequence is in one of them at a time.
+            depth=max(DEPTH, layout.pp_size),
         )
 
     @classmethod
@@ -202,11 +228,6 @@ class GpuShard:
             raise ValueError(
                 "--enable-lora: adapters run on CPUs only so far; add --device cpu, or serve a "
                 "checkpoint with the adapter merged into it"
-            )
-        if config.layout.size > 1:
-            raise ValueError(
-                "replicas of several GPUs are not supported yet: leave --tensor-parallel-size and "
-                "--pipeline-parallel-size at 1, or use --device cpu"
             )
         processors = load_registry(config.logits_processors)
         if config.speculative_config is not None:
@@ -224,7 +245,8 @@ class GpuShard:
             hf_overrides=config.hf_overrides,
         )
         try:
-            model = resolve(checkpoint.config, config.model_class)(checkpoint.config)
+            layout = config.layout
+            model = resolve(checkpoint.config, config.model_class)(checkpoint.config, layout)
             # A GGUF file does not say: float16 keeps more of its values' bits than bfloat16.
             dtypes = choose_dtypes(
                 checkpoint.config, model=config.model, dtype=config.dtype, unstated="float16"
@@ -235,16 +257,22 @@ class GpuShard:
                     f"--max-model-len {max_model_len} is more than the {model.max_positions} "
                     "positions the model was made for"
                 )
-            groups = plan_groups(
-                [model.kv_spec(layer) for layer in range(model.num_layers)], config.block_size
-            )
+            stages = [
+                stage_layers(model.num_layers, layout.pp_size, stage)
+                for stage in range(layout.pp_size)
+            ]
+            specs = [model.kv_spec(layer) for layer in range(model.num_layers)]
+            groups = plan_groups(specs, config.block_size, stages, layout.pp_rank)
+            layers = stages[layout.pp_rank]
             compute = numpy_dtype(dtypes.compute)
-            weights = load_weights(model, checkpoint, dtype=compute, place=DevicePlacement(device))
+            weights = load_weights(
+                model, checkpoint, layers=layers, dtype=compute, place=DevicePlacement(device)
+            )
         finally:
             checkpoint.close()
         logger.info("loaded the weights in %.1f s", time.perf_counter() - began)
         limits = Limits(max_model_len, config.max_num_seqs, config.step_tokens(DEFAULT_STEP_TOKENS))
-        program = join_rope(trace(model))
+        program = join_rope(trace(model, layers))
         with device.current():
             runners = open_runners(
                 program,
@@ -285,33 +313,88 @@ class GpuShard:
             kv_dtype="uint8" if fp8 else compute,
             vocabulary=config.vocabulary,
             processors=processors,
-            weight_bytes=plan_bytes(model, dtype=compute),
+            weight_bytes=plan_bytes(model, layers=layers, dtype=compute),
             began=began,
         )
 
     def submit(self, plan: StepPlan) -> PendingStep:
+        """Queue a step. Raises KeyError or IndexError on a plan that contradicts the books,
+        DeviceError if the device failed, and CommunicatorError when another shard of the replica
+        is lost; what it returns raises these, too."""
+        with self._interrupting():
+            return self._submit(plan)
+
+    def _submit(self, plan: StepPlan) -> PendingStep:
         began = time.perf_counter()
         with self._lock, self._device.current():
-            for seq in plan.ends:
-                self._sampler.end(seq)
+            sampler, ranks = self._sampler, self._ranks
+            if ranks is not None:
+                ranks.check()
             step = self._running.take(plan)
-            for start in plan.starts:
-                self._sampler.start(start, self._running.rows[start.seq])
+            if sampler is not None:
+                for seq in plan.ends:
+                    sampler.end(seq)
+                    self._pooler.end(seq)
+                for start in plan.starts:
+                    sampler.start(start, self._running.rows[start.seq])
             if not plan.seqs:
                 return lambda: StepResult(step=plan.step, seqs=[], tokens=[])
+            self._hear(step.rows)
+            if plan.copies:
+                self._cache.copy_blocks(self._device.xp.asarray(np.array(plan.copies, np.int32)))
             self._buffers.upload(step, self._running)
             logits = self._forward.run(step)
             sampled = None
             if step.sampled:
-                sampled = self._sampler.enqueue(step.sampled, self._buffers.sample_rows, logits)
-            prompts = [self._score(scored) for scored in step.scored]
-            pending = _Pending(plan.step, step, sampled, prompts, self._device.mark(), began)
+                if sampler is not None:
+                    sampled = sampler.enqueue(step.sampled, self._buffers.sample_rows, logits)
+                if ranks is not None and self._layout.pp_size == 1:
+                    ranks.share(self._buffers.last_tokens)
+                elif self._layout.is_first and ranks is not None:
+                    self._unheard.append(step.sample_rows)
+            prompts = []
+            if self._layout.is_last:
+                prompts = [self._score(scored) for scored in step.scored]
+            states = [self._states(chunk) for chunk in step.pooled]
+            pending = _Pending(
+                plan.step, step, sampled, prompts, states, self._device.mark(), began
+            )
         return lambda: self._collect(pending)
 
+    def _hear(self, rows: NDArray[np.int32]) -> None:
+        """On the first of several stages: take in the tokens that these rows go on from."""
+        ranks, unheard = self._ranks, self._unheard
+        while unheard and (
+            len(unheard) > self._layout.pp_size
+            or any(np.isin(rows, told).any() for told in unheard)
+        ):
+            assert ranks is not None
+            told = unheard.popleft()
+            self._buffers.set_last_tokens(told, ranks.hear(len(told)))
+
     def join(self, world: Communicator, num_blocks: int) -> None:
-        if world.size > 1 or num_blocks != self.info.kv.num_blocks:
-            raise ValueError("a shard on a GPU has its replica to itself so far")
-        self.reset()
+        alone = world.size == 1
+        if num_blocks == self.info.kv.num_blocks and alone:
+            self.reset()
+            return
+        with self._lock, self._device.current():
+            self._device.mark().wait()
+            self._forward.forget()
+            self._leave()
+            if num_blocks != self.info.kv.num_blocks:
+                self._ops.kv = {}
+                self._cache.resize(num_blocks)
+                self._ops.kv = self._cache.layers
+                self.info = msgspec.structs.replace(
+                    self.info, kv=self._cache.groups, kv_cache_bytes=self._cache.nbytes
+                )
+            self._forget()
+            if not alone:
+                self._ranks = DeviceRanks(self._device, self._layout, world)
+                self._forward.ranks = self._ranks
+                self._ops.ranks = self._ranks.tp
+            self._buffers.upload(None, self._running)
+            self._forward.record(self._graphs.decodes, self._graphs.bodies)
 
     def add_adapter(self, adapter: Adapter) -> None:
         raise ValueError("adapters run on CPUs only so far; use --device cpu")
@@ -323,23 +406,53 @@ class GpuShard:
         return []
 
     def interrupt(self, reason: str) -> None:
-        pass  # it waits for nobody
+        if (ranks := self._ranks) is not None:
+            ranks.abort(reason)
 
     def reset(self) -> None:
+        self.interrupt("its router is gone")
         with self._lock, self._device.current():
             self._device.mark().wait()
-            for seq in self._running.rows:
-                self._sampler.end(seq)
-            self._running = self._no_sequences()
+            self._forget()
 
     def close(self) -> None:
         """Give all of the device's memory back; nothing may be submitted any more."""
+        self.interrupt("closed")
         # One that failed has nothing to wait for.
-        with contextlib.suppress(DeviceError), self._device.current():
+        with contextlib.suppress(DeviceError, CommunicatorError), self._device.current():
             self._device.mark().wait()
-        del self._forward, self._sampler, self._buffers
+            self._forward.forget()
+            self._leave()
+        del self._forward, self._sampler, self._buffers, self._cache, self._ops
+        del self._head_weights
         gc.collect()
         self._device.release()
+
+    @contextlib.contextmanager
+    def _interrupting(self) -> Iterator[None]:
+        """Whatever fails here, the other shards are not left waiting for it."""
+        try:
+            yield
+        except Exception as error:
+            self.interrupt(f"{type(error).__name__}: {error}")
+            raise
+
+    def _leave(self) -> None:
+        """End what there is with other shards; no graph may speak to them any more."""
+        ranks, self._ranks = self._ranks, None
+        self._forward.ranks = None
+        self._ops.ranks = None
+        if ranks is not None:
+            ranks.close()
+
+    def _forget(self) -> None:
+        """Forget every sequence."""
+        if self._sampler is not None:
+            for seq in self._running.rows:
+                self._sampler.end(seq)
+        self._running = self._no_sequences()
+        self._pooler = Pooler()
+        self._unheard.clear()
 
     def _no_sequences(self) -> RunningSequences:
         return RunningSequences(self._limits.max_num_seqs, self._groups, self._width)
@@ -350,6 +463,8 @@ class GpuShard:
         count = min(scored.count, start.prompt_len - 1 - scored.begin)
         found = []
         for packed, rows, logits in self._forward.logits(scored.packed, count):
+            if self._sampler is None:  # it only had its part in making them
+                continue
             first = scored.begin + packed - scored.packed + 1
             found.append(
                 self._sampler.enqueue_prompt_logprobs(
@@ -358,25 +473,70 @@ class GpuShard:
             )
         return found
 
+    def _states(self, chunk: PooledChunk) -> HostRows | None:
+        """Queue the hidden states that a pooled chunk is made of."""
+        if self._sampler is None or not chunk.rows or not has_states(self._model):
+            return None
+        stream = self._forward.stream(chunk.rows)
+        return self._sampler.enqueue_rows(
+            self._model.final_norm(self._ops, self._head_weights, stream)
+        )
+
+    def _pool(
+        self, pending: _Pending, sampler: DeviceSampler
+    ) -> tuple[dict[int, bytes], dict[int, str]]:
+        """The vectors of the pooled sequences that the step completed, and those that have none,
+        with the reason."""
+        found: dict[int, bytes] = {}
+        failed: dict[int, str] = {}
+        for chunk, brought in zip(pending.step.pooled, pending.states, strict=True):
+            seq = chunk.start.seq
+            states = np.empty((0, 0), np.float32)
+            if brought is not None:
+                states = sampler.collect_rows(brought)
+            if seq not in self._running.rows:
+                continue  # ended meanwhile
+            try:
+                if not has_states(self._model):
+                    raise ValueError(NO_STATES)
+                vector = self._pooler.add(chunk, states)
+            except ValueError as error:
+                failed[seq] = str(error)
+            else:
+                if vector is not None:
+                    found[seq] = vector
+        return found, failed
+
     def _collect(self, pending: _Pending) -> StepResult:
+        with self._interrupting():
+            return self._collected(pending)
+
+    def _collected(self, pending: _Pending) -> StepResult:
         pending.mark.wait()
+        if (ranks := self._ranks) is not None:
+            ranks.check()
+        if (sampler := self._sampler) is None:
+            return StepResult(step=pending.number, seqs=[], tokens=[])
         with self._lock:
             seqs = pending.step.sampled
             tokens: list[int] = []
             logprobs: dict[int, Logprobs] = {}
             failed: dict[int, str] = {}
             if pending.sampled is not None:
-                tokens, logprobs, failed = self._sampler.collect(pending.sampled)
+                tokens, logprobs, failed = sampler.collect(pending.sampled)
+                if ranks is not None and self._layout.pp_size > 1:
+                    ranks.tell(np.array(tokens, np.int32))
             prompt_logprobs: dict[int, list[Logprobs]] = {}
             for scored, pieces in zip(pending.step.scored, pending.prompts, strict=True):
                 seq = scored.start.seq
                 try:
-                    rows = [self._sampler.collect_prompt_logprobs(piece) for piece in pieces]
+                    rows = [sampler.collect_prompt_logprobs(piece) for piece in pieces]
                 except SamplingError as error:
                     failed[seq] = str(error)
                 else:
                     prompt_logprobs[seq] = [row for piece in rows for row in piece]
-        if failed:
+            pooled, unpooled = self._pool(pending, sampler)
+        if failed := failed | unpooled:
             kept = [index for index, seq in enumerate(seqs) if seq not in failed]
             seqs, tokens = [seqs[i] for i in kept], [tokens[i] for i in kept]
         now = time.perf_counter()
@@ -389,6 +549,7 @@ class GpuShard:
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
             failed=failed,
+            pooled=pooled,
             seconds=now - began,
         )
 
@@ -401,5 +562,6 @@ class _Pending:
     step: Step
     sampled: Sampled | None
     prompts: list[list[PromptScores]]  # a list for each of the step's scored chunks
+    states: list[HostRows | None]  # for each of its pooled chunks; None: it needs none
     mark: Mark
     began: float

@@ -5,6 +5,7 @@ With it everything but the model can be measured and tested: scheduler, links, r
 
 from __future__ import annotations
 
+import struct
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -42,8 +43,9 @@ class NullShard:
     Raises ValueError on a plan that contradicts its books, so it checks the router as well.
     """
 
-    def __init__(self, info: ShardInfo, step_ms: float = 0.0) -> None:
+    def __init__(self, info: ShardInfo, step_ms: float = 0.0, hidden_size: int = 8) -> None:
         self.info = info
+        self._hidden_size = hidden_size
         self._seconds = step_ms / 1e3
         self._states: dict[int, _State] = {}
         self._adapters: dict[int, Adapter] = {}
@@ -83,7 +85,7 @@ class NullShard:
             depth=layout.pp_size,
             answers=layout.rank == layout.sampler,
         )
-        return cls(info, config.null_step_ms)
+        return cls(info, config.null_step_ms, model.hidden_size)
 
     def submit(self, plan: StepPlan) -> PendingStep:
         return partial(self.execute, plan)
@@ -102,6 +104,7 @@ class NullShard:
         tokens: list[int] = []
         logprobs: dict[int, Logprobs] = {}
         prompt_logprobs: dict[int, list[Logprobs]] = {}
+        pooled: dict[int, bytes] = {}
         vocab = self.info.vocab_size
         for seq, count in zip(plan.seqs, plan.counts, strict=True):
             state = self._states[seq]
@@ -115,7 +118,10 @@ class NullShard:
                 scored = state.start.tokens[state.computed + 1 : last + 1]
                 prompt_logprobs[seq] = [Logprobs(token, 0.0, 1, [], []) for token in scored]
             state.computed += count
-            if state.computed == state.known:
+            if state.start.pooling:
+                if state.computed == state.known:
+                    pooled[seq] = struct.pack("<f", state.known) * self._hidden_size
+            elif state.computed == state.known:
                 token = (sampling.seed * 31 + state.known * 7919) % vocab
                 while token in sampling.stop_token_ids:
                     token = (token + 1) % vocab
@@ -133,6 +139,7 @@ class NullShard:
             tokens=tokens,
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
+            pooled=pooled,
             seconds=time.perf_counter() - began,
         )
 

@@ -32,6 +32,7 @@ from tensorray.actors.kv_cache import KVCache, choose_num_blocks, plan_groups
 from tensorray.actors.link import PendingStep
 from tensorray.actors.logits_processors import Registry, load_registry
 from tensorray.actors.memory import available_bytes
+from tensorray.actors.pooling import NO_STATES, PooledChunk, Pooler, has_states
 from tensorray.actors.protocol import (
     Logprobs,
     SequenceStart,
@@ -282,6 +283,7 @@ class Shard:
             len(self.info.kv.windows),
         )
         self._sampler = Sampler(self._model.vocab_size, self._guidance, self._processors)
+        self._pooler = Pooler()
 
     def close(self) -> None:
         pass
@@ -307,6 +309,7 @@ class Shard:
         for seq in plan.ends:
             table.end(seq)
             sampler.end(seq)
+            self._pooler.end(seq)
         for start in plan.starts:
             table.start(start)
             sampler.start(start)
@@ -325,21 +328,25 @@ class Shard:
         drafts: dict[int, list[int]] = {}
         if speculation is not None:
             drafts = speculation.draft(plan.seqs, counts, table, self._ranks, sampler.guess)
-        batch, sampling, scored = self._pack(plan.seqs, rows, counts, drafts)
+        batch, sampling, scored, chunks = self._pack(plan.seqs, rows, counts, drafts)
         if self._adapters is not None:
             self._adapters.select(plan.seqs, batch.query_starts)
         hidden = self._forward(batch)
         table.computed[rows] += counts
         seqs = [plan.seqs[index] for index in sampling]
-        for seq in seqs:
+        for seq in [*seqs, *(chunk.start.seq for chunk in chunks if chunk.completes)]:
             table.prefill.pop(seq, None)
         logits: Any = None
         prompt_logprobs: dict[int, list[Logprobs]] = {}
         unscored: dict[int, str] = {}
+        pooled: dict[int, bytes] = {}
+        unpooled: dict[int, str] = {}
         if self._model.layout.is_last:
             prompt_logprobs, unscored = self._score_prompts(batch, hidden, scored)
             if self._adapters is not None:
                 unscored |= self._adapters.missing(plan.seqs)
+            if chunks and self.info.answers:
+                pooled, unpooled = self._pool(batch, hidden, chunks)
             batch.logit_rows = batch.query_starts[1:][sampling] - 1
             if drafts:
                 batch.logit_rows = rows_up_to(batch.logit_rows, [drafts.get(s, ()) for s in seqs])
@@ -380,7 +387,7 @@ class Shard:
         if chosen is not None:
             seqs = [seq for seq, each in zip(seqs, chosen, strict=True) for _ in each]
             tokens = [token for each in chosen for token in each]
-        if failed := failed | unscored:
+        if failed := failed | unscored | unpooled:
             kept = [index for index, seq in enumerate(seqs) if seq not in failed]
             seqs, tokens = [seqs[i] for i in kept], [tokens[i] for i in kept]
         return StepResult(
@@ -390,6 +397,7 @@ class Shard:
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
             failed=failed,
+            pooled=pooled,
             seconds=time.perf_counter() - began,
             drafted={seq: len(draft) for seq, draft in drafts.items()},
             further_logprobs=further,
@@ -408,9 +416,10 @@ class Shard:
         rows: np.ndarray,
         counts: np.ndarray,
         drafts: dict[int, list[int]],
-    ) -> tuple[Batch, np.ndarray, list[tuple[int, _Prefill, int, int]]]:
+    ) -> tuple[Batch, np.ndarray, list[tuple[int, _Prefill, int, int]], list[PooledChunk]]:
         """The step's batch; which of its sequences sample; the prefill chunks whose rows are
-        scored for prompt logprobs, as (first packed row, sequence, first position, count)."""
+        scored for prompt logprobs, as (first packed row, sequence, first position, count); and
+        those of pooled sequences."""
         table = self._table
         first = table.computed[rows]
         query_starts = np.zeros(len(seqs) + 1, np.int32)
@@ -422,6 +431,7 @@ class Shard:
         tokens = table.last_token[rows][owner]
         samples = np.ones(len(seqs), bool)
         scored = []
+        pooled = []
         if drafts:
             for index, seq in enumerate(seqs):
                 if draft := drafts.get(seq):
@@ -435,6 +445,9 @@ class Shard:
                 packed = int(query_starts[index])
                 tokens[packed : packed + count] = prefill.tokens[begin : begin + count]
                 samples[index] = begin + count == len(prefill.tokens)
+                if prefill.start.pooling:
+                    samples[index] = False
+                    pooled.append(PooledChunk(packed, begin, count, prefill.start))
                 if prefill.start.sampling.prompt_logprobs is not None:
                     scored.append((packed, prefill, begin, count))
 
@@ -456,7 +469,7 @@ class Shard:
             slots=slots,
             logit_rows=np.zeros(0, np.int32),
         )
-        return batch, np.flatnonzero(samples), scored
+        return batch, np.flatnonzero(samples), scored, pooled
 
     def _hear(self, rows: np.ndarray) -> None:
         """Take in the tokens that these rows go on from, and any that have come by now."""
@@ -498,6 +511,30 @@ class Shard:
     def _logits(self, batch: Batch, hidden: Any) -> Any:
         """float32 `[R, vocab]` for the batch's logit rows."""
         return self._model.head(self._ops, self._weights.head, self._ops.select_rows(hidden))
+
+    def _pool(
+        self, batch: Batch, hidden: Any, chunks: list[PooledChunk]
+    ) -> tuple[dict[int, bytes], dict[int, str]]:
+        """The vectors of the pooled sequences that this step completes, and those that have none,
+        with the reason."""
+        found: dict[int, bytes] = {}
+        failed: dict[int, str] = {}
+        for chunk in chunks:
+            batch.logit_rows = np.array(chunk.rows, np.int32)
+            states = self._ops.select_rows(hidden)
+            if len(states):
+                states = self._model.final_norm(self._ops, self._weights.head, states)
+            seq = chunk.start.seq
+            try:
+                if not has_states(self._model):
+                    raise ValueError(NO_STATES)
+                vector = self._pooler.add(chunk, states)
+            except ValueError as error:
+                failed[seq] = str(error)
+            else:
+                if vector is not None:
+                    found[seq] = vector
+        return found, failed
 
     def _score_prompts(
         self, batch: Batch, hidden: Any, scored: list[tuple[int, _Prefill, int, int]]

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tensorray.actors.device import Device, Mark
+from tensorray.actors.pooling import PooledChunk
 from tensorray.actors.protocol import SequenceStart, StepPlan
 from tensorray.kernels.batch import Batch
 from tensorray.kernels.step import (
@@ -67,6 +68,7 @@ class Step:
     logit_rows: Ints  # [R], their last packed rows
     sample_rows: Ints  # [R], their table rows
     scored: list[Scored]
+    pooled: list[PooledChunk]
 
     @property
     def is_decode(self) -> bool:
@@ -128,7 +130,7 @@ class RunningSequences:
         total = sum(counts)
         if total == len(seqs) and not self.prefill:  # decodes alone
             ones = np.ones(len(seqs), np.int32)
-            step = Step(total, total, rows, ones, None, seqs, _arange(total), rows, [])
+            step = Step(total, total, rows, ones, None, seqs, _arange(total), rows, [], [])
         else:
             step = self._mixed(seqs, rows, np.array(counts, np.int32), total)
         self.computed[rows] += step.counts
@@ -141,6 +143,7 @@ class RunningSequences:
         first = self.computed[rows]
         samples = np.ones(len(seqs), bool)
         scored = []
+        pooled = []
         for index, seq in enumerate(seqs):
             prefill = self.prefill.get(seq)
             if prefill is None:
@@ -148,10 +151,13 @@ class RunningSequences:
             count, begin = int(counts[index]), int(first[index])
             packed = int(ends[index]) - count
             given[packed : packed + count] = prefill.tokens[begin : begin + count]
-            samples[index] = begin + count == len(prefill.tokens)
+            whole = begin + count == len(prefill.tokens)
+            samples[index] = whole and not prefill.start.pooling
             if prefill.start.sampling.prompt_logprobs is not None:
                 scored.append(Scored(packed, begin, count, prefill.start))
-            if samples[index]:
+            if prefill.start.pooling:
+                pooled.append(PooledChunk(packed, begin, count, prefill.start))
+            if whole:
                 del self.prefill[seq]
         sampling = np.flatnonzero(samples)
         return Step(
@@ -164,6 +170,7 @@ class RunningSequences:
             logit_rows=(ends[sampling] - 1).astype(np.int32),
             sample_rows=rows[sampling],
             scored=scored,
+            pooled=pooled,
         )
 
     def _rows_of(self, seqs: list[int]) -> Ints:
@@ -212,6 +219,11 @@ class StepBuffers:
         """int32 on the device: the table rows of the sequences that sample in this step."""
         first = self._layout.sample_rows
         return self._packed[first : first + self._layout.max_seqs]
+
+    def set_last_tokens(self, rows: Ints, tokens: Ints) -> None:
+        """Have rows go on from tokens that were sampled elsewhere."""
+        xp = self._device.xp
+        self.last_tokens[xp.asarray(rows)] = xp.asarray(tokens)
 
     def upload(self, step: Step | None, running: RunningSequences) -> None:
         """Queue a step's upload; None: one without sequences, all padding."""

@@ -185,7 +185,7 @@ class Model(ABC):
 
     def final_norm(self, op: Ops, w: Weights, x: Tensor) -> Tensor:
         """The head as far as its projection, `[R, hidden]`, of the head's weights. What has heads
-        of its own there (Medusa's) needs a definition to say it."""
+        of its own there (Medusa's), and what pools hidden states, needs a definition to say it."""
         return x
 
 

@@ -140,6 +140,7 @@ class TokenStream(AsyncIterator[list[Delta]]):
             waiting.error = delta.error
             if delta.drafted:
                 waiting.drafted, waiting.accepted = delta.drafted, delta.accepted
+            waiting.pooled = delta.pooled
         if delta.finish_reason is not None:
             self._unfinished.discard(delta.index)
         elif self.request.whole:
@@ -375,6 +376,7 @@ class Engine:
             finish_reason=item.finish_reason,
             stop_token=item.stop_token,
             error=item.error,
+            pooled=item.pooled,
         )
         if item.sequence.drafted:
             delta.drafted, delta.accepted = item.sequence.drafted, item.sequence.accepted

@@ -52,6 +52,7 @@ class GenerationRequest(msgspec.Struct, frozen=True, omit_defaults=True):
     beams: BeamSearch | None = None  # None: each sequence draws its own tokens
     expected_hit: int = 0  # prompt tokens whose presence in its cache had this replica chosen
     prediction: list[int] = []  # what the output may be like: speeds up prompt lookup
+    pooling: str = ""  # the vector to answer with in place of tokens: "last", "mean" or "cls"
     # Sequences to go on with; those of the n that are not named have ended. None: all begin.
     resumed: list[Resumed] | None = None
 
@@ -66,6 +67,7 @@ class Delta(msgspec.Struct, omit_defaults=True):
     finish_reason: FinishReason | None = None
     stop_token: int | None = None  # the stop token id that ended it (also last in `tokens`)
     error: str = ""  # with finish_reason "error"
+    pooled: bytes = b""  # float32 [hidden], little-endian: all that a pooled request is told
     cached_tokens: int = 0  # prompt tokens served from the prefix cache; on the first delta
     drafted: int = 0  # tokens guessed for it from its start, where any were
     accepted: int = 0  # of these, the ones that were right

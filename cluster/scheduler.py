@@ -65,6 +65,7 @@ class Progress(msgspec.Struct, gc=False):
     finish_reason: FinishReason | None = None
     stop_token: int | None = None  # the stop token id that ended it (equal to `token`)
     error: str = ""  # with finish_reason "error"
+    pooled: bytes = b""  # all that a pooled sequence brings, when it ends
     # Of a beam search, whose `sequence` is its leader: what it has found, when it has ended.
     hypotheses: list[Hypothesis] | None = None
 
@@ -172,7 +173,7 @@ class Scheduler:
                 f"exceed max_waiting ({self._max_waiting}); try again later"
             )
         for s in sequences:
-            s.max_len = min(s.max_len, self._max_model_len)
+            s.max_len = min(s.max_len, self._limit(s))
             s.level = s.request.priority if self._priorities else 0
             if s.request.beams is not None:
                 self._groups[s.seq] = BeamGroup(s)
@@ -243,6 +244,7 @@ class Scheduler:
                         blocks=self.blocks.block_tables(s),
                         sampling=s.sampling,
                         adapter=s.request.adapter,
+                        pooling=s.request.pooling,
                         prediction=s.request.prediction,
                     )
                 )
@@ -302,6 +304,12 @@ class Scheduler:
             if step >= s.first_step:
                 self.blocks.register(s, confirmed)
 
+        for seq, vector in result.pooled.items():
+            s = sequences.get(seq)
+            if s is not None and step >= s.first_step:
+                ended.append(s)
+                self._finish(s)
+                progress.append(Progress(s, finish_reason="stop", pooled=vector))
         rows = self._prompt_rows(result) if result.prompt_logprobs else {}
         logprobs = result.logprobs
         further = self._take_drafts(result) if result.drafted else {}
@@ -731,15 +739,20 @@ class Scheduler:
     def _needs(self, s: Sequence) -> int:
         """The most blocks it holds on its way to its end: the last token is sampled and never
         computed, so it needs no room in the cache."""
-        cached = min(s.max_len, self._max_model_len) - 1
+        cached = min(s.max_len, self._limit(s)) - 1
         beams = s.request.beams
         if beams is None:
             return self.blocks.blocks_needed(cached)
         return self.blocks.blocks_needed_by_beams(s.prompt_len, cached, beams.width)
 
+    def _limit(self, s: Sequence) -> int:
+        """Tokens it may have, its last included, which is never computed; a pooled sequence's is
+        not even sampled."""
+        return self._max_model_len + bool(s.request.pooling)
+
     def _check(self, s: Sequence) -> None:
         """Refuse what can never run, saying what to change."""
-        limit = self._max_model_len
+        limit = self._limit(s)
         if s.seq in self._sequences:
             raise ValueError(f"sequence id {s.seq} is in use")
         if not s.prompt_len:
@@ -748,8 +761,9 @@ class Scheduler:
             raise RequestRefused("the prompt has token ids outside 0 to 2**32 - 1")
         if s.prompt_len >= limit:
             raise RequestRefused(
-                f"the prompt has {s.prompt_len} tokens; with max_model_len {limit} it can have "
-                f"{limit - 1} at most, to leave room for one generated token"
+                f"the prompt has {s.prompt_len} tokens; with max_model_len {self._max_model_len} "
+                f"it can have {limit - 1} at most"
+                + ("" if s.request.pooling else ", to leave room for one generated token")
             )
         needed = self._needs(s)
         if (beams := s.request.beams) is not None:

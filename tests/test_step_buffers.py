@@ -88,7 +88,7 @@ class Rig:
             table.append_blocks(seq, blocks)
         rows = np.array([table.rows[seq] for seq in plan.seqs], np.int32)
         counts = np.array(plan.counts, np.int32)
-        expected, sampling, _ = self.cpu._pack(plan.seqs, rows, counts)
+        expected, sampling, *_ = self.cpu._pack(plan.seqs, rows, counts, {})
         table.computed[rows] += counts
 
         step = self.running.take(plan)
