@@ -17,6 +17,9 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from tensorray.actors.communicator import Communicator
+from tensorray.actors.nccl_communicator import NcclCommunicator
+
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
@@ -81,6 +84,10 @@ class Device(Protocol):
         ...
 
     def total_memory(self) -> int: ...
+
+    def communicator(self, host: Communicator) -> Communicator:
+        """The same ranks, whose operations on this device's arrays are queued like other work."""
+        ...
 
     def release(self) -> None:
         """Give memory that no array holds back to the driver. Recorded work must be gone."""
@@ -171,6 +178,9 @@ class CudaDevice:
 
     def total_memory(self) -> int:
         return int(self._device.mem_info[1])
+
+    def communicator(self, host: Communicator) -> Communicator:
+        return NcclCommunicator(host)
 
     def release(self) -> None:
         self._recorded.free_all_blocks()

@@ -13,13 +13,14 @@ from tensorray.actors.tcp_link import TcpLink
 
 
 class LocalReplica:
-    """All shards of a layout, loaded and joined. Raises what loading a shard raises."""
+    """All shards of a layout, loaded and joined, on the GPUs from `first_gpu` on if they want any.
+    Raises what loading a shard raises."""
 
-    def __init__(self, configs: Sequence[ShardConfig]) -> None:
+    def __init__(self, configs: Sequence[ShardConfig], first_gpu: int = 0) -> None:
         self._hosts: list[ShardHost] = []
         try:
-            for config in configs:
-                self._hosts.append(ShardHost(config))
+            for gpu, config in enumerate(configs, first_gpu):
+                self._hosts.append(ShardHost(config, gpu=gpu))
             loaded = [host.loaded for host in self._hosts]
             members = [each.peers for each in loaded]
             num_blocks = min(each.info.kv.num_blocks for each in loaded)

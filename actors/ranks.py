@@ -17,13 +17,14 @@ from tensorray.builder.model import Layout
 
 
 class Ranks:
-    """One shard's communicators. `tp` is None for a shard that has its stage to itself."""
+    """One shard's communicators. `tp` is None for a shard that has its stage to itself, and for
+    one that needs no sums made here."""
 
-    def __init__(self, layout: Layout, world: Communicator) -> None:
+    def __init__(self, layout: Layout, world: Communicator, *, tp: bool = True) -> None:
         self._layout = layout
         self._world = world
         stage = layout.stage(layout.pp_rank)
-        self.tp = world.subgroup(stage) if layout.tp_size > 1 else None
+        self.tp = world.subgroup(stage) if tp and layout.tp_size > 1 else None
         self._listeners = [rank for rank in layout.stage(0) if rank != layout.sampler]
 
     def receive(self, stream: Any) -> Any:

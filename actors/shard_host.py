@@ -24,15 +24,15 @@ if TYPE_CHECKING:
 _SETTLE_SECONDS = 30.0
 
 
-def load_executor(config: ShardConfig) -> StepExecutor:
-    """The shard a config asks for, loaded in this process."""
+def load_executor(config: ShardConfig, gpu: int = 0) -> StepExecutor:
+    """The shard a config asks for, loaded in this process; `gpu` counts those it sees."""
     if config.device == "null":
         return NullShard.from_config(config)
     # Imported here so that a null device needs neither the model code nor its libraries.
     if config.device in ("auto", "cuda"):
         from tensorray.actors.device import CudaDevice, find_device
 
-        device = CudaDevice() if config.device == "cuda" else find_device()
+        device = CudaDevice(gpu) if config.device == "cuda" else find_device(gpu)
         if device is not None:
             from tensorray.actors.gpu_shard import GpuShard
 
@@ -59,12 +59,12 @@ class Loaded(msgspec.Struct, frozen=True):
 class ShardHost:
     """A loaded shard and its two doors."""
 
-    def __init__(self, config: ShardConfig, host: str = "127.0.0.1") -> None:
+    def __init__(self, config: ShardConfig, host: str = "127.0.0.1", gpu: int = 0) -> None:
         # Not imported where a lone null device needs no arrays.
         from tensorray.actors.host_communicator import MeetingPoint
 
         self._config = config
-        self._executor = load_executor(config)
+        self._executor = load_executor(config, gpu)
         self._meeting = MeetingPoint(host)
         self._server = ShardServer(self._executor, host)
         self._world: HostCommunicator | None = None

@@ -58,7 +58,7 @@ class LLM:
         self.config = EngineConfig(model=model, **settings)
         self.frontend = Frontend.load(self.config)
         known = partial(vocabulary, self.frontend.tokenizer, self.frontend.eos_token_ids)
-        shards = [_Shards(self.config, known) for _ in range(self.config.data_parallel_size)]
+        shards = [_Shards(self.config, known, i) for i in range(self.config.data_parallel_size)]
         # The queue's limit is for servers, who can turn clients away: a batch here may be any size.
         endless = self.config.model_copy(update={"max_waiting": sys.maxsize})
         self._ids = itertools.count()
@@ -252,14 +252,17 @@ class LLM:
 class _Shards:
     """One replica's shards: one that runs on the engine's thread, or several on their own."""
 
-    def __init__(self, config: EngineConfig, vocabulary: Callable[[], Vocabulary]) -> None:
+    def __init__(
+        self, config: EngineConfig, vocabulary: Callable[[], Vocabulary], replica: int
+    ) -> None:
         configs = [
             replace(config.shard(rank), vocabulary=vocabulary) for rank in range(config.num_shards)
         ]
-        self._executor = load_executor(configs[0]) if len(configs) == 1 else None
+        first = replica * len(configs)
+        self._executor = load_executor(configs[0], first) if len(configs) == 1 else None
         self._replica = None
         if self._executor is None:
-            self._replica = LocalReplica(configs)
+            self._replica = LocalReplica(configs, first)
 
     @property
     def holders(self) -> Sequence[StepExecutor | ShardHost]:

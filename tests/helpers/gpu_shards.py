@@ -15,6 +15,7 @@ from tensorray.actors.protocol import SegmentInfo, StepPlan, StepResult
 from tensorray.builder.graph import DTypes, Segment, trace
 from tensorray.builder.joining import join_rope
 from tensorray.builder.load import plan_bytes
+from tensorray.builder.model import Layout, stage_layers
 
 from .host_device import HostDevice
 from .running import load
@@ -60,22 +61,28 @@ def make_gpu_shard(
     kind: type[StepwiseShard] = StepwiseShard,
     vocabulary: Any = None,
     processors: Any = None,
+    layout: Layout | None = None,
 ) -> StepwiseShard:
-    model, weights = load(path)
+    model, weights = load(path, layout)
+    layout = model.layout
+    stages = [
+        stage_layers(model.num_layers, layout.pp_size, stage) for stage in range(layout.pp_size)
+    ]
+    specs = [model.kv_spec(i) for i in range(model.num_layers)]
     limits = limits or Limits(max_model_len=64, max_num_seqs=16, step_tokens=64)
     return kind(
         device or HostDevice(),
         model,
-        join_rope(trace(model)),
+        join_rope(trace(model, stages[layout.pp_rank])),
         weights,
         runners or ArrayRunners(),
-        plan_groups([model.kv_spec(i) for i in range(model.num_layers)], block_size),
+        plan_groups(specs, block_size, stages, layout.pp_rank),
         DTypes("float32", "float32"),
         limits,
         graphs or GraphSizes.choose(limits, (), eager=False),
         choose_blocks=lambda free: num_blocks,
         kv_dtype=kv_dtype,
-        weight_bytes=plan_bytes(model),
+        weight_bytes=plan_bytes(model, layers=stages[layout.pp_rank]),
         vocabulary=vocabulary,
         processors=processors,
     )

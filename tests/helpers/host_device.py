@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from tensorray.actors.communicator import Communicator
+
 T = TypeVar("T")
 
 
@@ -66,6 +68,9 @@ class HostDevice:
 
     def total_memory(self) -> int:
         return self._memory
+
+    def communicator(self, host: Communicator) -> Communicator:
+        return host
 
     def release(self) -> None:
         pass

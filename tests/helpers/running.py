@@ -16,7 +16,7 @@ from tensorray.actors.protocol import Sampling, StepResult
 from tensorray.actors.shard import Shard
 from tensorray.builder.checkpoint import open_checkpoint
 from tensorray.builder.load import load_weights, plan_bytes
-from tensorray.builder.model import Model, ShardWeights
+from tensorray.builder.model import Layout, Model, ShardWeights, stage_layers
 from tensorray.builder.registry import resolve
 from tensorray.cluster.request import GenerationRequest
 from tensorray.cluster.scheduler import Progress, Scheduler
@@ -24,10 +24,12 @@ from tensorray.cluster.sequence import Sequence
 
 
 @lru_cache
-def load(path: Path) -> tuple[Model, ShardWeights]:
+def load(path: Path, layout: Layout | None = None) -> tuple[Model, ShardWeights]:
+    layout = layout or Layout()
     checkpoint = open_checkpoint(str(path))
-    model = resolve(checkpoint.config, None)(checkpoint.config)
-    return model, load_weights(model, checkpoint)
+    model = resolve(checkpoint.config, None)(checkpoint.config, layout)
+    layers = stage_layers(model.num_layers, layout.pp_size, layout.pp_rank)
+    return model, load_weights(model, checkpoint, layers=layers)
 
 
 def make_shard(
