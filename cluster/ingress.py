@@ -28,9 +28,16 @@ from tensorray.cluster.backend import Backend, EngineStatus
 from tensorray.cluster.bodies import all_of, read_body, together
 from tensorray.cluster.config import EngineConfig
 from tensorray.cluster.errors import ApiError, bad_request, from_exception, unavailable
-from tensorray.cluster.frontend import Frontend, GenerationFailed, PreparedRequest
+from tensorray.cluster.fleet import AdapterClient, Fleet
+from tensorray.cluster.frontend import (
+    EngineClient,
+    Frontend,
+    GenerationFailed,
+    PreparedRequest,
+)
 from tensorray.cluster.guard import Guard
 from tensorray.cluster.key_digests import read_keys
+from tensorray.cluster.lora_api import LoadAdapterRequest, Models, UnloadAdapterRequest
 from tensorray.cluster.metrics import CONTENT_TYPE
 from tensorray.cluster.openai_answers import Answer, ChatAnswer, CompletionAnswer
 from tensorray.cluster.openapi import ALWAYS, OF_BODIES, Description
@@ -51,11 +58,13 @@ _RESERVED = {"self", "messages", "tools", "documents", "add_generation_prompt"}
 R = TypeVar("R", bound=api.ApiRequest)
 
 
-def create_app(frontend: Frontend, backend: Backend, config: EngineConfig) -> FastAPI:
+def create_app(
+    frontend: Frontend, backend: Backend, config: EngineConfig, fleet: Fleet | None = None
+) -> FastAPI:
     """The whole API as an ASGI application.
 
-    `frontend` turns text into tokens and back, `backend` runs them; of `config` only the limits
-    of the API are read.
+    `frontend` turns text into tokens and back, `backend` runs them; `fleet` has its LoRA adapters
+    (None: there can be none). Of `config` only the limits of the API are read.
     """
     app = FastAPI(
         title="Tensorray",
@@ -66,7 +75,9 @@ def create_app(frontend: Frontend, backend: Backend, config: EngineConfig) -> Fa
     app.router.route_class = _Route
     _protect(app, config)
     app.add_exception_handler(HTTPException, _no_route)
-    service = _Service(frontend, backend, config)
+    models = Models(frontend, fleet, config, int(time.time()))
+    client = backend if fleet is None else AdapterClient(backend, fleet)
+    service = _Service(frontend, backend, client, models, config)
     description = Description(keys=bool(config.api_key or config.api_key_file))
 
     def route(
@@ -106,6 +117,12 @@ def create_app(frontend: Frontend, backend: Backend, config: EngineConfig) -> Fa
     )
     route("GET", "/v1/models", service.models, answer=api.ModelList)
     route("GET", "/v1/models/{name:path}", service.model, answer=api.Model, errors=[404])
+    if config.allow_runtime_lora_updating:
+        for path, endpoint, body in (
+            ("/v1/load_lora_adapter", models.load, LoadAdapterRequest),
+            ("/v1/unload_lora_adapter", models.unload, UnloadAdapterRequest),
+        ):
+            route("POST", path, endpoint, body, "text/plain")
     route("POST", "/tokenize", service.tokenize, api.TokenizeRequest, api.Tokens)
     route("POST", "/detokenize", service.detokenize, api.DetokenizeRequest, api.Text)
     route("GET", "/health", service.health, answer=Health, errors=[503])
@@ -163,20 +180,27 @@ class Status(msgspec.Struct):
 class _Service:
     """The endpoints."""
 
-    def __init__(self, frontend: Frontend, backend: Backend, config: EngineConfig) -> None:
+    def __init__(
+        self,
+        frontend: Frontend,
+        backend: Backend,
+        client: EngineClient,
+        models: Models,
+        config: EngineConfig,
+    ) -> None:
         self._frontend = frontend
         self._backend = backend
+        self._client = client
+        self._models = models
         self._max_body_bytes = config.max_body_bytes
-        self._started = int(time.time())
 
     # --- generation ---
 
     async def completions(self, http: Request) -> Response:
         """OpenAI's completions: one choice, or n, for each prompt."""
         request, headers, large = await self._read(http, api.CompletionRequest)
-        answer = CompletionAnswer(
-            request, self._model_name(request.model), self._frontend.tokenizer
-        )
+        name, lora = self._models.chosen(request.model)
+        answer = CompletionAnswer(request, name, self._frontend.tokenizer)
 
         def prepare() -> list[PreparedRequest]:
             params = self._frontend.params(**request.sampling())
@@ -188,6 +212,7 @@ class _Service:
                     priority=request.priority or 0,
                     user=request.user or "",
                     cache_salt=request.cache_salt or "",
+                    lora=lora,
                     echo=bool(request.echo),
                     add_special_tokens=request.add_special_tokens is not False,
                 )
@@ -200,7 +225,8 @@ class _Service:
     async def chat(self, http: Request) -> Response:
         """OpenAI's chat completions."""
         request, headers, large = await self._read(http, api.ChatRequest)
-        answer = ChatAnswer(request, self._model_name(request.model))
+        name, lora = self._models.chosen(request.model)
+        answer = ChatAnswer(request, name)
 
         def prepare() -> PreparedRequest:
             params = self._frontend.params(**request.sampling())
@@ -211,6 +237,7 @@ class _Service:
                 priority=request.priority or 0,
                 user=request.user or "",
                 cache_salt=request.cache_salt or "",
+                lora=lora,
             )
 
         prepared = await asyncio.to_thread(prepare) if large else prepare()
@@ -238,11 +265,11 @@ class _Service:
         headers: dict[str, str],
     ) -> Response:
         if request.stream:
-            streams = [self._frontend.stream(self._backend, each) for each in prepared]
+            streams = [self._frontend.stream(self._client, each) for each in prepared]
             return EventStream(answer.events(together(streams)), self.explain, headers)
 
         async def whole() -> bytes:
-            outputs = [self._frontend.collect(self._backend, each) for each in prepared]
+            outputs = [self._frontend.collect(self._client, each) for each in prepared]
             return api.to_json(answer.whole(await all_of(outputs)))
 
         return WholeResponse(whole(), self.explain, headers)
@@ -258,18 +285,17 @@ class _Service:
     # --- the rest ---
 
     async def models(self) -> Response:
-        """The served model, under each of its names."""
-        models = [self._model(name) for name in self._frontend.model_names]
-        return json_response(api.to_json(api.ModelList(models)))
+        """The served model, under each of its names, and its adapters."""
+        return json_response(api.to_json(api.ModelList(await self._models.listed())))
 
     async def model(self, name: str) -> Response:
         """One model."""
-        return json_response(api.to_json(self._model(self._model_name(name))))
+        return json_response(api.to_json(await self._models.get(name)))
 
     async def tokenize(self, http: Request) -> Response:
         """Token ids of a prompt, or of messages rendered as chat would."""
         request, headers, large = await self._read(http, api.TokenizeRequest)
-        self._model_name(request.model)
+        await self._models.get(request.model)
         tokenizer = self._frontend.tokenizer
 
         def encode() -> list[int]:
@@ -288,7 +314,7 @@ class _Service:
     async def detokenize(self, http: Request) -> Response:
         """The text of token ids, special tokens included."""
         request, headers, _ = await self._read(http, api.DetokenizeRequest)
-        self._model_name(request.model)
+        await self._models.get(request.model)
         vocab_size = self._frontend.vocab_size
         for i, token in enumerate(request.tokens):
             if not 0 <= token < vocab_size:
@@ -337,23 +363,6 @@ class _Service:
             headers[WARNINGS_HEADER] = warning = api.warnings_header(ignored)
             logger.warning("%s: %s", http.url.path, warning)
         return request, headers, len(body) > _LARGE_BODY or request.takes_long
-
-    def _model_name(self, asked: str | None) -> str:
-        """The name to answer under. Raises ApiError for a model that is not served here."""
-        names = self._frontend.model_names
-        if asked is None or asked in names:
-            return asked or names[0]
-        raise ApiError(
-            404,
-            f"There is no model {asked[:200]!r} here; this server has {', '.join(names)}.",
-            param="model",
-            code="model_not_found",
-        )
-
-    def _model(self, name: str) -> api.Model:
-        return api.Model(
-            name, self._started, self._frontend.max_model_len, self._frontend.model_name
-        )
 
 
 class _Route(APIRoute):

@@ -531,6 +531,7 @@ class Model(msgspec.Struct):
     root: str
     object: Literal["model"] = "model"
     owned_by: str = "tensorray"
+    parent: str | UnsetType = UNSET  # of an adapter: the base
 
 
 class ModelList(msgspec.Struct):
