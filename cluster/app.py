@@ -1,4 +1,4 @@
-"""The Serve application: ingress replicas before one router.
+"""The Serve application: ingress replicas before routers.
 
     HTTP proxy -> Ingress (text, HTTP) -> Router (engine, scheduler) -> shard
 
@@ -8,12 +8,11 @@ fields under `args`. On the command line: `serve run tensorray.cluster.app:build
 
 # No `from __future__ import annotations`: Serve reads build_app's annotation to check its argument.
 
-import asyncio
 import signal
 import socket
 import ssl
 import threading
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import aclosing, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,25 +22,22 @@ from uuid import uuid4
 import ray
 from fastapi import FastAPI
 from ray import serve
-from ray.exceptions import RayError
-from ray.serve.config import HTTPOptions
+from ray.serve.config import HTTPOptions, RequestRouterConfig
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 from rich.console import Console
 
-from tensorray.actors.wire import Endpoint
-from tensorray.cluster.backend import EngineStatus
 from tensorray.cluster.config import EngineConfig
 from tensorray.cluster.connect import connect
-from tensorray.cluster.engine import EngineFailed
-from tensorray.cluster.engine_link import EngineLink
 from tensorray.cluster.frontend import Frontend, PreparedRequest
 from tensorray.cluster.ingress import create_app
-from tensorray.cluster.metrics import join_scrapes
-from tensorray.cluster.replicas import Replicas
 from tensorray.cluster.router import Router
+from tensorray.cluster.routers import REQUEST_ROUTER, Routers
 
 APP_NAME = "tensorray"
+
+# What a router may take to end its shards, once it has drained.
+_CLOSING_SECONDS = 15.0
 
 _PATHS = (
     "model",
@@ -51,63 +47,6 @@ _PATHS = (
     "download_dir",
     "api_key_file",
 )
-
-# How long a router may take to say where it listens, or how it is.
-_ROUTER_SECONDS = 5.0
-
-
-class RouterClient(EngineLink):
-    """The router as an ingress sees it: a Backend. Serve finds it, the link carries requests."""
-
-    def __init__(self, router: "DeploymentHandle[Any]", patience: float) -> None:
-        super().__init__(self._endpoint, patience=patience)
-        self._router = router
-
-    async def failure(self) -> str | None:
-        try:
-            return cast("str | None", await self._ask("failure"))
-        except EngineFailed as error:
-            return str(error)
-
-    async def metrics(self) -> bytes:
-        return cast(bytes, await self._ask("metrics"))
-
-    async def status(self) -> list[EngineStatus]:
-        return [cast(EngineStatus, await self._ask("status"))]
-
-    async def _endpoint(self) -> Endpoint:
-        return cast(Endpoint, await self._ask("endpoint"))
-
-    async def _ask(self, what: str) -> object:
-        try:
-            return await asyncio.wait_for(getattr(self._router, what).remote(), _ROUTER_SECONDS)
-        except (asyncio.TimeoutError, RayError, RayServeException) as error:
-            raise EngineFailed(f"its router does not answer ({type(error).__name__})") from error
-
-
-class RouterClients(Replicas):
-    """Data-parallel routers as an ingress sees them: a Backend."""
-
-    def __init__(self, routers: "Sequence[RouterClient]") -> None:
-        super().__init__(routers)
-        self._routers = routers
-
-    async def failure(self) -> str | None:
-        """Why no router can serve; None while one can."""
-        reasons = await asyncio.gather(*(router.failure() for router in self._routers))
-        return None if None in reasons else "; ".join(map(str, reasons))
-
-    async def metrics(self) -> bytes:
-        scrapes = await asyncio.gather(
-            *(router.metrics() for router in self._routers), return_exceptions=True
-        )
-        return join_scrapes([each for each in scrapes if isinstance(each, bytes)])
-
-    async def status(self) -> list[EngineStatus]:
-        answers = await asyncio.gather(
-            *(router.status() for router in self._routers), return_exceptions=True
-        )
-        return [each for answer in answers if isinstance(answer, list) for each in answer]
 
 
 class Ingress:
@@ -127,13 +66,17 @@ class Ingress:
     _here: "Ingress"
 
     async def __init__(  # type: ignore[misc]
-        self, config: EngineConfig, *routers: "DeploymentHandle[Any]"
+        self, config: EngineConfig, routers: "DeploymentHandle[Any]"
     ) -> None:
-        info = await routers[0].info.remote()
-        config = config.model_copy(update={"max_model_len": info.max_model_len})
+        self._client = Routers(
+            routers,
+            config.model_digest(),
+            config.effective_routing,
+            patience=config.router_timeout_seconds,
+        )
+        address = await self._client.start()
+        config = config.model_copy(update={"max_model_len": address.max_model_len})
         self._frontend = Frontend.load(config)
-        clients = [RouterClient(router, config.router_timeout_seconds) for router in routers]
-        self._client = clients[0] if len(clients) == 1 else RouterClients(clients)
         self.http = create_app(self._frontend, self._client, config)
         Ingress._here = self
 
@@ -187,28 +130,28 @@ def build_app(args: EngineConfig) -> serve.Application:
     ongoing = 2 * (config.max_num_seqs + config.max_waiting) + 1000
     common: dict[str, Any] = {
         "max_ongoing_requests": ongoing,
-        "graceful_shutdown_timeout_s": 30,
+        # What is not done by then is cut off: a router hands on what it still runs before.
+        "graceful_shutdown_timeout_s": config.drain_timeout_seconds + _CLOSING_SECONDS,
+        "graceful_shutdown_wait_loop_s": 0.5,
         "ray_actor_options": {"num_cpus": 0},
     }
     deployment = cast(Any, serve.deployment)
-    count = config.data_parallel_size
-    routers = [
-        deployment(
-            Router,
-            name="Router" if count == 1 else f"Router-{number}",
-            health_check_period_s=2,
-            health_check_timeout_s=10,
-            **common,
-        ).bind(config, number)
-        for number in range(count)
-    ]
+    routers = deployment(
+        Router,
+        name="Router",
+        num_replicas=config.data_parallel_size,
+        request_router_config=RequestRouterConfig(request_router_class=REQUEST_ROUTER),
+        health_check_period_s=2,
+        health_check_timeout_s=10,
+        **common,
+    ).bind(config)
     ingress = deployment(
         cast(Any, serve.ingress(_http))(Ingress),
         name="Ingress",
         num_replicas=config.num_ingress_replicas,
         **common,
     )
-    return cast(serve.Application, ingress.bind(config, *routers))
+    return cast(serve.Application, ingress.bind(config, routers))
 
 
 def build_demo(args: dict[str, Any]) -> serve.Application:

@@ -16,7 +16,8 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from typing import Literal
 
 import msgspec
@@ -32,6 +33,8 @@ from tensorray.actors.wire import (
 )
 from tensorray.cluster.engine import Engine, EngineFailed
 from tensorray.cluster.errors import InternalError
+from tensorray.cluster.replica_choice import SEQUENCE_TOKENS, weight
+from tensorray.cluster.replicas import ReplicaLost
 from tensorray.cluster.request import (
     Delta,
     GenerationRequest,
@@ -101,6 +104,14 @@ class Item(msgspec.Struct, frozen=True, omit_defaults=True, array_like=True):
     failure: Failure | None = None
 
 
+class Told(msgspec.Struct, frozen=True, array_like=True):
+    """What a router says to an ingress: a frame."""
+
+    items: list[Item]
+    load: int  # of the engine: Engine.load
+    seen: int  # the last of the connection's streams that it counts
+
+
 # --- the router's end -------------------------------------------------------------------------
 
 
@@ -126,10 +137,9 @@ class EngineServer:
 
     async def drain(self) -> None:
         """Return when every stream has ended. New ones are still taken meanwhile: whoever sends
-        them has not heard yet that there is a successor."""
-        for connection in list(self._connections):
-            while connection.streams:
-                await asyncio.wait(connection.streams.values())
+        them knows of no other router."""
+        while tasks := [task for each in self._connections for task in each.streams.values()]:
+            await asyncio.wait(tasks)
 
     async def close(self) -> None:
         if self._server is not None:
@@ -145,7 +155,7 @@ class EngineServer:
                 logger.warning("refused a connection from %s: wrong secret", peer)
                 return
             no_delay(writer)
-            connection = _Connection(self._engine, reader, writer)
+            connection = _Connection(self._engine, reader, writer, self._connections)
             self._connections.add(connection)
             try:
                 await connection.serve()
@@ -161,14 +171,21 @@ class _Connection:
     """One ingress's streams."""
 
     def __init__(
-        self, engine: Engine, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+        self,
+        engine: Engine,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        others: Collection[_Connection],
     ) -> None:
         self.streams: dict[int, asyncio.Task[None]] = {}
         self._engine = engine
+        self._others = others  # all of the router's, this one among them
         self._reader = reader
         self._writer = writer
         self._ids: dict[int, str] = {}
         self._outbox: list[Item] = []
+        self._seen = 0
+        self._load = 0  # as told last
         self._flowing = asyncio.Event()
         self._flowing.set()
         self._encoder = msgspec.msgpack.Encoder()
@@ -194,6 +211,7 @@ class _Connection:
         self._writer.close()
 
     def _submit(self, message: Submit) -> None:
+        self._seen = message.stream
         try:
             stream = self._engine.generate(message.request)
         except Exception as error:
@@ -231,11 +249,24 @@ class _Connection:
         items, self._outbox = self._outbox, []
         if self._writer.is_closing():
             return
-        self._writer.write(frame(self._encoder.encode(items)))
+        load = self._engine.load
+        self._tell(items, load)
+        for other in self._others:
+            if not other.streams and other.misjudges(load):
+                other._tell([], load)
         if self._flowing.is_set() and self._writer.transport.get_write_buffer_size() > _HIGH_WATER:
             self._flowing.clear()
             task = asyncio.create_task(self._resume())
             task.add_done_callback(lambda _: self._flowing.set())
+
+    def misjudges(self, load: int) -> bool:
+        """Whether what this ingress was told of the load last is far from what it is."""
+        return abs(load - self._load) > max(SEQUENCE_TOKENS, load // 8)
+
+    def _tell(self, items: list[Item], load: int) -> None:
+        self._load = load
+        if not self._writer.is_closing():
+            self._writer.write(frame(self._encoder.encode(Told(items, load, self._seen))))
 
     async def _resume(self) -> None:
         with contextlib.suppress(OSError):
@@ -245,7 +276,7 @@ class _Connection:
 # --- the ingress's end ------------------------------------------------------------------------
 
 
-class _RouterLost(EngineFailed):
+class _RouterLost(ReplicaLost):
     """There is no connection to a router; a new one may come."""
 
 
@@ -332,6 +363,10 @@ class _Line:
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.mailboxes: dict[int, _Mailbox] = {}
+        #: What the router has to do, what is on the way to it included.
+        self.load = 0
+        self._unseen: deque[tuple[int, int]] = deque()  # streams it did not count yet, weights
+        self._unseen_weight = 0
         self._writer = writer
         self._encoder = msgspec.msgpack.Encoder()
         self._reading = asyncio.create_task(self._read(reader))
@@ -341,6 +376,12 @@ class _Line:
         return not self._writer.is_closing()
 
     def send(self, message: Submit | Cancel) -> None:
+        if isinstance(message, Submit):
+            asked = message.request
+            added = weight(max(0, len(asked.prompt) - asked.expected_hit), asked.n)
+            self._unseen.append((message.stream, added))
+            self._unseen_weight += added
+            self.load += added
         if self.open:
             self._writer.write(frame(self._encoder.encode(message)))
 
@@ -348,10 +389,14 @@ class _Line:
         self._reading.cancel()
 
     async def _read(self, reader: asyncio.StreamReader) -> None:
-        decoder = msgspec.msgpack.Decoder(list[Item])
+        decoder = msgspec.msgpack.Decoder(Told)
         try:
             while True:
-                for item in decoder.decode(await read_frame(reader)):
+                told = decoder.decode(await read_frame(reader))
+                while self._unseen and self._unseen[0][0] <= told.seen:
+                    self._unseen_weight -= self._unseen.popleft()[1]
+                self.load = told.load + self._unseen_weight
+                for item in told.items:
                     mailbox = self.mailboxes.get(item.stream)
                     if mailbox is not None:
                         mailbox.put(item)
@@ -379,6 +424,11 @@ class EngineLink:
         self._running: dict[str, _Stream] = {}  # by request id
         self._next = 0
         self._closed = False
+
+    @property
+    def load(self) -> int | None:
+        """What the router has to do, as it said last; None while there is no connection."""
+        return self._line.load if self._line is not None and self._line.open else None
 
     async def generate(self, request: GenerationRequest) -> AsyncIterator[list[Delta]]:
         """See EngineClient. Raises RequestRefused, QueueFull or EngineFailed."""
@@ -451,5 +501,5 @@ class EngineLink:
             endpoint = await asyncio.wait_for(self._find(), HANDSHAKE_SECONDS)
             reader, writer = await asyncio.wait_for(dial(endpoint), HANDSHAKE_SECONDS)
         except (OSError, asyncio.TimeoutError) as error:
-            raise EngineFailed(f"its router does not answer: {error!r}") from error
+            raise _RouterLost(f"its router does not answer: {error!r}") from error
         return _Line(reader, writer)

@@ -6,20 +6,23 @@ the endpoint and talk to the engine over a connection of their own (engine_link.
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import logging
 
 import ray
+from ray import serve
 
 from tensorray.actors.protocol import ShardInfo
 from tensorray.actors.replica import Replica, Where
 from tensorray.actors.segment_table import table
 from tensorray.actors.shard_actor import Description, describe_process
-from tensorray.actors.wire import Endpoint
 from tensorray.cluster.backend import EngineStatus, ShardStatus
 from tensorray.cluster.config import EngineConfig
 from tensorray.cluster.engine import Engine
 from tensorray.cluster.engine_link import EngineServer
 from tensorray.cluster.metrics import EngineMetrics
+from tensorray.cluster.routers import RouterAddress
 
 logger = logging.getLogger("ray.serve")
 
@@ -30,8 +33,7 @@ class Router:
     It takes over the shards that a router before it has left behind.
     """
 
-    async def __init__(self, config: EngineConfig, number: int = 0) -> None:  # type: ignore[misc]
-        """`number` is which of the data-parallel engines it is."""
+    async def __init__(self, config: EngineConfig) -> None:  # type: ignore[misc]
         where = Where(
             accelerator_type=config.accelerator_type,
             strategy=config.placement_strategy,
@@ -42,7 +44,8 @@ class Router:
         shards = [config.shard(rank) for rank in range(config.num_shards)]
         self._replica = await Replica.open(config.digest(), shards, where)
         link = await self._replica.connect()
-        self._metrics = EngineMetrics(config.names()[0], engine=str(number))
+        self._number = _rank()
+        self._metrics = EngineMetrics(config.names()[0], engine=self._number)
         self._engine = Engine(
             link,
             config.scheduler(link.info),
@@ -50,7 +53,8 @@ class Router:
             recover=self._replica.recover,
         )
         self._metrics.watch(self._engine)
-        self._number = number
+        self._model = config.model_digest()
+        self._drain_timeout = config.drain_timeout_seconds
         self._step_timeout = config.step_timeout_seconds
         self._server = EngineServer(self._engine)
         await self._engine.start()
@@ -68,28 +72,35 @@ class Router:
         if info.segments:
             logger.info("what runs its segments, by the number of rows:\n%s", table(info.segments))
 
-    async def endpoint(self) -> Endpoint:
-        """Where ingress replicas connect, with the secret to say."""
-        return self._server.endpoint
+    # Ingresses name the replica that they ask: see routers.ToReplica.
+
+    async def address(self, replica: str | None = None) -> RouterAddress:
+        """Where ingress replicas connect, with the secret to say, and what is served there."""
+        _check_name(replica)
+        max_model_len = self._engine.info.max_model_len
+        return RouterAddress(self._server.endpoint, self._model, max_model_len)
 
     async def info(self) -> ShardInfo:
         return self._engine.info
 
-    async def failure(self) -> str | None:
+    async def failure(self, replica: str | None = None) -> str | None:
         """Why the engine can't serve, for good or for now; None while it can."""
+        _check_name(replica)
         if self._engine.failure is None and self._engine.recovering is not None:
             return f"shards failed and are started again: {self._engine.recovering}"
         return self._engine.failure
 
-    async def metrics(self) -> bytes:
+    async def metrics(self, replica: str | None = None) -> bytes:
         """A Prometheus scrape."""
+        _check_name(replica)
         return self._metrics.text()
 
-    async def status(self) -> EngineStatus:
+    async def status(self, replica: str | None = None) -> EngineStatus:
         """The engine and its shards; one that does not answer at once is told as such."""
+        _check_name(replica)
         info = self._engine.info
         return EngineStatus(
-            engine=str(self._number),
+            engine=self._number,
             failure=await self.failure(),
             device=info.device,
             weight_bytes=info.weight_bytes,
@@ -114,9 +125,24 @@ class Router:
         self._engine.check(self._step_timeout)
 
     async def __del__(self) -> None:
-        # Serve calls this, and waits, when it retires the replica: let running streams end.
+        # Serve calls this, and waits, when it retires the replica: let running streams end. Those
+        # that take too long are handed on by their ingresses, as this router's end is noticed.
         if hasattr(self, "_server"):
-            await self._server.drain()
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._server.drain(), self._drain_timeout)
             await self._server.close()
             await self._engine.close()
             await self._replica.close()
+
+
+def _rank() -> str:
+    """Which of the model's routers this is, from 0 on."""
+    rank = getattr(serve.get_replica_context(), "rank", 0)
+    return str(getattr(rank, "rank", rank))
+
+
+def _check_name(replica: str | None) -> None:
+    """That a call was meant for this router."""
+    here = serve.get_replica_context().replica_id.unique_id
+    if replica not in (None, here):
+        raise RuntimeError(f"router {replica} is gone; this is {here}")

@@ -1,0 +1,224 @@
+"""The model's routers as an ingress sees them: those that Serve runs now, as one Backend.
+
+Serve tells every process that has a handle to a deployment of each change in its replicas, at once
+and without being asked. `ToReplica` is where that arrives: a request router, which is Serve's own
+place to extend, that besides sends a call to the replica that the call names. So an ingress knows
+of a router as soon as it is up, stops sending to one as soon as it retires, and finds a lost one's
+successor; requests themselves go over connections of their own (engine_link.py).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from typing import Any, cast
+
+import msgspec
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
+from ray.serve.handle import DeploymentHandle
+from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
+
+from tensorray.actors.wire import Endpoint
+from tensorray.cluster.backend import EngineStatus
+from tensorray.cluster.engine import EngineFailed
+from tensorray.cluster.engine_link import EngineLink
+from tensorray.cluster.metrics import join_scrapes
+from tensorray.cluster.replica_choice import Routing
+from tensorray.cluster.replicas import ReplicaLost, Replicas
+
+logger = logging.getLogger("ray.serve")
+
+# How long a router may take to say where it listens, or how it is.
+_ROUTER_SECONDS = 5.0
+
+# How long Serve may take to say which routers there are.
+_START_SECONDS = 3600.0
+
+REQUEST_ROUTER = "tensorray.cluster.routers:ToReplica"
+
+
+class RouterAddress(msgspec.Struct, frozen=True):
+    """Where a router listens, and what it serves."""
+
+    endpoint: Endpoint
+    model: str  # EngineConfig.model_digest
+    max_model_len: int
+
+
+class Watch:
+    """Which replicas Serve runs of the one deployment that this process watches.
+
+    Serve tells on a thread of its own; `listener` is called on the event loop that set it.
+    """
+
+    def __init__(self) -> None:
+        self._names: list[str] | None = None
+        self._listener: Callable[[list[str]], None] | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def listen(self, listener: Callable[[list[str]], None]) -> None:
+        """From now on; what was told before is told at once."""
+        self._loop, self._listener = asyncio.get_running_loop(), listener
+        if self._names is not None:
+            listener(self._names)
+
+    def tell(self, names: list[str]) -> None:
+        self._names = names
+        if self._loop is not None and self._listener is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._listener, names)
+
+
+#: This process's. An ingress has a handle to one deployment only.
+watch = Watch()
+
+
+class ToReplica(RequestRouter):
+    """Sends a call to the replica that its keyword argument `replica` names, or to any."""
+
+    def update_replicas(self, replicas: list[RunningReplica]) -> None:
+        # Serve makes a copy of this class and its globals in each process: this is the module's.
+        from tensorray.cluster.routers import watch
+
+        super().update_replicas(replicas)
+        watch.tell([replica.replica_id.unique_id for replica in replicas])
+
+    async def choose_replicas(
+        self,
+        candidate_replicas: list[RunningReplica],
+        pending_request: PendingRequest | None = None,
+    ) -> list[list[RunningReplica]]:
+        name = None if pending_request is None else pending_request.kwargs.get("replica")
+        named = [each for each in candidate_replicas if each.replica_id.unique_id == name]
+        return [named or candidate_replicas]  # whom it was not meant for says so
+
+
+class RouterClient(EngineLink):
+    """One router. Serve finds it, the link carries requests."""
+
+    def __init__(self, name: str, routers: DeploymentHandle[Any], model: str) -> None:
+        super().__init__(self._endpoint)
+        self._name = name
+        self._routers = routers
+        self._model = model
+        self.address: RouterAddress | None = None
+
+    async def failure(self) -> str | None:
+        try:
+            return cast("str | None", await self._ask("failure"))
+        except EngineFailed as error:
+            return str(error)
+
+    async def metrics(self) -> bytes:
+        return cast(bytes, await self._ask("metrics"))
+
+    async def status(self) -> EngineStatus:
+        return cast(EngineStatus, await self._ask("status"))
+
+    async def find(self) -> RouterAddress:
+        """Where it listens. Raises ReplicaLost."""
+        if self.address is None:
+            self.address = cast(RouterAddress, await self._ask("address"))
+        return self.address
+
+    async def _endpoint(self) -> Endpoint:
+        address = await self.find()
+        if address.model != self._model:
+            raise ReplicaLost("the model is being replaced by another")
+        return address.endpoint
+
+    async def _ask(self, what: str) -> object:
+        asked = getattr(self._routers, what).remote(replica=self._name)
+        try:
+            return await asyncio.wait_for(asked, _ROUTER_SECONDS)
+        except (asyncio.TimeoutError, RayError, RayServeException) as error:
+            raise ReplicaLost(f"its router does not answer ({type(error).__name__})") from error
+
+
+class Routers(Replicas[RouterClient]):
+    """A Backend. Belongs to one event loop."""
+
+    def __init__(
+        self,
+        handle: DeploymentHandle[Any],
+        model: str,
+        routing: Routing = "prefix",
+        *,
+        patience: float = 0.0,
+    ) -> None:
+        """`model` is the digest of what this ingress speaks for: routers that serve another model
+        or another version of it, as there are while one replaces the other, are not used."""
+        super().__init__(routing=routing, patience=patience)
+        self._handle = handle
+        self._model = model
+        self._clients: dict[str, RouterClient] = {}
+        self._address: asyncio.Future[RouterAddress] = asyncio.get_running_loop().create_future()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def start(self) -> RouterAddress:
+        """Begin to follow what Serve tells; the first router's address, once there is one."""
+        watch.listen(self._update)
+        await self._handle.process.remote()  # the first call has Serve tell
+        return await asyncio.wait_for(self._address, _START_SECONDS)
+
+    async def failure(self) -> str | None:
+        """Why no router can serve; None while one can."""
+        reasons = await asyncio.gather(*(each.client.failure() for each in self.members()))
+        if not reasons:
+            return "there is no router"
+        return None if None in reasons else "; ".join(map(str, reasons))
+
+    async def metrics(self) -> bytes:
+        scrapes = await asyncio.gather(
+            *(each.client.metrics() for each in self.members()), return_exceptions=True
+        )
+        found = [each for each in scrapes if isinstance(each, bytes)]
+        if not found:
+            raise EngineFailed("no router answers")
+        return join_scrapes(found)
+
+    async def status(self) -> list[EngineStatus]:
+        answers = await asyncio.gather(
+            *(each.client.status() for each in self.members()), return_exceptions=True
+        )
+        return [each for each in answers if isinstance(each, EngineStatus)]
+
+    def forgotten(self, client: RouterClient) -> None:
+        self._run(client.close())
+
+    def _update(self, names: list[str]) -> None:
+        """Serve runs these routers now."""
+        for name in self._clients.keys() - set(names):
+            del self._clients[name]
+            self.retire(name)
+        for name in names:
+            if name not in self._clients:
+                client = RouterClient(name, self._handle, self._model)
+                self._clients[name] = client
+                self._run(self._admit(name, client))
+
+    async def _admit(self, name: str, client: RouterClient) -> None:
+        """Use a router that has come up, if it serves the same."""
+        while self._clients.get(name) is client:
+            try:
+                address = await client.find()
+            except ReplicaLost as error:
+                logger.warning("router %s: %s", name, error)
+                await asyncio.sleep(1)
+                continue
+            if address.model == self._model:
+                self.add(name, client)
+                if not self._address.done():
+                    self._address.set_result(address)
+            return
+
+    def _run(self, work: Any) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.error("following the routers failed", exc_info=error)
