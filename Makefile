@@ -9,7 +9,7 @@ ROOMS := builder kernels actors cluster deploy
 # What an install depends on besides Python modules, which an editable install reads in place.
 BUILD_INPUTS := pyproject.toml $(wildcard setup.py kernels/*.c kernels/*.h kernels/*/*.c kernels/*/*.h)
 
-.PHONY: demo test lint typecheck pytest bench soak clean
+.PHONY: demo test lint typecheck pytest bench fuzz soak clean
 
 demo: $(VENV)/.installed-demo
 	@$(BIN)/tensorray demo --port $(PORT) $(if $(filter-out 0,$(ONCE)),--once)
@@ -43,8 +43,23 @@ soak: $(VENV)/.installed-dev
 	@TENSORRAY_SOAK_ROUNDS=20 $(BIN)/python -m pytest tests/test_nodes.py -s -k lost
 	@TENSORRAY_SOAK_SCHEMAS=500 $(BIN)/python -m pytest tests/test_guided_decoding.py -k valid
 
+# Fuzz by coverage, FUZZ_SECONDS each target, then ask every endpoint FUZZ_EXAMPLES things its schema
+# allows and as many that it does not. What is found is left in .fuzz.
+FUZZ_SECONDS ?= 120
+FUZZ_EXAMPLES ?= 200
+FUZZ_TARGETS ?= bodies triton_tensors chat_templates safetensors gguf manifests
+
+fuzz: $(VENV)/.installed-fuzz
+	@mkdir -p .fuzz
+	@for target in $(FUZZ_TARGETS); do \
+		echo "== $$target"; \
+		PYTHONPATH=.:tests $(BIN)/python -m tests.fuzz.long $$target -max_total_time=$(FUZZ_SECONDS) \
+			-verbosity=0 -artifact_prefix=.fuzz/ || exit 1; \
+	done
+	@TENSORRAY_FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) $(BIN)/python -m pytest -s tests/fuzz/test_openapi.py
+
 clean:
-	rm -rf $(VENV) .typecheck build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .typecheck .fuzz build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find kernels -name '*.so' -delete
 
 $(VENV)/.installed-demo: $(VENV)/bin/python $(BUILD_INPUTS)
@@ -57,6 +72,10 @@ $(VENV)/.installed-dev: $(VENV)/bin/python $(BUILD_INPUTS)
 		"(a few minutes the first time) ..."
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check --editable '.[demo,dev,rtx]'
 	@touch $@ $(VENV)/.installed-demo
+
+$(VENV)/.installed-fuzz: $(VENV)/.installed-dev
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --editable '.[fuzz]'
+	@touch $@
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \

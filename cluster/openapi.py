@@ -35,7 +35,8 @@ ERRORS = {
     501: "This server was started without it",
     503: "The engine can't serve just now; the message says why",
 }
-ALWAYS = (401, 431, 500)  # of every endpoint that asks for a key
+OPEN = (431, 500)  # of every endpoint
+ALWAYS = (401, *OPEN)  # of every one that asks for a key
 OF_BODIES = (400, 404, 413, 429, 503)  # of those that read a body, beside
 
 
@@ -85,9 +86,19 @@ class Description:
         elif answer is not None:
             content["application/json"] = {"schema": self._use(answer)}
         if event is not None:
-            name = self._use(event)["$ref"][len(_PLACE) :]
-            said = {"type": "string", "description": f"server-sent events, each a {name}"}
-            content["text/event-stream"] = {"schema": said}
+            data = {
+                "type": "string",
+                "contentMediaType": "application/json",
+                "contentSchema": self._use(event),
+            }
+            content["text/event-stream"] = {
+                "schema": {
+                    "description": "one event",
+                    "type": "object",
+                    "properties": {"data": data},
+                    "required": ["data"],
+                }
+            }
         if binary:
             content |= _bytes(binary)
         success: Schema = {"description": "The answer"}

@@ -27,7 +27,7 @@ from tensorray.cluster.bad_request import BadRequest
 from tensorray.cluster.bodies import all_of, read_body
 from tensorray.cluster.errors import ApiError, bad_request, unavailable
 from tensorray.cluster.frontend import Frontend, PreparedRequest
-from tensorray.cluster.openapi import ALWAYS, OF_BODIES, Description, Schema
+from tensorray.cluster.openapi import ALWAYS, OF_BODIES, OPEN, Description, Schema
 from tensorray.cluster.outputs import CompletionOutput, RequestOutput, RequestOutputDelta
 from tensorray.cluster.responses import EventStream, WholeResponse, error_response, json_response
 from tensorray.cluster.triton_answers import (
@@ -86,7 +86,8 @@ def add_routes(
             except Exception as error:
                 return error_response(TritonError.of(await explain(error)))
 
-        errors = {*ALWAYS, *described.pop("errors", ())}
+        usual = OPEN if path.startswith("/v2/health/") else ALWAYS
+        errors = {*usual, *described.pop("errors", ())}
         if "body" in described:
             errors |= {*OF_BODIES, 415}
         parameters = [_path_parameter(each) for each in ("name", "version") if f"{{{each}" in path]

@@ -2,8 +2,9 @@
 
     python -m tests.fuzz.long TARGET [libFuzzer's options, as -max_total_time=60]
 
-Ends with an error at the first finding, which libFuzzer writes to the current directory as crash-…,
-timeout-… or oom-…. What is found goes into tests/fuzz/corpus/TARGET once it is mended.
+Ends with an error at the first finding, which libFuzzer writes as crash-…, timeout-… or oom-… to
+where its -artifact_prefix= says. What is found goes into tests/fuzz/corpus/TARGET once it is
+mended.
 """
 
 from __future__ import annotations

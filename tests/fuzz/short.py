@@ -1,6 +1,6 @@
 """A short fuzzing run that is the same every time: seeds, what was found once, and changes of them.
 
-    python -m tests.fuzz.short [TARGET ...] [--changes 1000] [--seed 0] [--keep DIRECTORY]
+python -m tests.fuzz.short [TARGET ...] [--changes 1000] [--seed 0] [--keep DIRECTORY]
 """
 
 from __future__ import annotations
@@ -46,17 +46,21 @@ def run(name: str, target: Target, changes: int, seed: int) -> tuple[int, list[t
     known = inputs(name, target)
     random = Random(f"{name} {seed}")
     queue = [*known, *(mutated(random.choice(known), known, random) for _ in range(changes))]
-    found = []
-    for data in queue:
-        try:
-            with no_longer_than(HANGS_AFTER):
-                target.run(data)
-        except (Exception, Hang) as error:
-            found.append((data, told(error)))
-    return len(queue), found
+    told = ((data, fault(target, data)) for data in queue)
+    return len(queue), [(data, why) for data, why in told if why]
 
 
-def told(error: BaseException) -> str:
+def fault(target: Target, data: bytes) -> str:
+    """What an input finds: empty for nothing."""
+    try:
+        with no_longer_than(HANGS_AFTER):
+            target.run(data)
+    except (Exception, Hang) as error:
+        return _told(error)
+    return ""
+
+
+def _told(error: BaseException) -> str:
     """What it is, and where it began, which is the last line."""
     cause = error.__cause__ or error
     said = f"{type(cause).__name__}: {str(cause)[:300]} ({str(error)[:200]})"
