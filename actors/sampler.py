@@ -137,7 +137,8 @@ class Sampler:
             for at, guess in enumerate([*draft, None], first):
                 try:
                     if greedy is None:
-                        mask = self._masks([state]).get(state)
+                        guided = state.steering.guide is not None
+                        mask = self._masks([state]).get(state) if guided else None
                         token, entry = state.choose_and_score(logits[at], mask)
                         if entry is not None:
                             logprobs.setdefault(seq, []).append(entry)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import suppress
 from random import Random
 from typing import Any
@@ -17,6 +18,8 @@ from tensorray.actors.protocol import Drafting, Logprobs, StepPlan, StepResult
 from tensorray.cluster.draft_length import DraftLength
 from tensorray.cluster.request import RequestRefused
 
+#: Of each property. `make soak` asks for more.
+EXAMPLES = int(os.environ.get("TENSORRAY_SOAK_SCHEDULES", "30"))
 CHEAP = Drafting(max_tokens=4, row_cost=0.01, draft_cost=0.0)
 
 
@@ -98,12 +101,15 @@ class SpeculativeMachine(RuleBasedStateMachine):
 
 
 SpeculativeMachine.TestCase.settings = settings(
-    max_examples=40, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck)
+    max_examples=EXAMPLES,
+    stateful_step_count=25,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
 )
 TestAnyOrder = pytest.mark.filterwarnings("ignore")(SpeculativeMachine.TestCase)
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
 @given(rig=rigs(), requests=st.lists(REQUESTS, min_size=5, max_size=20))
 def test_every_accepted_request_ends_with_its_own_tokens(
     rig: Rig, requests: list[dict[str, Any]]
