@@ -18,7 +18,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tensorray.actors.communicator import Communicator
-from tensorray.actors.nccl_communicator import NcclCommunicator
 
 logger = logging.getLogger(__name__)
 
@@ -180,7 +179,9 @@ class CudaDevice:
         return int(self._device.mem_info[1])
 
     def communicator(self, host: Communicator) -> Communicator:
-        return NcclCommunicator(host)
+        from tensorray.actors.peer_communicator import PeerCommunicator
+
+        return PeerCommunicator(host)
 
     def release(self) -> None:
         self._recorded.free_all_blocks()

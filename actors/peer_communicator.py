@@ -1,0 +1,224 @@
+"""NCCL, with small sums made by a kernel of our own where GPUs reach each other's memory.
+
+Whether they do, whether the sums are right, and which is faster, is found out when the ranks meet:
+by a few sums of random numbers, made both ways. Whatever speaks against it, NCCL makes all sums;
+all ranks decide alike.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import cupy
+import numpy as np
+
+from tensorray.actors.communicator import Communicator
+from tensorray.actors.nccl_communicator import NcclCommunicator
+from tensorray.kernels.cuda.all_reduce import PeerMemory, all_reduce, bytes_needed, takes
+
+logger = logging.getLogger(__name__)
+
+_HANDLE_BYTES = 64
+# A trial of a group that works takes milliseconds.
+_TRIAL_SECONDS = 10.0
+# A decoded token's residual stream, and that of more and more of them.
+_TRIAL_BYTES = (8 << 10, 64 << 10, 512 << 10, 2 << 20)
+_TRIAL_SUMS = 50
+
+
+class PeerCommunicator:
+    """A group of ranks, one GPU each, as `NcclCommunicator` is one. See Communicator."""
+
+    def __init__(self, host: Communicator) -> None:
+        self.rank, self.size = host.rank, host.size
+        self._host = host
+        self._nccl = NcclCommunicator(host)
+        self._region = _open_region(host)
+        #: The largest array, in bytes, whose sum the kernel makes; 0: NCCL makes all.
+        self.most = 0 if self._region is None else _trial(host, self._region, self._nccl)
+
+    def all_reduce(self, x: Any) -> Any:
+        if x.nbytes <= self.most and takes(x, self.size):
+            assert self._region is not None
+            return all_reduce(x, self._region.memory)
+        return self._nccl.all_reduce(x)
+
+    def all_gather(self, x: Any) -> Any:
+        return self._nccl.all_gather(x)
+
+    def reduce_scatter(self, x: Any) -> Any:
+        return self._nccl.reduce_scatter(x)
+
+    def send(self, x: Any, to: int) -> None:
+        self._nccl.send(x, to)
+
+    def recv(self, out: Any, source: int) -> Any:
+        return self._nccl.recv(out, source)
+
+    def broadcast(self, x: Any, root: int) -> Any:
+        return self._nccl.broadcast(x, root)
+
+    def barrier(self) -> None:
+        self._nccl.barrier()
+
+    def abort(self, reason: str) -> None:
+        """Graphs that captured operations of this group have to be destroyed before."""
+        if self._region is not None:
+            self._region.stop()
+        self._nccl.abort(reason)
+
+    def subgroup(self, ranks: Sequence[int]) -> PeerCommunicator:
+        return PeerCommunicator(self._host.subgroup(ranks))
+
+
+class _Region:
+    """This rank's memory for sums, and its mapping of the others'."""
+
+    def __init__(self, own: int, device: int) -> None:
+        self._own = own
+        self._device = device
+        self._opened: list[int] = []
+        # GPUs read it where it lies, in the host's memory.
+        self._stop = cupy.cuda.alloc_pinned_memory(4)
+        self._flag = np.frombuffer(self._stop, np.uint32, 1)
+        self._flag[0] = 0
+        self.memory: PeerMemory
+
+    def map(self, rank: int, tickets: Sequence[_Ticket]) -> None:
+        """Raises CUDARuntimeError if a peer's memory can't be reached."""
+        runtime = cupy.cuda.runtime
+        addresses = []
+        for other, ticket in enumerate(tickets):
+            if other == rank:
+                addresses.append(self._own)
+            elif ticket.pid == os.getpid():
+                if not runtime.deviceCanAccessPeer(self._device, ticket.device):
+                    raise OSError(f"GPU {self._device} does not reach GPU {ticket.device}")
+                try:
+                    runtime.deviceEnablePeerAccess(ticket.device)
+                except runtime.CUDARuntimeError as error:
+                    if "AlreadyEnabled" not in str(error):
+                        raise
+                addresses.append(ticket.address)
+            else:
+                lazily = 1  # cudaIpcMemLazyEnablePeerAccess, the only flag there is
+                addresses.append(runtime.ipcOpenMemHandle(ticket.handle, lazily))
+                self._opened.append(addresses[-1])
+        self.memory = PeerMemory(rank, addresses, self._flag.ctypes.data)
+
+    def stop(self) -> None:
+        """Let nobody here wait for a peer any more."""
+        self._flag[0] = 1
+
+    def __del__(self) -> None:
+        with cupy.cuda.Device(self._device):
+            for address in self._opened:
+                cupy.cuda.runtime.ipcCloseMemHandle(address)
+            cupy.cuda.runtime.free(self._own)
+
+
+class _Ticket:
+    """What a rank tells the others of its memory, as bytes of one length."""
+
+    def __init__(self, packed: np.ndarray) -> None:
+        numbers = packed[:24].view(np.int64)
+        self.pid, self.device, self.address = (int(each) for each in numbers)
+        self.handle = packed[24 : 24 + _HANDLE_BYTES].tobytes()
+        self.machine = packed[24 + _HANDLE_BYTES :].tobytes()
+
+    @staticmethod
+    def pack(device: int, address: int) -> np.ndarray:
+        handle = cupy.cuda.runtime.ipcGetMemHandle(address)
+        numbers = np.array([os.getpid(), device, address], np.int64)
+        boot = Path("/proc/sys/kernel/random/boot_id").read_bytes()[:36]
+        return np.frombuffer(numbers.tobytes() + handle + boot.ljust(36), np.uint8)
+
+
+def _open_region(host: Communicator) -> _Region | None:
+    """Memory that all ranks have mapped; None if one could not."""
+    runtime = cupy.cuda.runtime
+    device = runtime.getDevice()
+    size = bytes_needed(host.size)
+    own = runtime.malloc(size)
+    runtime.memset(own, 0, size)
+    runtime.deviceSynchronize()
+    region = _Region(own, device)
+    why = ""
+    try:
+        ticket = _Ticket.pack(device, own)
+    except (runtime.CUDARuntimeError, OSError) as error:
+        why, ticket = str(error), np.zeros(24 + _HANDLE_BYTES + 36, np.uint8)
+    tickets = [_Ticket(each) for each in host.all_gather(ticket)]
+    if len({each.machine for each in tickets}) > 1:
+        why = "the ranks are on several machines"
+    elif not why:
+        try:
+            region.map(host.rank, tickets)
+        except (runtime.CUDARuntimeError, OSError) as error:
+            why = str(error)
+    if not _all(host, not why):
+        logger.info("NCCL makes all sums: %s", why or "another rank's GPU does not reach all")
+        return None
+    return region
+
+
+def _trial(host: Communicator, region: _Region, nccl: NcclCommunicator) -> int:
+    """The bytes up to which the kernel's sums are right and come sooner than NCCL's."""
+    most = 0
+    for nbytes in _TRIAL_BYTES:
+        x = cupy.random.default_rng(host.rank).standard_normal(nbytes // 2, cupy.float32)
+        x = x.astype(cupy.float16)
+        if not takes(x, host.size):
+            break
+        sums = all_reduce(x, region.memory)
+        mine = _seconds(partial(all_reduce, x, region.memory), region)
+        if not _all(host, mine is not None):
+            logger.error("GPUs that map each other's memory do not hear each other; NCCL sums")
+            return 0
+        expected = nccl.all_reduce(x)
+        if not _all(host, bool(cupy.allclose(sums, expected, rtol=1e-2, atol=3e-2))):
+            logger.error("sums over peers' memory are wrong; NCCL makes all sums")
+            return 0
+        theirs = _seconds(partial(nccl.all_reduce, x), region)
+        assert mine is not None
+        assert theirs is not None
+        logger.info("a sum of %d bytes: %.1f us, by NCCL %.1f us", nbytes, mine * 1e6, theirs * 1e6)
+        if not _all(host, mine < theirs):
+            break
+        most = nbytes
+    return most
+
+
+def _seconds(work: Callable[[], Any], region: _Region) -> float | None:
+    """What a call takes in a recorded graph; None if it does not end."""
+    stream = cupy.cuda.get_current_stream()
+    stream.begin_capture()
+    try:
+        for _ in range(_TRIAL_SUMS):
+            work()
+    finally:
+        graph = stream.end_capture()
+    began, ended = cupy.cuda.Event(), cupy.cuda.Event()
+    graph.launch(stream)
+    began.record(stream)
+    graph.launch(stream)
+    ended.record(stream)
+    deadline = time.perf_counter() + _TRIAL_SECONDS
+    while not ended.done:
+        if time.perf_counter() > deadline:
+            region.stop()
+            ended.synchronize()
+            return None
+        time.sleep(1e-4)
+    return float(cupy.cuda.get_elapsed_time(began, ended)) / 1e3 / _TRIAL_SUMS
+
+
+def _all(host: Communicator, yes: bool) -> bool:
+    """Whether every rank says so."""
+    return bool(host.all_gather(np.array([yes], np.int8)).all())

@@ -1,0 +1,102 @@
+"""The sum of a small array over GPUs that map each other's memory, in one kernel.
+
+For what decoding adds up: some kilobytes, where a collective library's rounds take longer than the
+bytes. A rank writes to each of the others, so the bytes it sends grow with their number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from tensorray.kernels.cuda import compiler
+from tensorray.kernels.cuda.dtypes import ctype
+
+_BLOCKS = 64
+_THREADS = 512
+#: What a rank sends at most.
+_SENT_BYTES = 4 << 20
+
+CONSTANT_SETS = {
+    "all_reduce.cu": [
+        {"ELEMENT": "__half", "RANKS": 2, "BLOCKS": _BLOCKS, "SHARE": _SENT_BYTES // _BLOCKS},
+        {"ELEMENT": "__nv_bfloat16", "RANKS": 8, "BLOCKS": _BLOCKS, "SHARE": 9360},
+        {"ELEMENT": "float", "RANKS": 4, "BLOCKS": _BLOCKS, "SHARE": 21840},
+    ]
+}
+
+
+@dataclass(frozen=True)
+class PeerMemory:
+    """Memory of `ranks` GPUs, each of which has `bytes_needed(ranks)`, zeros at first.
+
+    `addresses` are those memories as this rank's GPU maps them, its own among them. `stop` is the
+    address of a uint32 in the host's memory that GPUs may read; 0 there lets ranks wait.
+    """
+
+    rank: int
+    addresses: Sequence[int]
+    stop: int
+
+    @property
+    def ranks(self) -> int:
+        return len(self.addresses)
+
+
+def most_bytes(ranks: int) -> int:
+    """The largest array that `all_reduce` takes."""
+    return _BLOCKS * _share(ranks)
+
+
+def bytes_needed(ranks: int) -> int:
+    """Each rank's memory, in bytes."""
+    head = -(-(ranks + 1) * _BLOCKS * 4 // 16) * 16
+    return head + 2 * ranks * most_bytes(ranks)
+
+
+def takes(x: Any, ranks: int) -> bool:
+    """Whether an array is one that `all_reduce` can add up."""
+    whole = x.nbytes % 16 == 0 and x.data.ptr % 16 == 0 and x.flags.c_contiguous
+    return bool(whole and 0 < x.nbytes <= most_bytes(ranks))
+
+
+def all_reduce(x: Any, memory: PeerMemory) -> Any:
+    """The sum of every rank's x, in rank order, in float32: a new array like x.
+
+    All ranks call it, with arrays of one shape and dtype, in the same order, on one stream each.
+    """
+    import cupy
+
+    out = cupy.empty_like(x)
+    packs = x.nbytes // 16
+    module = compiler.load(
+        "all_reduce.cu",
+        ELEMENT=ctype(x),
+        RANKS=memory.ranks,
+        BLOCKS=_BLOCKS,
+        SHARE=_share(memory.ranks),
+    )
+    # A pack a thread, as long as there are blocks for it, and shares that fit.
+    blocks = max(min(_BLOCKS, -(-packs // _THREADS)), -(-x.nbytes // _share(memory.ranks)))
+    module.function("all_reduce")(
+        (blocks,),
+        (_THREADS,),
+        *(x, out, packs, _addresses(memory), memory.rank, np.uint64(memory.stop)),
+        overlap=True,
+    )
+    return out
+
+
+def _addresses(memory: PeerMemory) -> Any:
+    """A `struct Peers`, as a structured scalar."""
+    values = np.zeros(1, np.dtype([("at", np.uint64, (memory.ranks,))]))
+    values["at"] = memory.addresses
+    return values[0]
+
+
+def _share(ranks: int) -> int:
+    """Bytes that a block handles at most."""
+    return _SENT_BYTES // max(1, ranks - 1) // _BLOCKS // 16 * 16

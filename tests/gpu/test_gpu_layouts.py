@@ -1,0 +1,113 @@
+"""Two GPUs: sums over peers' memory, and layouts that choose one GPU's tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+from helpers.equality import assert_same_tokens
+from helpers.tiny_models import directory
+
+from tensorray.actors.host_communicator import MeetingPoint
+from tensorray.cluster.llm import LLM, SamplingParams
+
+cupy = pytest.importorskip("cupy", reason="CuPy is not installed")
+
+
+def gpus() -> int:
+    try:
+        return int(cupy.cuda.runtime.getDeviceCount())
+    except cupy.cuda.runtime.CUDARuntimeError:
+        return 0
+
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(gpus() < 2, reason="needs two GPUs that CuPy can use"),
+]
+
+SMALL: dict[str, Any] = {"num_kv_blocks": 512, "block_size": 16, "max_num_batched_tokens": 64}
+SMALL |= {"max_num_seqs": 8, "max_model_len": 64, "device": "cuda", "dtype": "float32"}
+TP2 = {"tensor_parallel_size": 2}
+PP2 = {"pipeline_parallel_size": 2}
+EP2 = TP2 | {"enable_expert_parallel": True}
+
+
+def on_two(work: Callable[[Any, int], Any]) -> list[Any]:
+    """What `work(communicator, rank)` gives on each of two GPUs, a thread each."""
+    from tensorray.actors.peer_communicator import PeerCommunicator
+
+    points = [MeetingPoint() for _ in range(2)]
+    members = [point.endpoint for point in points]
+
+    def run(rank: int) -> Any:
+        with cupy.cuda.Device(rank), cupy.cuda.Stream(non_blocking=True):
+            host = points[rank].join(rank, members)
+            group = PeerCommunicator(host)
+            try:
+                return work(group, rank)
+            finally:
+                cupy.cuda.get_current_stream().synchronize()
+                group.abort("done")
+                host.close()
+
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(run, range(2)))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_sums_over_peers_memory(dtype: str) -> None:
+    """Sizes from one pack of 16 bytes up, in turn, so that turns and shares all change."""
+    import ml_dtypes
+    import numpy as np
+
+    kind = np.dtype(getattr(ml_dtypes, dtype, dtype))
+    rng = np.random.default_rng(0)
+    sizes = [16 // kind.itemsize * n for n in (1, 7, 64, 513, 5000, 1, 40000, 3, 100000)] * 5
+    parts = [[rng.standard_normal(n).astype(kind) for n in sizes] for _ in range(2)]
+
+    def work(group: Any, rank: int) -> Any:
+        assert group.most > 0, "the kernel was refused"
+        group.most = 4 << 20
+        return [group.all_reduce(cupy.asarray(x)).get() for x in parts[rank]]
+
+    ours, theirs = on_two(work)
+    for a, b, x, y in zip(ours, theirs, *parts, strict=True):
+        assert a.tobytes() == b.tobytes()
+        expected = (x.astype(np.float32) + y.astype(np.float32)).astype(kind)
+        assert a.tobytes() == expected.tobytes()
+
+
+def test_a_group_that_is_aborted_waits_no_more() -> None:
+    def work(group: Any, rank: int) -> float:
+        x = cupy.ones(4096, cupy.float16)
+        if rank == 0:
+            group.all_reduce(x)  # nobody answers
+            group.abort("the other is gone")
+            cupy.cuda.get_current_stream().synchronize()
+        return float(x.sum())
+
+    assert on_two(work) == [4096.0, 4096.0]
+
+
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [("llama3", TP2), ("llama3", PP2), ("gemma3", TP2), ("gemma3", PP2), ("mixtral", EP2)],
+    ids=str,
+)
+def test_a_layout_chooses_the_tokens_of_one_gpu(name: str, layout: Any) -> None:
+    prompts = [[(7 * i + j) % 80 + 3 for j in range(3 + 4 * (i % 6))] for i in range(12)]
+    params = [
+        SamplingParams(temperature=0, max_tokens=4 + i, logprobs=2, ignore_eos=True)
+        for i in range(12)
+    ]
+    found = []
+    for changes in ({}, layout):
+        with LLM(str(directory(name)), **SMALL, **changes) as llm:
+            found.append([output.outputs[0] for output in llm.generate(prompts, params)])
+    for one, many in zip(*found, strict=True):
+        assert one.logprobs is not None
+        margins = [entry.top[0].logprob - entry.top[1].logprob for entry in one.logprobs]
+        assert_same_tokens(many.token_ids, one.token_ids, margins)
