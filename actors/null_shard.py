@@ -129,7 +129,9 @@ class NullShard:
                 seqs.append(seq)
                 tokens.append(token)
                 if sampling.logprobs is not None:
-                    logprobs[seq] = Logprobs(token, 0.0, 1, [token], [0.0])
+                    count = sampling.logprobs if sampling.beam else 1
+                    best = [(token + i) % vocab for i in range(count)]
+                    logprobs[seq] = Logprobs(token, 0.0, 1, best, [float(-i) for i in range(count)])
         left = self._seconds - (time.perf_counter() - began)
         if left > 0:
             time.sleep(left)

@@ -127,9 +127,7 @@ class Search:
         finished = [each for group in self._groups for each in group.finished]
         return sorted(finished, key=_score, reverse=True)[:count]
 
-    def _advance(
-        self, group: _Group, found: Mapping[Beam, Logprobs], taken: Counter[int]
-    ) -> None:
+    def _advance(self, group: _Group, found: Mapping[Beam, Logprobs], taken: Counter[int]) -> None:
         rules = self._rules
         ranked = self._ranked(group, found, taken)
         length = group.beams[0].length + 1

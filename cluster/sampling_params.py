@@ -72,7 +72,7 @@ class SamplingParams(BaseModel):
         description="Sequences to draw, of which the n most likely are returned [default: n]",
     )
     use_beam_search: bool = Field(
-        False, description="Return the likeliest sequences that a beam search finds; nothing is drawn"
+        False, description="Return the likeliest sequences a beam search finds; nothing is drawn"
     )
     beam_width: int | None = Field(
         None, ge=1, le=128, description="Beams to search with [default: best_of, or else n]"
@@ -222,8 +222,8 @@ class SamplingParams(BaseModel):
             raise ValueError(f"num_beam_groups ({groups}) must divide beam_width ({width})")
         if groups is not None and (groups > 1) != (rate > 0):
             raise ValueError(
-                f"num_beam_groups ({groups}) and beam_search_diversity_rate ({rate:g}) go together: "
-                "several groups need a rate above 0"
+                f"several groups of beams (num_beam_groups {groups}) and a rate above 0 "
+                f"(beam_search_diversity_rate {rate:g}) need each other"
             )
         return self
 

@@ -33,6 +33,10 @@ INPUTS: dict[str, Kind] = {
     "text_input": "text",
     "max_tokens": "integer",
     "num_return_sequences": "integer",
+    "beam_width": "integer",
+    "length_penalty": "number",
+    "early_stopping": "flag",
+    "beam_search_diversity_rate": "number",
     "bad_words": "words",
     "stop_words": "words",
     "exclude_input_in_output": "flag",
@@ -83,10 +87,6 @@ GenerateBody = msgspec.defstruct(
 # The others: the values that ask for nothing, and why any other is refused.
 _OFF: tuple[object, ...] = (None, False, 0, "", 0.0)
 _REFUSED: dict[str, tuple[tuple[object, ...], str]] = {
-    "beam_width": ((None, 0, 1), "beam search is not supported; send 1"),
-    "length_penalty": ((None, 0, 1), "it ranks beams, and beam search is not supported"),
-    "early_stopping": ((None, 0, 1, False), "beam search is not supported"),
-    "beam_search_diversity_rate": (_OFF, "beam search is not supported"),
     "decoder_text_input": (_OFF, "only decoder models are served"),
     "image_input": ((None,), "only text is taken"),
     "image_bytes_input": ((None,), "only text is taken"),

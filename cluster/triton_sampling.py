@@ -1,7 +1,8 @@
 """From TensorRT-LLM's inputs to sampling parameters.
 
 Defaults are TensorRT-LLM's, not the model's own: without top_k and top_p the most likely token is
-taken, the seed is 0, and a stop word stays in the text.
+taken, the seed is 0, and a stop word stays in the text. With a beam_width above 1 all beams are
+returned; they are ranked without a length penalty, and the first beam_width to end are the answer.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from tensorray.cluster.triton_fields import Fields
 # What the sampling parameters are called here.
 THEIR_NAMES = {
     "n": "num_return_sequences",
+    "use_beam_search": "beam_width",
     "stop": "stop_words",
     "logit_bias": "embedding_bias_weights",
     "stop_token_ids": "end_id",
@@ -52,6 +54,7 @@ def sampling(fields: Fields, tokenizer: Tokenizer, *, log_probs: bool) -> Fields
         "logit_bias": _bias(fields, tokenizer),
         "logprobs": 0 if log_probs else None,
     }
+    found |= _beams(fields)
     guide = _guide(fields)
     if guide is not None:
         found["structured_outputs"] = guide
@@ -66,6 +69,31 @@ def sampling(fields: Fields, tokenizer: Tokenizer, *, log_probs: bool) -> Fields
             param="end_id",
         )
     return found
+
+
+def _beams(fields: Fields) -> Fields:
+    """What a beam search needs, if one is asked for."""
+    width: int = fields.get("beam_width") or 1
+    if width == 1:
+        for name, off in (("length_penalty", (0, 1)), ("beam_search_diversity_rate", (0,))):
+            if fields.get(name, 0) not in off:
+                raise BadRequest(f"{name} needs a beam_width above 1", param=name)
+        return {}
+    if any(fields.get("stop_words", [])):
+        raise BadRequest(
+            "stop_words can't go with beam_width; the token end_id ends a beam", param="stop_words"
+        )
+    return {
+        "use_beam_search": True,
+        "beam_width": width,
+        "n": fields.get("num_return_sequences", width),
+        "temperature": 0.0,
+        "top_k": 0,
+        "top_p": 1.0,
+        "length_penalty": fields.get("length_penalty", 0.0),
+        "early_stopping": fields.get("early_stopping", True),
+        "beam_search_diversity_rate": fields.get("beam_search_diversity_rate", 0.0),
+    }
 
 
 def _guide(fields: Fields) -> StructuredOutputs | None:

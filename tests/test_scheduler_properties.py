@@ -17,7 +17,7 @@ from hypothesis.stateful import (
     rule,
 )
 
-from tensorray.cluster.request import RequestRefused
+from tensorray.cluster.request import BeamSearch, RequestRefused
 
 WINDOWS = st.sampled_from(
     [(None,), (None, 6), (None, 1, 9), (5,), (None, 8, 8, 17), (3, None), (None, None)]
@@ -30,8 +30,17 @@ PROMPTS = st.builds(
     st.integers(1, 30),
     st.lists(st.integers(200, 203), max_size=3),
 )
+BEAMS = st.builds(
+    lambda size, groups, **rules: BeamSearch(width=size * groups, groups=groups, **rules),
+    st.integers(1, 2),
+    st.integers(1, 2),
+    length_penalty=st.sampled_from([1.0, 0.0, 2.0, -1.0]),
+    early_stopping=st.sampled_from([False, True, "never"]),
+    diversity=st.sampled_from([0.0, 0.5]),
+)
 REQUESTS = st.fixed_dictionaries(
     {
+        "beams": st.none() | st.none() | BEAMS,
         "prompt": PROMPTS,
         "max_tokens": st.integers(1, 16),
         "seed": st.integers(0, 2),
@@ -83,7 +92,9 @@ class SchedulerMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.rig.scheduler.unfinished)
     @rule(data=st.data())
     def cancel(self, data: st.DataObject) -> None:
-        self.rig.cancel(data.draw(st.sampled_from(sorted(self.rig.scheduler._sequences))))
+        scheduler = self.rig.scheduler
+        leaders = sorted({scheduler.leader(seq) for seq in scheduler._sequences})
+        self.rig.cancel(data.draw(st.sampled_from(leaders)))
 
     @precondition(lambda self: self.rig.in_flight < self.rig.depth)
     @rule()
@@ -139,7 +150,7 @@ def test_every_accepted_request_ends_with_its_own_tokens(
     rig.run(limit=20 * most + 10)
     rig.check_outputs()
     rig.check_released()
-    assert set(rig.finished.values()) <= {"stop", "length"}
+    assert set(rig.finished.values()) <= {"stop", "length", "found"}
 
 
 @settings(max_examples=40, deadline=None)

@@ -218,7 +218,8 @@ def test_without_top_k_and_top_p_the_likeliest_token_is_taken(client: Any, serve
 
 
 REFUSED = [
-    ("beam_width", tensor("beam_width", [[4]], "INT32"), "beam search"),
+    ("beam_width", tensor("beam_width", [[65]], "INT32"), "sequences that run at once"),
+    ("length_penalty", tensor("length_penalty", [[2.0]], "FP32"), "needs a beam_width"),
     ("lora_task_id", tensor("lora_task_id", [[4]], "UINT64"), "adapters"),
     ("bad_words", tensor("bad_words", [["two"]], "BYTES"), "'two' is 3 tokens"),
     ("top_q", tensor("top_q", [[0.5]], "FP32"), "no input"),

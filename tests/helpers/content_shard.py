@@ -9,9 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from math import log
 from random import Random
 
-from tensorray.actors.protocol import KVGroups, Sampling, SequenceStart, StepPlan, StepResult
+from tensorray.actors.protocol import (
+    KVGroups,
+    Logprobs,
+    Sampling,
+    SequenceStart,
+    StepPlan,
+    StepResult,
+)
+from tensorray.cluster.beams import Search
+from tensorray.cluster.request import BeamSearch
 
 VOCAB = 50
 
@@ -35,6 +45,35 @@ def sample(fingerprint: int, sampling: Sampling, generated: int) -> int:
     while generated < sampling.min_tokens and token in sampling.stop_token_ids:
         token = (token + 1) % VOCAB
     return token
+
+
+def continuations(fingerprint: int, sampling: Sampling, generated: int) -> Logprobs:
+    """What a beam's shard reports: the likeliest of the tokens that may follow a prefix."""
+    weights = {token: 1 + hash((fingerprint, sampling.seed, token)) % 97 for token in range(VOCAB)}
+    total = sum(weights.values())
+    if generated < sampling.min_tokens:
+        for token in sampling.stop_token_ids:
+            weights.pop(token, None)
+    tokens = sorted(weights, key=lambda token: (-weights[token], token))[: sampling.logprobs]
+    logprobs = [log(weights[token] / total) for token in tokens]
+    return Logprobs(tokens[0], logprobs[0], 1, tokens, logprobs)
+
+
+def search_alone(
+    prompt: list[int], sampling: Sampling, rules: BeamSearch, max_tokens: int, n: int
+) -> list[tuple[list[int], float]]:
+    """What a beam search finds, whatever shares its batch: tokens and scores, best first."""
+    stops = frozenset(sampling.stop_token_ids)
+    search = Search(rules, max_tokens=max_tokens, stops=stops)
+    prints = {search.root: fingerprints(prompt)[-1]}
+    while search.beams:
+        found = {beam: continuations(prints[beam], sampling, beam.length) for beam in search.beams}
+        search.advance(found)
+        for beam in search.beams:
+            assert beam.parent is not None
+            assert beam.entry is not None
+            prints[beam] = hash((prints[beam.parent], beam.entry.token))
+    return [([entry.token for entry in each.entries], each.score) for each in search.best(n)]
 
 
 def generate_alone(prompt: list[int], sampling: Sampling, max_tokens: int) -> list[int]:
@@ -99,6 +138,12 @@ class ContentShard:
             for table, blocks in zip(self.states[seq].tables, added, strict=True):
                 table += blocks
 
+        copied = [self._block(source) for source, _ in plan.copies]
+        assert len({target for _, target in plan.copies}) == len(plan.copies)
+        for (_, target), held in zip(plan.copies, copied, strict=True):
+            for offset, (group, content, _, writer) in held.items():
+                self.slots[target, offset] = (group, content, plan.step - 1, writer)
+
         drafts = {
             seq: self._guess(seq, count)
             for seq, count in zip(plan.seqs, plan.counts, strict=True)
@@ -116,11 +161,19 @@ class ContentShard:
         seqs: list[int] = []
         tokens: list[int] = []
         failed: dict[int, str] = {}
+        logprobs: dict[int, Logprobs] = {}
         for seq, count in zip(plan.seqs, counts, strict=True):
             state = self.states[seq]
             self.computed_tokens += count
             state.computed += 1 if seq in drafts else count
             if state.computed < len(state.tokens):
+                continue
+            if state.start.sampling.beam and seq not in fail:
+                generated = len(state.tokens) - state.start.prompt_len
+                found = continuations(state.prints[-1], state.start.sampling, generated)
+                logprobs[seq] = found
+                seqs.append(seq)
+                tokens.append(found.token)
                 continue
             for guess in [*drafts.get(seq, []), None]:
                 sampling = state.start.sampling
@@ -138,7 +191,19 @@ class ContentShard:
                     break
                 state.computed += 1
         drafted = {seq: len(guesses) for seq, guesses in drafts.items() if guesses}
-        return StepResult(step=plan.step, seqs=seqs, tokens=tokens, failed=failed, drafted=drafted)
+        return StepResult(
+            step=plan.step,
+            seqs=seqs,
+            tokens=tokens,
+            logprobs=logprobs,
+            failed=failed,
+            drafted=drafted,
+        )
+
+    def _block(self, block: int) -> dict[int, tuple[int, int, int, int]]:
+        """What a block holds, by offset."""
+        offsets = range(self.kv.block_size)
+        return {at: self.slots[block, at] for at in offsets if (block, at) in self.slots}
 
     def _guess(self, seq: int, count: int) -> list[int]:
         """Up to `count` - 1 tokens that may or may not be what the sequence goes on with."""

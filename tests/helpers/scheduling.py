@@ -9,10 +9,11 @@ from typing import Any
 
 import msgspec
 
-from helpers.content_shard import ContentShard, generate_alone
+from helpers.content_shard import ContentShard, generate_alone, search_alone
 from tensorray.actors.protocol import KVGroups, Sampling, StepPlan, StepResult
+from tensorray.cluster.beams import candidates
 from tensorray.cluster.blocks import Page
-from tensorray.cluster.request import GenerationRequest, RequestRefused
+from tensorray.cluster.request import BeamSearch, GenerationRequest, RequestRefused
 from tensorray.cluster.scheduler import Progress, Scheduler
 from tensorray.cluster.sequence import Sequence, Status
 
@@ -45,7 +46,9 @@ class Rig:
         self.depth = depth
         self.steps = 0  # results taken in
         self.sequences: dict[int, Sequence] = {}  # all ever added
+        self._next_sequence = 0
         self.outputs: dict[int, list[int]] = {}
+        self.found: dict[int, list[tuple[list[int], float]]] = {}  # by beam searches
         self.first_token_step: dict[int, int] = {}
         self.finished: dict[int, str] = {}
         self.end_step: dict[int, int] = {}
@@ -54,8 +57,13 @@ class Rig:
     def sequence(self, prompt: Iterable[int], max_tokens: int = 8, **fields: Any) -> Sequence:
         """A new sequence, not added yet; keywords go to its sampling or else its request."""
         known = set(Sampling.__struct_fields__)
+        beams: BeamSearch | None = fields.get("beams")
+        if beams is not None:
+            count = candidates(beams, len(fields.get("stop_token_ids", ())))
+            fields |= {"beam": True, "logprobs": count}
         sampling = Sampling(**{key: fields.pop(key) for key in list(fields) if key in known})
-        seq = len(self.sequences)
+        seq = self._next_sequence
+        self._next_sequence += 1 if beams is None else beams.width
         request = GenerationRequest(f"r{seq}", list(prompt), sampling, max_tokens, **fields)
         s = self.sequences[seq] = Sequence(seq, request, sampling)
         return s
@@ -93,6 +101,12 @@ class Rig:
             if gain.token is not None:
                 self.outputs[seq].append(gain.token)
                 self.first_token_step.setdefault(seq, self.steps)
+            if gain.hypotheses is not None:
+                self.found[seq] = [
+                    ([entry.token for entry in each.entries], each.score)
+                    for each in gain.hypotheses
+                ]
+                self.finished[seq] = "found"
             if gain.finish_reason is not None:
                 self.finished[seq] = gain.finish_reason
                 self.end_step[seq] = self.steps
@@ -132,7 +146,10 @@ class Rig:
         """Every block is in one place, and every page counted as often as it is referred to."""
         scheduler, blocks = self.scheduler, self.scheduler.blocks
         places: dict[Page, list[tuple[Sequence, int]]] = {}
-        running = [s for s in self.sequences.values() if s.status is Status.RUNNING]
+        unfinished = scheduler._sequences.values()
+        running = [s for s in unfinished if s.status is Status.RUNNING]
+        groups = [group for group in scheduler._groups.values() if group.running]
+        assert {s for s in running if s.group} == {s for g in groups for s in g.members.values()}
         for s in running:
             assert [table.kind for table in s.tables] == blocks._kinds
             for table in s.tables:
@@ -141,8 +158,8 @@ class Rig:
                     if page is not None:
                         assert page.kind is table.kind
                         places.setdefault(page, []).append((s, column))
-        for s in self.sequences.values():
-            if s.status is not Status.RUNNING:
+        for s in {*self.sequences.values(), *unfinished}:
+            if s not in running:
                 assert not s.tables
 
         free, idle = blocks._free, blocks._idle
@@ -151,13 +168,17 @@ class Rig:
         assert sorted(everywhere) == list(range(1, blocks.total + 1))
         assert blocks._idle_blocks == sum(len(page.blocks) for page in idle)
 
-        # Only what is full and findable is shared, at the same column and with the same content.
+        # Only what is full and findable is shared, at the same column and with the same content;
+        # but for the beams of a search, which share all they have in common.
         for page, holders in places.items():
             assert page.refs == len(holders)
             assert len(page.blocks) == len(page.kind.groups)
-            assert len({column for _, column in holders}) == 1
-            if len(holders) > 1:
-                assert {s.keys[column] for s, column in holders} == {page.key}
+            (column,) = {column for _, column in holders}
+            if len(holders) > 1 and len({s.group for s, _ in holders}) == 1:
+                last = (column + 1) * blocks.block_size
+                assert len({tuple(s.tokens[: min(last, s.computed)]) for s, _ in holders}) == 1
+            elif len(holders) > 1:
+                assert {s.keys[column] for s, _ in holders} == {page.key}
         for page in idle:
             assert page.refs == 0
             assert page.key is not None
@@ -179,6 +200,12 @@ class Rig:
         for seq, reason in self.finished.items():
             s = self.sequences[seq]
             limit = self.scheduler._max_model_len - s.prompt_len
+            if s.request.beams is not None:
+                if reason == "found":
+                    prompt, most = s.request.prompt, min(s.request.max_tokens, limit)
+                    n, rules = s.request.n, s.request.beams
+                    assert self.found[seq] == search_alone(prompt, s.sampling, rules, most, n)
+                continue
             alone = generate_alone(s.request.prompt, s.sampling, min(s.request.max_tokens, limit))
             if reason in ("stop", "length"):
                 assert self.outputs[seq] == alone
