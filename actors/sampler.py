@@ -66,6 +66,10 @@ class Sampler:
         """Forgets a sequence; one that is not known is fine."""
         self._sequences.pop(seq, None)
 
+    def edits(self, seq: int) -> bool:
+        """Whether anything changes a sequence's logits before its next token is chosen."""
+        return self._sequences[seq].edits
+
     def sample(
         self, seqs: Sequence[int], logits: NDArray[np.float32]
     ) -> tuple[list[int], dict[int, Logprobs], dict[int, str]]:
@@ -294,6 +298,10 @@ class _Sequence:
         """Whether the next token is just the row's best one."""
         greedy = self.sampling.temperature == 0 and self.sampling.logprobs is None
         return greedy and not self.steering.follows and not self._edits()
+
+    @property
+    def edits(self) -> bool:
+        return self.steering.follows or self._edits()
 
     def _edits(self) -> bool:
         return self._always_edits or self.outputs < self._min_tokens
