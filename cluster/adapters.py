@@ -49,6 +49,7 @@ class EngineAdapters:
         self._most = most
         self._loaded: dict[int, Adapter] = {}
         self._loading: dict[int, asyncio.Task[None]] = {}
+        self._dropped: set[int] = set()
         self._current: dict[str, int] = {}
         self._users: Counter[int] = Counter()  # requests that run with it
         self._fading: dict[int, int] = {}  # results to come before it can be forgotten
@@ -61,7 +62,10 @@ class EngineAdapters:
             self.publish(adapter.id)
 
     async def load(self, adapter: Adapter) -> None:
-        """Have the shards load it; nothing if they did. Raises AdapterRefused."""
+        """Have the shards load it; nothing if they did. Raises AdapterRefused, or ValueError with
+        a shard's reason."""
+        if adapter.id in self._dropped:
+            raise AdapterRefused("it was unloaded meanwhile")
         if adapter.id in self._loaded:
             return
         task = self._loading.get(adapter.id)
@@ -87,15 +91,19 @@ class EngineAdapters:
             del self._loading[adapter.id]
 
     def publish(self, id: int) -> None:
-        """From now on its name stands for this version. Raises KeyError if it is not loaded."""
+        """From now on its name stands for this version, unless for a newer one already."""
+        if id not in self._loaded:  # it was unloaded meanwhile
+            return
         name = self._loaded[id].name
-        before = self._current.get(name)
-        self._current[name] = id
-        if before is not None and before != id:
-            self.drop(before)
+        before = self._current.get(name, id)
+        self._current[name] = max(before, id)
+        if before != id:
+            self.drop(min(before, id))
 
     def drop(self, id: int) -> None:
-        """No new request gets this version; those that run with it keep it to their ends."""
+        """No new request gets this version; those that run with it keep it to their ends. It can't
+        be loaded again."""
+        self._dropped.add(id)
         adapter = self._loaded.get(id)
         if adapter is None:
             return

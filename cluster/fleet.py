@@ -14,6 +14,7 @@ from typing import Protocol, cast
 
 from tensorray.actors.adapter import Adapter
 from tensorray.cluster.adapters import AdapterRefused, EngineAdapters
+from tensorray.cluster.engine import EngineFailed
 from tensorray.cluster.frontend import EngineClient
 from tensorray.cluster.request import Delta, GenerationRequest, UnknownAdapter
 
@@ -60,7 +61,13 @@ class Fleet:
 
     def __init__(self, doors: Callable[[], Sequence[AdapterDoor]]) -> None:
         """`doors` are those of the engines there are now."""
-        self._doors = doors
+        self._now = doors
+
+    def _doors(self) -> Sequence[AdapterDoor]:
+        doors = list(self._now())
+        if not doors:
+            raise EngineFailed("there is no engine just now")
+        return doors
 
     async def listed(self) -> list[Adapter]:
         """Each name's newest version, by name."""
@@ -77,14 +84,14 @@ class Fleet:
         Raises AdapterRefused, and nothing has changed.
         """
         adapter = Adapter(name, time.time_ns(), path)
-        doors = list(self._doors())
+        doors = self._doors()
         await self._load(adapter, doors)
         await asyncio.gather(*(door.publish_adapter(adapter.id) for door in doors))
         return adapter
 
     async def unload(self, name: str) -> bool:
         """New requests don't find it any more. False if there is none."""
-        doors = list(self._doors())
+        doors = self._doors()
         found = await asyncio.gather(*(door.list_adapters() for door in doors))
         drops = [
             door.drop_adapter(adapter.id)
@@ -100,8 +107,10 @@ class Fleet:
         adapter = next((each for each in await self.listed() if each.name == name), None)
         if adapter is None:
             return False
-        doors = list(self._doors())
-        await self._load(adapter, doors)
+        doors = self._doors()
+        outcomes = await asyncio.gather(*(door.load_adapter(adapter) for door in doors))
+        if any(outcomes):  # it was unloaded meanwhile
+            return False
         await asyncio.gather(*(door.publish_adapter(adapter.id) for door in doors))
         return True
 

@@ -117,7 +117,7 @@ def create_app(
     )
     route("GET", "/v1/models", service.models, answer=api.ModelList)
     route("GET", "/v1/models/{name:path}", service.model, answer=api.Model, errors=[404])
-    if config.allow_runtime_lora_updating:
+    if fleet is not None and config.allow_runtime_lora_updating:
         for path, endpoint, body in (
             ("/v1/load_lora_adapter", models.load, LoadAdapterRequest),
             ("/v1/unload_lora_adapter", models.unload, UnloadAdapterRequest),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers.equality import assert_same_tokens
-from helpers.lora_files import ALL_LINEAR, merge, write_adapter
+from helpers.lora_files import merge, write_adapter
 from helpers.tiny_models import directory, references
 
 from tensorray.cluster.llm import LLM, LoRARequest, SamplingParams
