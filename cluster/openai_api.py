@@ -133,6 +133,12 @@ class StreamOptions(BaseModel):
 _SAMPLING = [
     "n",
     "best_of",
+    "use_beam_search",
+    "beam_width",
+    "length_penalty",
+    "early_stopping",
+    "beam_search_diversity_rate",
+    "num_beam_groups",
     "max_tokens",
     "min_tokens",
     "temperature",
@@ -165,6 +171,12 @@ class GenerateRequest(ApiRequest):
     model: str | None = Field(None, description="A served model's name; default: the only one")
     n: int | None = None
     best_of: int | None = None
+    use_beam_search: bool | None = Field(None, description="search instead of drawing (vLLM)")
+    beam_width: int | None = Field(None, description="default: best_of, or else n")
+    length_penalty: float | None = None
+    early_stopping: bool | Literal["never"] | None = None
+    beam_search_diversity_rate: float | None = None
+    num_beam_groups: int | None = None
     max_tokens: int | None = None
     temperature: float | None = None
     top_p: float | None = None
