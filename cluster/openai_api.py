@@ -47,8 +47,6 @@ _REFUSED: dict[str, tuple[tuple[object, ...], str]] = {
     "guided_decoding_backend": (_OFF, "there is one only; leave it out"),
     "guided_whitespace_pattern": (_OFF, "whitespace in JSON is free; leave it out"),
     "structural_tag": (_OFF, "use structured_outputs with a grammar"),
-    "use_beam_search": (_OFF, "beam search is not supported"),
-    "length_penalty": ((None, 1, 1.0), "beam search is not supported"),
     "prompt_embeds": (_OFF, "prompts are text or token ids"),
     "truncate_prompt_tokens": (_OFF, "shorten the prompt before sending it"),
     "chat_template": (_OFF, "the template is the server's (--chat-template)"),
@@ -56,7 +54,6 @@ _REFUSED: dict[str, tuple[tuple[object, ...], str]] = {
     "continue_final_message": (_OFF, "the answer is always a new message"),
     "return_token_ids": (_OFF, "use /tokenize"),
     "return_tokens_as_token_ids": (_OFF, "use /tokenize"),
-    "early_stopping": (_OFF, "beam search is not supported"),
     "echo": (_OFF, "only completions can echo"),
     "add_special_tokens": (_OFF, "chat templates write special tokens by themselves"),
 }

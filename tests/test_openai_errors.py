@@ -179,7 +179,6 @@ CASES = [
     refused("tool_choice", "tool calls are not supported", tool_choice="required"),
     refused("functions", "function calls are not supported", functions=[{"name": "f"}]),
     refused("modalities", "only text", modalities=["text", "audio"]),
-    refused("use_beam_search", "beam search is not supported", use_beam_search=True),
     refused("chat_template", "the template is the server's", chat_template="{{ 1 }}"),
     Case("suffix refused", 400, "suffix: ", {"prompt": "Hi", "suffix": "!"}, param="suffix",
          code="unsupported_parameter"),
