@@ -132,6 +132,9 @@ class EngineConfig(BaseModel):
     drain_timeout_seconds: float = Field(
         60.0, ge=0, description="When serving: how long a process that is to go ends its streams"
     )
+    stall_seconds: float = Field(
+        30.0, gt=0, description="/health is red while a shard takes longer over a step"
+    )
     collective_timeout_seconds: float = Field(
         300.0, gt=0, description="A shard that its peers wait longer for within a step is given up"
     )
@@ -226,6 +229,14 @@ class EngineConfig(BaseModel):
         default_factory=list,
         repr=False,
         description="Key that clients must send, or its sha256: digest, which is all that is kept",
+    )
+    request_timeout_seconds: float | None = Field(
+        None,
+        gt=0,
+        description="Most that a request may take, its wait included; it may ask for less",
+    )
+    read_timeout_seconds: float = Field(
+        60.0, gt=0, description="A client that reads nothing for so long is dropped"
     )
     api_key_file: str | None = Field(
         None, description="File of keys' digests and names, as `tensorray api-key` makes"

@@ -27,6 +27,8 @@ from tensorray.cluster import triton_api, web_page
 from tensorray.cluster.backend import Backend, EngineStatus
 from tensorray.cluster.bodies import all_of, read_body, together
 from tensorray.cluster.config import EngineConfig
+from tensorray.cluster.deadlines import Deadlines, deadline_of
+from tensorray.cluster.embeddings_api import EmbeddingService
 from tensorray.cluster.errors import ApiError, bad_request, from_exception, unavailable
 from tensorray.cluster.fleet import AdapterClient, Fleet
 from tensorray.cluster.frontend import (
@@ -140,6 +142,11 @@ def create_app(
 def _protect(app: FastAPI, config: EngineConfig) -> None:
     named = read_keys(config.api_key_file) if config.api_key_file is not None else {}
     app.add_middleware(
+    app.add_middleware(
+        Deadlines,
+        seconds=config.request_timeout_seconds,
+        read_seconds=config.read_timeout_seconds,
+    )
         Guard,
         keys={*config.api_key, *named},
         per_minute=config.api_key_requests_per_minute,
@@ -346,6 +353,8 @@ class _Service:
             version=VERSION,
             models=self._frontend.model_names,
             max_model_len=self._frontend.max_model_len,
+        if isinstance(request, api.GenerateRequest):
+            deadline_of(http.scope).at_most(request.timeout)
             chat=self._frontend.can_chat,
             defaults=self._frontend.default_params,
             engines=await self._backend.status(),

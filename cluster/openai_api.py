@@ -222,6 +222,9 @@ class GenerateRequest(ApiRequest):
     )
     cache_salt: str | None = Field(None, description="share cached prompts under this salt only")
 
+    timeout: float | None = Field(
+        None, gt=0, allow_inf_nan=False, description="seconds it may take, its wait included"
+    )
     def sampling(self) -> dict[str, Any]:
         """The fields of `SamplingParams` that the request sets."""
         fields = {name: getattr(self, name) for name in _SAMPLING}

@@ -34,10 +34,11 @@ ERRORS = {
     500: "A fault of the server's, whose log has more",
     501: "This server was started without it",
     503: "The engine can't serve just now; the message says why",
+    504: "The request was not done within its time",
 }
 OPEN = (431, 500)  # of every endpoint
 ALWAYS = (401, *OPEN)  # of every one that asks for a key
-OF_BODIES = (400, 404, 413, 429, 503)  # of those that read a body, beside
+OF_BODIES = (400, 404, 413, 429, 503, 504)  # of those that read a body, beside
 
 
 class OpenAIError(msgspec.Struct):

