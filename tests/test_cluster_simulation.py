@@ -17,13 +17,13 @@ from helpers.cluster_simulation import (
     simulate,
 )
 
-REPLICAS, REQUESTS = 8, 1200
+REPLICAS, REQUESTS = 8, 800
 
 
 @cache
 def ran(policy: Policy) -> Report:
-    workload = Workload(REQUESTS, rate=18.0 * REPLICAS, groups=400)
-    return simulate(workload, policy, replicas=REPLICAS, ingresses=2, kv_tokens=65_536)
+    workload = Workload(REQUESTS, rate=40.0 * REPLICAS, groups=100)
+    return simulate(workload, policy, replicas=REPLICAS, ingresses=2, kv_tokens=32_768)
 
 
 @pytest.mark.parametrize("policy", ["random", "balanced", "prefix"])
@@ -33,7 +33,7 @@ def test_every_request_ends_and_every_replica_works(policy: Policy) -> None:
     assert report.output_tokens > 50 * REQUESTS
     assert report.imbalance < 1.3
     assert report.most_waiting < 50
-    assert report.first_token.quantile(0.5) < report.first_token.quantile(0.99) < 2.0
+    assert report.first_token.quantile(0.5) < report.first_token.quantile(0.99) < 10.0
 
 
 def test_prefixes_are_found_more_often_than_at_random_and_first_tokens_come_sooner() -> None:
@@ -44,7 +44,7 @@ def test_prefixes_are_found_more_often_than_at_random_and_first_tokens_come_soon
 
 
 def test_a_run_is_the_same_each_time() -> None:
-    workload = Workload(200, rate=60.0, groups=20)
+    workload = Workload(200, rate=120.0, groups=20)
     first, second = (simulate(workload, "prefix", replicas=3) for _ in range(2))
     assert first.first_token == second.first_token
     assert first.virtual_seconds == second.virtual_seconds
