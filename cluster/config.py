@@ -219,16 +219,16 @@ class EngineConfig(BaseModel):
         '"prompt_lookup_min": 2}, {"model": "a draft model"}, or {"method": "medusa", "model": '
         '"its heads"}; same tokens, fewer steps (CPU only)',
     )
+    pooling_type: Literal["auto", "last", "mean", "cls"] = Field(
+        "auto",
+        description="Embeddings are the last hidden state of a prompt, the mean of all, or the "
+        "first; auto: as Sentence Transformers' files beside the model say, else the last",
+    )
     # --- limits of the API ---
     max_logprobs: int = Field(20, ge=-1, description="Most top-logprobs a request may ask; -1: any")
     max_n: int = Field(128, ge=1, le=128, description="Most sequences a request may ask")
     max_body_bytes: int = Field(
         16 << 20, ge=1024, description="Largest request body the server reads"
-    )
-    api_key: list[str] = Field(
-        default_factory=list,
-        repr=False,
-        description="Key that clients must send, or its sha256: digest, which is all that is kept",
     )
     request_timeout_seconds: float | None = Field(
         None,
@@ -237,6 +237,11 @@ class EngineConfig(BaseModel):
     )
     read_timeout_seconds: float = Field(
         60.0, gt=0, description="A client that reads nothing for so long is dropped"
+    )
+    api_key: list[str] = Field(
+        default_factory=list,
+        repr=False,
+        description="Key that clients must send, or its sha256: digest, which is all that is kept",
     )
     api_key_file: str | None = Field(
         None, description="File of keys' digests and names, as `tensorray api-key` makes"

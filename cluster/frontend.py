@@ -31,6 +31,7 @@ from tensorray.cluster.conversation import Conversation
 from tensorray.cluster.errors import explain
 from tensorray.cluster.output_control import Registry, controls
 from tensorray.cluster.outputs import RequestOutput, RequestOutputDelta
+from tensorray.cluster.pooling_type import PoolingType, find_pooling_type
 from tensorray.cluster.reasoning import template_arguments
 from tensorray.cluster.reply_format import ReplyFormats
 from tensorray.cluster.request import Delta, GenerationRequest
@@ -71,8 +72,9 @@ class Frontend:
 
     `tokenizer`; `model_names`, the names the API answers to, the first being the model's own;
     `max_model_len`, the most tokens of prompt and answer together; `vocab_size`, the model's,
-    which may exceed the tokenizer's; `eos_token_ids`, each of which ends a sequence;
-    `default_params`, SamplingParams fields the model's makers recommend.
+    which may exceed the tokenizer's; `hidden_size`, the length of its embeddings, and
+    `pooling_type`, how they are pooled where a request does not say; `eos_token_ids`, each of
+    which ends a sequence; `default_params`, SamplingParams fields the model's makers recommend.
     """
 
     def __init__(
@@ -90,6 +92,8 @@ class Frontend:
         enable_auto_tool_choice: bool = True,
         reasoning_parser: str = "auto",
         logits_processors: Registry | None = None,
+        hidden_size: int = 0,
+        pooling_type: PoolingType = "last",
         max_logprobs: int = 20,
         max_n: int = 128,
         seed: int | None = None,
@@ -99,6 +103,8 @@ class Frontend:
         self.max_model_len = max_model_len
         self.vocab_size = vocab_size
         self.eos_token_ids = list(eos_token_ids)
+        self.hidden_size = hidden_size
+        self.pooling_type = pooling_type
         self.default_params = dict(default_params or {})
         self._default_max_tokens = default_max_tokens
         self._logits_processors = logits_processors or {}
@@ -162,6 +168,8 @@ class Frontend:
             enable_auto_tool_choice=config.enable_auto_tool_choice,
             reasoning_parser=config.reasoning_parser,
             logits_processors=load_registry(config.logits_processors),
+            hidden_size=model.hidden_size,
+            pooling_type=find_pooling_type(config.pooling_type, files.path),
             max_logprobs=config.max_logprobs,
             max_n=config.max_n,
             seed=config.seed,
@@ -222,7 +230,7 @@ class Frontend:
         Without `max_tokens` the answer may fill the context. With `echo` the answer begins with
         the prompt, and its log-probabilities if the answer's are asked for. Raises BadRequest.
         """
-        tokens = self._prompt_tokens(prompt, add_special_tokens)
+        tokens = self.prompt_tokens(prompt, add_special_tokens)
         self._check(params)
         sampling = params.resolve(self.eos_token_ids, self.vocab_size)
         prompt_logprobs = params.prompt_logprobs
@@ -293,7 +301,8 @@ class Frontend:
             },
         )
 
-    def _prompt_tokens(self, prompt: str | Sequence[int], add_special_tokens: bool) -> list[int]:
+    def prompt_tokens(self, prompt: str | Sequence[int], add_special_tokens: bool) -> list[int]:
+        """A prompt's tokens, which are the model's. Raises BadRequest."""
         if not prompt:
             raise BadRequest("the prompt is empty; give it at least one token", param="prompt")
         if isinstance(prompt, str):

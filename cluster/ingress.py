@@ -42,7 +42,7 @@ from tensorray.cluster.key_digests import read_keys
 from tensorray.cluster.lora_api import LoadAdapterRequest, Models, UnloadAdapterRequest
 from tensorray.cluster.metrics import CONTENT_TYPE
 from tensorray.cluster.openai_answers import Answer, ChatAnswer, CompletionAnswer
-from tensorray.cluster.openapi import ALWAYS, OF_BODIES, Description
+from tensorray.cluster.openapi import ALWAYS, OF_BODIES, OPEN, Description
 from tensorray.cluster.responses import EventStream, WholeResponse, error_response, json_response
 from tensorray.cluster.triton_errors import for_path
 
@@ -53,9 +53,6 @@ VERSION = version("tensorray")
 
 # Bodies above this are turned into tokens on another thread: running streams must not wait.
 _LARGE_BODY = 1 << 15
-
-# What a template is given already, or what would be another feature.
-_RESERVED = {"self", "messages", "tools", "documents", "add_generation_prompt"}
 
 R = TypeVar("R", bound=api.ApiRequest)
 
@@ -90,10 +87,12 @@ def create_app(
         answer: type[Any] | str | None = None,
         event: type[Any] | None = None,
         errors: Sequence[int] = (),
+        usual: Sequence[int] = ALWAYS,
     ) -> None:
         """`answer` is the answer's model (or media type, for text), `event` that of what is
         streamed, `errors` are the statuses this endpoint has beside the usual ones."""
-        usual = (*ALWAYS, *OF_BODIES) if body is not None else ALWAYS
+        if body is not None:
+            usual = (*usual, *OF_BODIES)
         extra = description.operation(
             body=body, answer=answer, event=event, errors=(*usual, *errors)
         )
@@ -125,10 +124,13 @@ def create_app(
             ("/v1/unload_lora_adapter", models.unload, UnloadAdapterRequest),
         ):
             route("POST", path, endpoint, body, "text/plain")
+    EmbeddingService(frontend, client, service.read, models.chosen, service.explain).add_routes(
+        route
+    )
     route("POST", "/tokenize", service.tokenize, api.TokenizeRequest, api.Tokens)
     route("POST", "/detokenize", service.detokenize, api.DetokenizeRequest, api.Text)
-    route("GET", "/health", service.health, answer=Health, errors=[503])
-    route("GET", "/version", service.version, answer=Version)
+    route("GET", "/health", service.health, answer=Health, errors=[503], usual=OPEN)
+    route("GET", "/version", service.version, answer=Version, usual=OPEN)
     route("GET", "/metrics", service.metrics, answer="text/plain", errors=[503])
     route("GET", "/status", service.status, answer=Status, errors=[503])
     web_page.add_routes(app)
@@ -140,13 +142,13 @@ def create_app(
 
 
 def _protect(app: FastAPI, config: EngineConfig) -> None:
-    named = read_keys(config.api_key_file) if config.api_key_file is not None else {}
-    app.add_middleware(
     app.add_middleware(
         Deadlines,
         seconds=config.request_timeout_seconds,
         read_seconds=config.read_timeout_seconds,
     )
+    named = read_keys(config.api_key_file) if config.api_key_file is not None else {}
+    app.add_middleware(
         Guard,
         keys={*config.api_key, *named},
         per_minute=config.api_key_requests_per_minute,
@@ -205,7 +207,7 @@ class _Service:
 
     async def completions(self, http: Request) -> Response:
         """OpenAI's completions: one choice, or n, for each prompt."""
-        request, headers, large = await self._read(http, api.CompletionRequest)
+        request, headers, large = await self.read(http, api.CompletionRequest)
         name, lora = self._models.chosen(request.model)
         answer = CompletionAnswer(request, name, self._frontend.tokenizer)
 
@@ -231,38 +233,24 @@ class _Service:
 
     async def chat(self, http: Request) -> Response:
         """OpenAI's chat completions."""
-        request, headers, large = await self._read(http, api.ChatRequest)
+        request, headers, large = await self.read(http, api.ChatRequest)
         name, lora = self._models.chosen(request.model)
         answer = ChatAnswer(request, name)
 
         def prepare() -> PreparedRequest:
             params = self._frontend.params(**request.sampling())
-            return self._frontend.request(
-                self._rendered(request),
+            return self._frontend.converse(
+                request.conversation(request.messages),
                 params,
                 request_id=answer.id,
                 priority=request.priority or 0,
-                user=request.user or "",
+                user=request.user or request.safety_identifier or "",
                 cache_salt=request.cache_salt or "",
                 lora=lora,
             )
 
         prepared = await asyncio.to_thread(prepare) if large else prepare()
         return self._respond(request, [prepared], answer, headers)
-
-    def _rendered(self, request: api.ChatRequest | api.TokenizeRequest) -> list[int]:
-        arguments = request.chat_template_kwargs or {}
-        if reserved := _RESERVED & arguments.keys():
-            raise bad_request(
-                f"chat_template_kwargs: {min(reserved)} is not the request's to set there; "
-                "leave it out",
-                "chat_template_kwargs",
-            )
-        return self._frontend.chat(
-            request.messages or [],
-            add_generation_prompt=request.add_generation_prompt is not False,
-            **arguments,
-        )
 
     def _respond(
         self,
@@ -301,13 +289,13 @@ class _Service:
 
     async def tokenize(self, http: Request) -> Response:
         """Token ids of a prompt, or of messages rendered as chat would."""
-        request, headers, large = await self._read(http, api.TokenizeRequest)
+        request, headers, large = await self.read(http, api.TokenizeRequest)
         await self._models.get(request.model)
         tokenizer = self._frontend.tokenizer
 
         def encode() -> list[int]:
             if request.messages is not None:
-                return self._rendered(request)
+                return self._frontend.render(request.conversation(request.messages))
             return tokenizer.encode(
                 request.prompt or "", add_special_tokens=request.add_special_tokens is not False
             )
@@ -320,7 +308,7 @@ class _Service:
 
     async def detokenize(self, http: Request) -> Response:
         """The text of token ids, special tokens included."""
-        request, headers, _ = await self._read(http, api.DetokenizeRequest)
+        request, headers, _ = await self.read(http, api.DetokenizeRequest)
         await self._models.get(request.model)
         vocab_size = self._frontend.vocab_size
         for i, token in enumerate(request.tokens):
@@ -353,8 +341,6 @@ class _Service:
             version=VERSION,
             models=self._frontend.model_names,
             max_model_len=self._frontend.max_model_len,
-        if isinstance(request, api.GenerateRequest):
-            deadline_of(http.scope).at_most(request.timeout)
             chat=self._frontend.can_chat,
             defaults=self._frontend.default_params,
             engines=await self._backend.status(),
@@ -363,10 +349,12 @@ class _Service:
 
     # --- common steps ---
 
-    async def _read(self, http: Request, kind: type[R]) -> tuple[R, dict[str, str], bool]:
+    async def read(self, http: Request, kind: type[R]) -> tuple[R, dict[str, str], bool]:
         """The request, headers for its answer, and whether to prepare it on another thread."""
         body = await read_body(http, self._max_body_bytes)
         request = kind.model_validate_json(body)
+        if isinstance(request, api.GenerateRequest):
+            deadline_of(http.scope).at_most(request.timeout)
         headers = {}
         if ignored := request.ignored_fields():
             headers[WARNINGS_HEADER] = warning = api.warnings_header(ignored)

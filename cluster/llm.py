@@ -14,7 +14,7 @@ import itertools
 import queue
 import sys
 import threading
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar, cast
@@ -27,16 +27,26 @@ from tensorray.actors.shard_host import ShardHost, load_executor
 from tensorray.cluster.adapters import EngineAdapters, LocalHost
 from tensorray.cluster.bad_request import BadRequest
 from tensorray.cluster.config import EngineConfig
+from tensorray.cluster.conversation import Conversation
 from tensorray.cluster.engine import Engine
 from tensorray.cluster.fleet import Fleet, LocalDoor
 from tensorray.cluster.frontend import EngineClient, Frontend, PreparedRequest
 from tensorray.cluster.lora_module import LoRARequest
 from tensorray.cluster.outputs import RequestOutput, RequestOutputDelta
+from tensorray.cluster.pooling import (
+    Embedder,
+    PoolingParams,
+    PoolingRequestOutput,
+    ScoringRequestOutput,
+    compare,
+    pair_up,
+)
 from tensorray.cluster.replicas import Replicas
 from tensorray.cluster.sampling_params import SamplingParams
+from tensorray.cluster.tools import ToolUse
 from tensorray.cluster.vocabulary import vocabulary
 
-__all__ = ["LLM", "LoRARequest", "SamplingParams"]
+__all__ = ["LLM", "LoRARequest", "PoolingParams", "SamplingParams"]
 
 T = TypeVar("T")
 Prompt = str | list[int]
@@ -62,6 +72,7 @@ class LLM:
         # The queue's limit is for servers, who can turn clients away: a batch here may be any size.
         endless = self.config.model_copy(update={"max_waiting": sys.maxsize})
         self._ids = itertools.count()
+        self._embedder = Embedder(self.frontend, self.frontend.pooling_type)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="llm", daemon=True)
         self._thread.start()
@@ -107,7 +118,21 @@ class LLM:
         the LoRA adapter for all, or one a prompt. Raises BadRequest for a prompt or parameter the
         model can't take, AdapterRefused for such an adapter, before anything runs.
         """
-        listed = _prompts(prompts)
+        return self._answer(
+            [partial(self.frontend.request, prompt) for prompt in _prompts(prompts)],
+            sampling_params,
+            on_finished,
+            lora_request,
+        )
+
+    def _answer(
+        self,
+        listed: Sequence[Callable[..., PreparedRequest]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+        on_finished: Callable[[RequestOutput], None] | None,
+        lora_request: LoRARequest | Sequence[LoRARequest | None] | None,
+    ) -> list[RequestOutput]:
+        """Run a batch of requests; each of `listed` prepares one from its sampling parameters."""
         if sampling_params is None or isinstance(sampling_params, SamplingParams):
             each = [sampling_params or self.frontend.params()] * len(listed)
         else:
@@ -119,10 +144,8 @@ class LLM:
         if len(lora_request) != len(listed):
             raise ValueError(f"{len(listed)} prompts but {len(lora_request)} lora_request")
         prepared = [
-            self.frontend.request(
-                prompt, params, request_id=self._next_id(), lora=self._load_adapter(lora)
-            )
-            for prompt, params, lora in zip(listed, each, lora_request, strict=True)
+            prepare(params, request_id=self._next_id(), lora=self._load_adapter(lora))
+            for prepare, params, lora in zip(listed, each, lora_request, strict=True)
         ]
         return self._run(self._collect(prepared, on_finished))
 
@@ -133,16 +156,33 @@ class LLM:
         *,
         on_finished: Callable[[RequestOutput], None] | None = None,
         lora_request: LoRARequest | Sequence[LoRARequest | None] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        tool_choice: str | Mapping[str, Any] | None = None,
+        parallel_tool_calls: bool | None = None,
         **template_arguments: Any,
     ) -> list[RequestOutput]:
-        """Answer one conversation, or several in one batch, through the model's chat template."""
+        """Answer one conversation, or several in one batch, through the model's chat template.
+
+        `tools`, `tool_choice` and `parallel_tool_calls` are OpenAI's. An output's `reply` has the
+        calls, and the reasoning, taken out of its text. Errors as `generate`.
+        """
         several = not (messages and isinstance(messages[0], dict))
         conversations = cast(
             "list[list[dict[str, Any]]]", list(messages) if several else [messages]
         )
-        prompts = [self.frontend.chat(each, **template_arguments) for each in conversations]
-        return self.generate(
-            prompts, sampling_params, on_finished=on_finished, lora_request=lora_request
+        use = ToolUse.read(tools, tool_choice, parallel_tool_calls)
+        opens = template_arguments.pop("add_generation_prompt", True)
+        return self._answer(
+            [
+                partial(
+                    self.frontend.converse,
+                    Conversation(each, use, opens, arguments=template_arguments),
+                )
+                for each in conversations
+            ],
+            sampling_params,
+            on_finished,
+            lora_request,
         )
 
     def stream(
@@ -178,6 +218,41 @@ class LLM:
                 yield item
         finally:
             future.cancel()
+
+    def embed(
+        self, prompts: Prompt | Sequence[Prompt], pooling_params: PoolingParams | None = None
+    ) -> list[PoolingRequestOutput]:
+        """A vector for each prompt (text, or token ids), in one batch: `outputs.embedding`, of
+        length 1 unless `pooling_params` say otherwise. Raises BadRequest before anything runs."""
+        params = pooling_params or PoolingParams()
+        requests = [
+            self._embedder.request(prompt, params, request_id=self._next_id())
+            for prompt in _prompts(prompts)
+        ]
+        return self._run(self._embedder.embed_all(self._client, requests, params))
+
+    def encode(
+        self, prompts: Prompt | Sequence[Prompt], pooling_params: PoolingParams | None = None
+    ) -> list[PoolingRequestOutput]:
+        """`embed`, as the hidden states are: not normalized unless `pooling_params` say so. The
+        vectors are `outputs.data`, float32 [dimensions]."""
+        return self.embed(prompts, pooling_params or PoolingParams(normalize=False))
+
+    def score(
+        self,
+        first: Prompt | Sequence[Prompt],
+        second: Prompt | Sequence[Prompt],
+        pooling_params: PoolingParams | None = None,
+    ) -> list[ScoringRequestOutput]:
+        """How well prompts go together: cosines of their vectors, `outputs.score`.
+
+        Each of `first` is compared with the one at its place in `second`; one alone on either
+        side, with all of the other. Raises ValueError for lists that don't fit.
+        """
+        firsts, seconds = _prompts(first), _prompts(second)
+        pairs = pair_up(len(firsts), len(seconds))
+        found = self.embed([*firsts, *seconds], pooling_params)
+        return [compare(self._next_id(), found[a], found[len(firsts) + b]) for a, b in pairs]
 
     @property
     def client(self) -> EngineClient:

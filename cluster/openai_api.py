@@ -10,6 +10,7 @@ https://platform.openai.com/docs/api-reference/chat
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -221,10 +222,10 @@ class GenerateRequest(ApiRequest):
         description="lower runs first, under --scheduling-policy priority",
     )
     cache_salt: str | None = Field(None, description="share cached prompts under this salt only")
-
     timeout: float | None = Field(
         None, gt=0, allow_inf_nan=False, description="seconds it may take, its wait included"
     )
+
     def sampling(self) -> dict[str, Any]:
         """The fields of `SamplingParams` that the request sets."""
         fields = {name: getattr(self, name) for name in _SAMPLING}
@@ -274,40 +275,47 @@ class GenerateRequest(ApiRequest):
 Prompt = str | list[int] | list[str] | list[list[int]]
 
 
-def _check_prompt(value: object) -> object:
-    """One message for the union instead of one a branch."""
-    if isinstance(value, str):
-        return value
-    if not isinstance(value, list) or not value:
-        raise PydanticCustomError(
-            "prompt",
-            "prompt must be a string, a list of strings, a list of token ids "
-            "or a list of lists of token ids, and not empty",
-        )
-    kind = type(value[0])
-    for i, item in enumerate(value):
-        if type(item) is not kind or kind not in (str, int, list):
+def check_prompts(name: str) -> Callable[[object], object]:
+    """A check of the field `name`, with one message for the union instead of one a branch."""
+
+    def check(value: object) -> object:
+        if isinstance(value, str):
+            return value
+        if not isinstance(value, list) or not value:
             raise PydanticCustomError(
                 "prompt",
-                "prompt[{index}] must be {kind}",
-                {
-                    "index": i,
-                    "kind": {str: "a string", int: "a token id", list: "a list of token ids"}.get(
-                        kind, "a string or a token id"
-                    ),
-                },
+                "{name} must be a string, a list of strings, a list of token ids "
+                "or a list of lists of token ids, and not empty",
+                {"name": name},
             )
-        if kind is list and not all(type(token) is int for token in item):
-            raise PydanticCustomError(
-                "prompt", "prompt[{index}] must be a list of token ids (integers)", {"index": i}
-            )
-    return value
+        kind = type(value[0])
+        for i, item in enumerate(value):
+            if type(item) is not kind or kind not in (str, int, list):
+                kinds = {str: "a string", int: "a token id", list: "a list of token ids"}
+                raise PydanticCustomError(
+                    "prompt",
+                    "{name}[{index}] must be {kind}",
+                    {
+                        "name": name,
+                        "index": i,
+                        "kind": kinds.get(kind, "a string or a token id"),
+                    },
+                )
+            if kind is list and not all(type(token) is int for token in item):
+                raise PydanticCustomError(
+                    "prompt",
+                    "{name}[{index}] must be a list of token ids (integers)",
+                    {"name": name, "index": i},
+                )
+        return value
+
+    return check
 
 
 class CompletionRequest(GenerateRequest):
     """`POST /v1/completions`."""
 
-    prompt: Annotated[Prompt, BeforeValidator(_check_prompt)]
+    prompt: Annotated[Prompt, BeforeValidator(check_prompts("prompt"))]
     echo: bool | None = False
     logprobs: int | None = Field(None, description="top alternatives to report a token")
     add_special_tokens: bool | None = True
