@@ -27,11 +27,14 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 from rich.console import Console
 
+from tensorray.cluster.autoscaling import serve_settings
 from tensorray.cluster.config import EngineConfig
 from tensorray.cluster.connect import connect
+from tensorray.cluster.fleet import Fleet
 from tensorray.cluster.frontend import Frontend, PreparedRequest
 from tensorray.cluster.ingress import create_app
 from tensorray.cluster.router import Router
+from tensorray.cluster.router_door import RouterDoor
 from tensorray.cluster.routers import REQUEST_ROUTER, Routers
 
 APP_NAME = "tensorray"
@@ -77,7 +80,12 @@ class Ingress:
         address = await self._client.start()
         config = config.model_copy(update={"max_model_len": address.max_model_len})
         self._frontend = Frontend.load(config)
-        self.http = create_app(self._frontend, self._client, config)
+        fleet = None
+        if config.enable_lora:
+            fleet = Fleet(
+                lambda: [RouterDoor(routers, each.name) for each in self._client.members()]
+            )
+        self.http = create_app(self._frontend, self._client, config, fleet)
         Ingress._here = self
 
     async def generate(
@@ -136,10 +144,15 @@ def build_app(args: EngineConfig) -> serve.Application:
         "ray_actor_options": {"num_cpus": 0},
     }
     deployment = cast(Any, serve.deployment)
+    scaling = serve_settings(config)
     routers = deployment(
         Router,
         name="Router",
-        num_replicas=config.data_parallel_size,
+        **(
+            {"num_replicas": config.data_parallel_size}
+            if scaling is None
+            else {"autoscaling_config": scaling}
+        ),
         request_router_config=RequestRouterConfig(request_router_class=REQUEST_ROUTER),
         health_check_period_s=2,
         health_check_timeout_s=10,
@@ -168,6 +181,12 @@ def settled(config: EngineConfig) -> EngineConfig:
     changes: dict[str, Any] = {"served_model_name": config.names()}
     for name in _PATHS:
         changes[name] = _absolute(getattr(config, name))
+    changes["allowed_lora_path"] = [
+        str(Path(each).expanduser().absolute()) for each in config.allowed_lora_path
+    ]
+    changes["lora_modules"] = [
+        each.model_copy(update={"path": _absolute(each.path)}) for each in config.lora_modules
+    ]
     if config.model_class is not None:
         file, _, kind = config.model_class.rpartition(":")
         changes["model_class"] = f"{_absolute(file)}:{kind}"

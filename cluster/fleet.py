@@ -13,6 +13,7 @@ from contextlib import aclosing
 from typing import Protocol, cast
 
 from tensorray.actors.adapter import Adapter
+from tensorray.actors.link import ShardError
 from tensorray.cluster.adapters import AdapterRefused, EngineAdapters
 from tensorray.cluster.engine import EngineFailed
 from tensorray.cluster.frontend import EngineClient
@@ -44,6 +45,8 @@ class LocalDoor:
             await self._adapters.load(adapter)
         except ValueError as error:  # CheckpointError is one
             return str(error)
+        except ShardError as error:
+            raise EngineFailed(str(error)) from error
         return None
 
     async def publish_adapter(self, id: int) -> None:

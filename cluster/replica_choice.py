@@ -165,7 +165,7 @@ def prefix_keys(request: GenerationRequest) -> list[tuple[int, bytes]]:
     """
     prompt = request.prompt
     digest = blake2b(request.cache_salt.encode(), digest_size=16)
-    digest.update(b"\0")
+    digest.update(b"\0" + request.lora.encode() + b"\0")
     keys: list[tuple[int, bytes]] = []
     begin = 0
     try:

@@ -13,14 +13,18 @@ import logging
 import ray
 from ray import serve
 
+from tensorray.actors.adapter import Adapter
 from tensorray.actors.protocol import ShardInfo
 from tensorray.actors.replica import Replica, Where
 from tensorray.actors.segment_table import table
 from tensorray.actors.shard_actor import Description, describe_process
+from tensorray.cluster.adapters import EngineAdapters
+from tensorray.cluster.autoscaling import METRIC, target_tokens
 from tensorray.cluster.backend import EngineStatus, ShardStatus
 from tensorray.cluster.config import EngineConfig
 from tensorray.cluster.engine import Engine
 from tensorray.cluster.engine_link import EngineServer
+from tensorray.cluster.fleet import LocalDoor
 from tensorray.cluster.metrics import EngineMetrics
 from tensorray.cluster.routers import RouterAddress
 
@@ -39,10 +43,15 @@ class Router:
             strategy=config.placement_strategy,
             timeout=config.placement_timeout_seconds,
             lease=config.shard_lease_seconds,
-            replicas=config.data_parallel_size,
+            replicas=config.min_replicas,
         )
         shards = [config.shard(rank) for rank in range(config.num_shards)]
         self._replica = await Replica.open(config.digest(), shards, where)
+        try:
+            adapters = await _adapters(config, self._replica)
+        except BaseException:
+            await self._replica.close()
+            raise
         link = await self._replica.connect()
         self._number = _rank()
         self._metrics = EngineMetrics(config.names()[0], engine=self._number)
@@ -51,9 +60,11 @@ class Router:
             config.scheduler(link.info),
             observer=self._metrics,
             recover=self._replica.recover,
+            adapters=adapters,
         )
         self._metrics.watch(self._engine)
         self._model = config.model_digest()
+        self._target_tokens = target_tokens(config)
         self._drain_timeout = config.drain_timeout_seconds
         self._step_timeout = config.step_timeout_seconds
         self._server = EngineServer(self._engine)
@@ -112,6 +123,24 @@ class Router:
             ],
         )
 
+    # LoRA adapters: see fleet.AdapterDoor.
+
+    async def load_adapter(self, adapter: Adapter, replica: str | None = None) -> str | None:
+        return await self._door().load_adapter(adapter)
+
+    async def publish_adapter(self, id: int, replica: str | None = None) -> None:
+        await self._door().publish_adapter(id)
+
+    async def drop_adapter(self, id: int, replica: str | None = None) -> None:
+        await self._door().drop_adapter(id)
+
+    async def list_adapters(self, replica: str | None = None) -> list[Adapter]:
+        return await self._door().list_adapters()
+
+    def _door(self) -> LocalDoor:
+        assert self._engine.adapters is not None  # or nobody asks
+        return LocalDoor(self._engine.adapters)
+
     async def shards(self) -> list[Description]:
         """Each shard's process, by rank."""
         return await self._replica.describe()
@@ -119,6 +148,10 @@ class Router:
     async def process(self) -> Description:
         """The router's own process."""
         return describe_process()
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """Serve's autoscaler calls this: see autoscaling.py."""
+        return {METRIC: self._engine.load / self._target_tokens}
 
     async def check_health(self) -> None:
         """Serve calls this; an exception has the replica replaced."""
@@ -133,6 +166,21 @@ class Router:
             await self._server.close()
             await self._engine.close()
             await self._replica.close()
+
+
+async def _adapters(config: EngineConfig, replica: Replica) -> EngineAdapters | None:
+    """The adapters that a router before this one had; if there was none, the configured ones."""
+    if not config.enable_lora:
+        return None
+    adapters = EngineAdapters(replica, config.max_cpu_loras)
+    if replica.adopted:
+        adapters.adopt(replica.adapters)
+        return adapters
+    for number, module in enumerate(config.lora_modules, 1):
+        adapter = Adapter(module.name, number, module.path)
+        await adapters.load(adapter)
+        adapters.publish(adapter.id)
+    return adapters
 
 
 def _rank() -> str:
