@@ -17,17 +17,19 @@ from tensorray.cluster.triton_tensors import FLOATS, INTEGERS, Tensor
 MAX_BATCH = 128
 
 Fields = dict[str, Any]
-Kind = Literal["text", "words", "integer", "number", "flag", "numbers"]
+Kind = Literal["text", "words", "integer", "integers", "number", "flag", "numbers"]
 DATATYPES: dict[Kind, str] = {
     "text": "BYTES",
     "words": "BYTES",
     "integer": "INT32",
+    "integers": "INT32",
     "number": "FP32",
     "numbers": "FP32",
     "flag": "BOOL",
 }
 # Inputs that may have any number of values; the others have one.
-LISTS: tuple[Kind, ...] = ("words", "numbers")
+LISTS: tuple[Kind, ...] = ("words", "integers", "numbers")
+_ITEMS: dict[Kind, Kind] = {"words": "text", "integers": "integer", "numbers": "number"}
 
 INPUTS: dict[str, Kind] = {
     "text_input": "text",
@@ -38,6 +40,8 @@ INPUTS: dict[str, Kind] = {
     "early_stopping": "flag",
     "beam_search_diversity_rate": "number",
     "bad_words": "words",
+    "bad_words_list": "integers",  # the words' tokens, then where each ends, then -1
+    "no_repeat_ngram_size": "integer",
     "stop_words": "words",
     "exclude_input_in_output": "flag",
     "end_id": "integer",
@@ -65,6 +69,7 @@ _JSON_TYPES: dict[Kind, Any] = {
     "text": str,
     "words": str | list[str],
     "integer": int,
+    "integers": list[int] | list[list[int]],
     "number": float,
     "numbers": float | list[float],
     "flag": bool,
@@ -150,7 +155,7 @@ def batch_rows(inputs: Sequence[Tensor]) -> list[Fields]:
 
 
 def _fits(kind: Kind, datatype: str) -> bool:
-    if kind == "integer":
+    if kind in ("integer", "integers"):
         return datatype in INTEGERS
     if kind in ("number", "numbers"):
         return datatype in FLOATS
@@ -181,8 +186,9 @@ def _checked(name: str, kind: Kind, value: Any) -> Any:
     """JSON has no types of its own; what a tensor held passes as well."""
     if kind in LISTS:
         values = value if isinstance(value, list) else [value]
-        each: Kind = "text" if kind == "words" else "number"
-        return [_checked(name, each, item) for item in values]
+        if kind == "integers" and all(isinstance(item, list) for item in values):
+            values = [number for item in values for number in item]
+        return [_checked(name, _ITEMS[kind], item) for item in values]
     if isinstance(value, list) and len(value) == 1:
         value = value[0]
     types: dict[Kind, tuple[type, ...]] = {

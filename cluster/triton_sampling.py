@@ -50,7 +50,8 @@ def sampling(fields: Fields, tokenizer: Tokenizer, *, log_probs: bool) -> Fields
         "min_tokens": fields.get("min_tokens", fields.get("min_length", 0)),
         "stop": [word for word in fields.get("stop_words", []) if word],
         "include_stop_str_in_output": True,
-        "banned_token_ids": _banned(fields, tokenizer),
+        "bad_words": _bad_words(fields),
+        "no_repeat_ngram_size": fields.get("no_repeat_ngram_size", 0),
         "logit_bias": _bias(fields, tokenizer),
         "logprobs": 0 if log_probs else None,
     }
@@ -128,18 +129,21 @@ def _guide(fields: Fields) -> StructuredOutputs | None:
     return StructuredOutputs(**{_GUIDES[kind]: guide})
 
 
-def _banned(fields: Fields, tokenizer: Tokenizer) -> list[int]:
-    banned = []
-    for word in fields.get("bad_words", []):
-        tokens = _tokens(word, tokenizer)
-        if len(tokens) > 1:
-            raise BadRequest(
-                f"bad_words: {word[:40]!r} is {len(tokens)} tokens of this model; only words "
-                "of one token can be kept out",
-                param="bad_words",
-            )
-        banned += tokens
-    return banned
+def _bad_words(fields: Fields) -> list[str | list[int]]:
+    """The words' texts, and those that came as tokens: an array of two rows, the words' tokens end
+    to end and where each word ends, padded with -1 (TensorRT-LLM's `to_word_list_format`)."""
+    words: list[str | list[int]] = [word for word in fields.get("bad_words", []) if word]
+    flat: list[int] = fields.get("bad_words_list", [])
+    tokens, ends = flat[: len(flat) // 2], flat[len(flat) // 2 :]
+    ends = [end for end in ends if end >= 0]
+    starts = [0, *ends]
+    if len(flat) % 2 or sorted({*starts}) != starts or starts[-1] > len(tokens):
+        raise BadRequest(
+            "bad_words_list has two rows of equal length: the words' tokens, and rising places "
+            "where each word ends, padded with -1",
+            param="bad_words_list",
+        )
+    return [*words, *(tokens[a:b] for a, b in zip(starts, ends, strict=False))]
 
 
 def _bias(fields: Fields, tokenizer: Tokenizer) -> dict[int, float]:

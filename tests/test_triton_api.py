@@ -200,6 +200,7 @@ def test_without_top_k_and_top_p_the_likeliest_token_is_taken(client: Any, serve
                 tensor("seed", [[2**64 - 1]], "UINT64"),
                 tensor("end_id", [[65]], "INT32"),
                 tensor("bad_words", [["b", ""]], "BYTES"),
+                tensor("bad_words_list", [[[5, 6, 7], [1, 3, -1]]], "INT32"),
                 tensor("embedding_bias_words", [["ca"]], "BYTES"),
                 tensor("embedding_bias_weights", [[1.5]], "FP32"),
             ],
@@ -212,7 +213,9 @@ def test_without_top_k_and_top_p_the_likeliest_token_is_taken(client: Any, serve
     assert (nucleus.temperature, nucleus.top_k, nucleus.top_p, nucleus.seed) == (1.0, 0, 0.5, 0)
     assert (full.temperature, full.top_k, full.top_p, full.seed) == (1.0, 7, 1.0, -1)
     assert full.stop_token_ids == [65]
-    assert len(full.banned_token_ids) == 1
+    assert 5 in full.banned_token_ids
+    assert len(full.banned_token_ids) == 2
+    assert [6, 7] in full.bad_words
     assert sorted(full.logit_bias.values()) == [1.5, 1.5]
     assert seen[2].priority == 3
 
@@ -221,7 +224,9 @@ REFUSED = [
     ("beam_width", tensor("beam_width", [[65]], "INT32"), "sequences that run at once"),
     ("length_penalty", tensor("length_penalty", [[2.0]], "FP32"), "needs a beam_width"),
     ("lora_task_id", tensor("lora_task_id", [[4]], "UINT64"), "adapters"),
-    ("bad_words", tensor("bad_words", [["two"]], "BYTES"), "'two' is 3 tokens"),
+    ("bad_words_list", tensor("bad_words_list", [[5, 6, 3, -1]], "INT32"), "rising places"),
+    ("bad_words_list", tensor("bad_words_list", [[5, 6, 2, 1]], "INT32"), "rising places"),
+    ("bad_words", tensor("bad_words_list", [[9999, 1]], "INT32"), "names token 9999"),
     ("top_q", tensor("top_q", [[0.5]], "FP32"), "no input"),
     ("top_p", tensor("top_p", [[1.5]], "FP32"), "less than or equal to 1"),
     ("seed", tensor("seed", [[0.5]], "FP32"), "FP32, not INT32"),
