@@ -446,6 +446,11 @@ class Engine:
             time.perf_counter() - tracked.arrival,
         )
 
+    @property
+    def waits(self) -> float:
+        """For how many seconds a shard has not answered a step; 0 if it owes none."""
+        return 0.0 if self._waits_since is None else time.monotonic() - self._waits_since
+
     def check(self, step_timeout: float) -> None:
         """Raise EngineFailed if the engine can't serve; fail it if its shard has not answered for
         `step_timeout` seconds. A dead shard ends its link; this finds one that hangs."""

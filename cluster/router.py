@@ -25,6 +25,7 @@ from tensorray.cluster.config import EngineConfig
 from tensorray.cluster.engine import Engine
 from tensorray.cluster.engine_link import EngineServer
 from tensorray.cluster.fleet import LocalDoor
+from tensorray.cluster.idle_watch import IdleWatch
 from tensorray.cluster.metrics import EngineMetrics
 from tensorray.cluster.routers import RouterAddress
 
@@ -67,6 +68,8 @@ class Router:
         self._target_tokens = target_tokens(config)
         self._drain_timeout = config.drain_timeout_seconds
         self._step_timeout = config.step_timeout_seconds
+        self._stall = config.stall_seconds
+        self._watch = IdleWatch(self._replica.look, self._stall)
         self._server = EngineServer(self._engine)
         await self._engine.start()
         await self._server.start(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
@@ -99,7 +102,9 @@ class Router:
         _check_name(replica)
         if self._engine.failure is None and self._engine.recovering is not None:
             return f"shards failed and are started again: {self._engine.recovering}"
-        return self._engine.failure
+        if self._engine.waits > self._stall:
+            return f"a shard has not answered a step for {self._engine.waits:.0f} s"
+        return self._engine.failure or self._watch.silent
 
     async def metrics(self, replica: str | None = None) -> bytes:
         """A Prometheus scrape."""
@@ -156,6 +161,8 @@ class Router:
     async def check_health(self) -> None:
         """Serve calls this; an exception has the replica replaced."""
         self._engine.check(self._step_timeout)
+        idle = not self._engine.scheduler.unfinished and self._engine.recovering is None
+        await self._watch.look(idle)
 
     async def __del__(self) -> None:
         # Serve calls this, and waits, when it retires the replica: let running streams end. Those

@@ -10,6 +10,7 @@ successor; requests themselves go over connections of their own (engine_link.py)
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import logging
 from collections.abc import Callable
 from typing import Any, cast
@@ -129,7 +130,9 @@ class RouterClient(EngineLink):
         return address.endpoint
 
     async def _ask(self, what: str) -> object:
-        asked = getattr(self._routers, what).remote(replica=self._name)
+        # Serve takes calls that come of one HTTP request for one another, so this comes of none.
+        call = getattr(self._routers, what).remote
+        asked = contextvars.Context().run(call, replica=self._name)
         try:
             return await asyncio.wait_for(asked, _ROUTER_SECONDS)
         except (asyncio.TimeoutError, RayError, RayServeException) as error:

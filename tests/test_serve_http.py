@@ -41,6 +41,7 @@ def config(model: Path, step_ms: float = STEP_MS) -> EngineConfig:
         num_ingress_replicas=2,
         max_num_seqs=8,
         max_waiting=8,
+        stall_seconds=2,
     )
 
 
@@ -267,6 +268,35 @@ def test_a_killed_shard_is_a_pause(client: openai.OpenAI, port: int) -> None:
     assert "rank 0: the shard's connection ended" in failure.labels["reason"]
     seen = scrape(port)
     assert (seen["shard_failures_total"], seen["recovery_seconds_count"]) == (1, 1)
+
+
+def test_a_stalled_shard_turns_health_red(client: openai.OpenAI, port: int) -> None:
+    def until(status: int, reason: str) -> None:
+        deadline = time.monotonic() + 60
+        while (seen := get(port, "/health"))[0] != status or reason not in seen[1]:
+            assert time.monotonic() < deadline, seen
+            time.sleep(0.1)
+
+    router = serve.get_deployment_handle("Router", app.APP_NAME)
+    (shard,) = router.shards.remote().result()
+    whole = completion(client, max_tokens=100).choices[0].text
+    stream = completion(client, max_tokens=100, stream=True)
+    text = next(stream).choices[0].text
+    os.kill(shard["pid"], signal.SIGSTOP)
+    try:
+        until(503, "has not answered a step for")
+    finally:
+        os.kill(shard["pid"], signal.SIGCONT)
+    text += "".join(chunk.choices[0].text for chunk in stream)
+    assert text == whole
+    until(200, "ok")
+    until_idle(port)
+    os.kill(shard["pid"], signal.SIGSTOP)  # one that has nothing to do, either
+    try:
+        until(503, "rank 0 does not answer")
+    finally:
+        os.kill(shard["pid"], signal.SIGCONT)
+    until(200, "ok")
 
 
 def test_a_killed_router_is_a_pause(client: openai.OpenAI, port: int) -> None:
