@@ -23,6 +23,8 @@ class Detokenizer:
     text. A character whose bytes are spread over several tokens comes with the last of them;
     bytes that can't become a character show as U+FFFD as soon as that is certain.
 
+    Special tokens are left out under `skip_special_tokens`, but for those in `shown`.
+
     `context` are tokens that came before (a prompt's): their text is not repeated, but bytes at
     their end that are no whole character yet are taken up. Without any, the text starts here, and
     a space that the tokenizer puts in front of every text is left out.
@@ -33,10 +35,12 @@ class Detokenizer:
         tokenizer: Tokenizer,
         *,
         skip_special_tokens: bool = True,
+        shown: frozenset[int] = frozenset(),
         context: Sequence[int] | None = None,
     ) -> None:
         self._bytes = tokenizer.token_bytes
-        self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset[int]()
+        hidden = tokenizer.special_ids - shown if shown else tokenizer.special_ids
+        self._skipped = hidden if skip_special_tokens else frozenset[int]()
         self._decoder = _Utf8Decoder("replace")
         self._at_start = context is None
         self._leading_spaces = self._bytes.leading_spaces if context is None else 0
@@ -153,10 +157,11 @@ class OutputText:
         stop: Sequence[str] = (),
         include_stop: bool = False,
         skip_special_tokens: bool = True,
+        shown: frozenset[int] = frozenset(),
         min_tokens: int = 0,
     ) -> None:
         self._detokenizer = Detokenizer(
-            tokenizer, skip_special_tokens=skip_special_tokens, context=prompt
+            tokenizer, skip_special_tokens=skip_special_tokens, shown=shown, context=prompt
         )
         self._stops = StopStrings(stop, include=include_stop) if stop else None
         self._exempt = min_tokens if stop else 0  # tokens still to come before stops count

@@ -28,9 +28,12 @@ from tensorray.cluster.bad_request import BadRequest
 from tensorray.cluster.chat import ChatTemplate, ChatTemplateError
 from tensorray.cluster.config import EngineConfig
 from tensorray.cluster.conversation import Conversation
+from tensorray.cluster.conversation import Conversation
 from tensorray.cluster.errors import explain
 from tensorray.cluster.output_control import Registry, controls
 from tensorray.cluster.outputs import RequestOutput, RequestOutputDelta
+from tensorray.cluster.reasoning import template_arguments
+from tensorray.cluster.reply_format import ReplyFormats
 from tensorray.cluster.pooling_type import PoolingType, find_pooling_type
 from tensorray.cluster.reasoning import template_arguments
 from tensorray.cluster.reply_format import ReplyFormats
@@ -197,6 +200,7 @@ class Frontend:
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
         **template_arguments: Any,
     ) -> list[int]:
         """A conversation as prompt tokens, through the model's chat template.
@@ -208,7 +212,8 @@ class Frontend:
         return self._template.encode(
             messages,
             tools=tools,
-            add_generation_prompt=add_generation_prompt,
+            add_generation_prompt=add_generation_prompt and not continue_final_message,
+            continue_final_message=continue_final_message,
             **template_arguments,
         )
 
@@ -291,6 +296,7 @@ class Frontend:
             conversation.messages,
             tools=conversation.tools.for_template(),
             add_generation_prompt=conversation.add_generation_prompt,
+            continue_final_message=conversation.continue_final_message,
             **{
                 **template_arguments(
                     self._template.text,

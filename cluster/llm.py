@@ -28,6 +28,7 @@ from tensorray.cluster.adapters import EngineAdapters, LocalHost
 from tensorray.cluster.bad_request import BadRequest
 from tensorray.cluster.config import EngineConfig
 from tensorray.cluster.conversation import Conversation
+from tensorray.cluster.conversation import Conversation
 from tensorray.cluster.engine import Engine
 from tensorray.cluster.fleet import Fleet, LocalDoor
 from tensorray.cluster.frontend import EngineClient, Frontend, PreparedRequest
@@ -43,6 +44,7 @@ from tensorray.cluster.pooling import (
 )
 from tensorray.cluster.replicas import Replicas
 from tensorray.cluster.sampling_params import SamplingParams
+from tensorray.cluster.tools import ToolUse
 from tensorray.cluster.tools import ToolUse
 from tensorray.cluster.vocabulary import vocabulary
 
@@ -164,19 +166,21 @@ class LLM:
         """Answer one conversation, or several in one batch, through the model's chat template.
 
         `tools`, `tool_choice` and `parallel_tool_calls` are OpenAI's. An output's `reply` has the
-        calls, and the reasoning, taken out of its text. Errors as `generate`.
+        calls, and the reasoning, taken out of its text. With `continue_final_message` the answer
+        goes on from the last message's text. Errors as `generate`.
         """
         several = not (messages and isinstance(messages[0], dict))
         conversations = cast(
             "list[list[dict[str, Any]]]", list(messages) if several else [messages]
         )
         use = ToolUse.read(tools, tool_choice, parallel_tool_calls)
-        opens = template_arguments.pop("add_generation_prompt", True)
+        goes_on = template_arguments.pop("continue_final_message", False)
+        opens = template_arguments.pop("add_generation_prompt", not goes_on)
         return self._answer(
             [
                 partial(
                     self.frontend.converse,
-                    Conversation(each, use, opens, arguments=template_arguments),
+                    Conversation(each, use, opens, goes_on, arguments=template_arguments),
                 )
                 for each in conversations
             ],

@@ -52,7 +52,7 @@ _REFUSED: dict[str, tuple[tuple[object, ...], str]] = {
     "truncate_prompt_tokens": (_OFF, "shorten the prompt before sending it"),
     "chat_template": (_OFF, "the template is the server's (--chat-template)"),
     "documents": (_OFF, "put documents into the messages"),
-    "continue_final_message": (_OFF, "the answer is always a new message"),
+    "continue_final_message": (_OFF, "only chats have messages"),
     "return_token_ids": (_OFF, "use /tokenize"),
     "return_tokens_as_token_ids": (_OFF, "use /tokenize"),
     "echo": (_OFF, "only completions can echo"),
@@ -515,6 +515,7 @@ class ChatCompletion(msgspec.Struct):
     choices: list[ChatChoice]
     usage: Usage
     object: Literal["chat.completion"] = "chat.completion"
+    metadata: dict[str, str] | UnsetType = UNSET
     metadata: dict[str, str] | UnsetType = UNSET
     prompt_logprobs: list[dict[str, PromptLogprob] | None] | UnsetType = UNSET
 

@@ -20,7 +20,7 @@ Kind = Literal["json", "json_object", "regex", "choice", "grammar"]
 _MAX_CHARACTERS = 1 << 18
 _MAX_MESSAGE = 400
 # As much as any indentation, not as much as a model that has lost its way would write.
-_JSON_OPTIONS: dict[str, Any] = {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,40}"}
+JSON_OPTIONS: dict[str, Any] = {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,40}"}
 
 
 class StructuredOutputs(BaseModel):
@@ -76,6 +76,23 @@ class StructuredOutputs(BaseModel):
         ]
 
 
+def check_grammar(grammar: str, param: str) -> str:
+    """A grammar of llguidance's, as it is. Raises BadRequest where it can't be enforced."""
+    if fault := _fault(grammar):
+        raise BadRequest(f"{param}: {fault}", param=param)
+    return grammar
+
+
+@lru_cache(maxsize=256)
+def _fault(grammar: str) -> str:
+    from llguidance import LLMatcher
+
+    if len(grammar) > 2 * _MAX_CHARACTERS:
+        return f"{len(grammar)} characters of grammar are too many"
+    failed, messages = LLMatcher.validate_grammar_with_warnings(grammar)
+    return f"can't be enforced: {_shortened(_lowered(messages[0]))}" if failed else ""
+
+
 @lru_cache(maxsize=256)
 def _compile(kind: str, text: str) -> tuple[str, str]:
     """The grammar, and what is wrong with it, if anything."""
@@ -109,7 +126,7 @@ def _grammar(kind: str, text: str) -> str:
             raise ValueError("a schema is an object")
         return LLMatcher.grammar_from_json_schema(
             json.dumps({} if schema is True else schema),
-            overrides=_JSON_OPTIONS,  # type: ignore[arg-type]
+            overrides=JSON_OPTIONS,  # type: ignore[arg-type]
         )
     if kind == "regex":
         return LLMatcher.grammar_from_regex(_unanchored(text))

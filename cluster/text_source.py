@@ -31,6 +31,12 @@ class Source:
         self._space = ""  # at the end of the text so far
         self._kind: type[Text] | type[Reasoning] = Text
         self._at_edge = False  # nothing but space since the last part that was no text
+        self._dropped = 0
+
+    @property
+    def position(self) -> int:
+        """How many characters have been read."""
+        return self._dropped + self.at
 
     def take(self) -> list[Part]:
         """The parts found since the last call."""
@@ -70,8 +76,19 @@ class Source:
 
     def drop(self) -> None:
         """Forget what was read: no place in it is gone back to."""
+        self._dropped += self.at
         self.text = self.text[self.at :]
         self.at = 0
+
+    def rest(self) -> Reading[None]:
+        """Pass all that comes on as text."""
+        while True:
+            self.write(self.text[self.at :])
+            self.at = len(self.text)
+            self.drop()
+            if self.ended:
+                return
+            yield
 
     def peek(self) -> Reading[str]:
         """The next character; empty at the end."""

@@ -40,13 +40,7 @@ class Pythonic(ToolFormat):
             yield from source.literal(_END)
         else:
             source.at = 0
-        while not source.ended:
-            source.write(source.text[source.at :])
-            source.at = len(source.text)
-            source.drop()
-            yield
-        source.write(source.text[source.at :])
-        source.at = len(source.text)
+        yield from source.rest()
 
     def _list(
         self, source: Source, names: Collection[str]
