@@ -19,7 +19,6 @@ from tensorray.cluster.outputs import (
     Usage,
 )
 from tensorray.cluster.reply import joined
-from tensorray.cluster.reply import joined
 from tensorray.cluster.reply_format import ReplyFormat, ReplyReader
 from tensorray.cluster.request import Delta, GenerationRequest
 from tensorray.cluster.sampling_params import SamplingParams
@@ -291,8 +290,6 @@ def _merge(index: int, parts: Sequence[CompletionOutput]) -> CompletionOutput:
         last = parts[-1]
         whole.cumulative_logprob = last.cumulative_logprob
         whole.finish_reason, whole.stop_reason = last.finish_reason, last.stop_reason
-        if last.parts is not None:
-            whole.parts = joined([each for part in parts for each in part.parts or []])
         if last.parts is not None:
             whole.parts = joined([each for part in parts for each in part.parts or []])
         if last.logprobs is not None:

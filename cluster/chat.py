@@ -51,11 +51,6 @@ class ChatTemplate:
         """The template's own text; of several, all of them."""
         return "\n".join(self._sources.values())
 
-    @property
-    def text(self) -> str:
-        """The template's own text; of several, all of them."""
-        return "\n".join(self._sources.values())
-
     def encode(
         self,
         messages: Sequence[Mapping[str, Any]],

@@ -80,15 +80,6 @@ class EngineConfig(BaseModel):
     reasoning_parser: Literal["auto", "none", "qwen3", "deepseek_r1", "mistral"] = Field(
         "auto", description="How the model marks its reasoning; auto: as its chat template shows"
     )
-    tool_call_parser: Literal["auto", "none", "hermes", "mistral", "llama3_json", "pythonic"] = (
-        Field("auto", description="How the model writes calls; auto: as its chat template shows")
-    )
-    enable_auto_tool_choice: bool = Field(
-        True, description="Let the model choose to call tools; off: only where a request says so"
-    )
-    reasoning_parser: Literal["auto", "none", "qwen3", "deepseek_r1", "mistral"] = Field(
-        "auto", description="How the model marks its reasoning; auto: as its chat template shows"
-    )
     # --- device and precision ---
     device: Literal["auto", "cpu", "cuda", "null"] = Field(
         "auto",

@@ -28,12 +28,9 @@ from tensorray.cluster.bad_request import BadRequest
 from tensorray.cluster.chat import ChatTemplate, ChatTemplateError
 from tensorray.cluster.config import EngineConfig
 from tensorray.cluster.conversation import Conversation
-from tensorray.cluster.conversation import Conversation
 from tensorray.cluster.errors import explain
 from tensorray.cluster.output_control import Registry, controls
 from tensorray.cluster.outputs import RequestOutput, RequestOutputDelta
-from tensorray.cluster.reasoning import template_arguments
-from tensorray.cluster.reply_format import ReplyFormats
 from tensorray.cluster.pooling_type import PoolingType, find_pooling_type
 from tensorray.cluster.reasoning import template_arguments
 from tensorray.cluster.reply_format import ReplyFormats

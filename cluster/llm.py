@@ -28,7 +28,6 @@ from tensorray.cluster.adapters import EngineAdapters, LocalHost
 from tensorray.cluster.bad_request import BadRequest
 from tensorray.cluster.config import EngineConfig
 from tensorray.cluster.conversation import Conversation
-from tensorray.cluster.conversation import Conversation
 from tensorray.cluster.engine import Engine
 from tensorray.cluster.fleet import Fleet, LocalDoor
 from tensorray.cluster.frontend import EngineClient, Frontend, PreparedRequest
@@ -44,7 +43,6 @@ from tensorray.cluster.pooling import (
 )
 from tensorray.cluster.replicas import Replicas
 from tensorray.cluster.sampling_params import SamplingParams
-from tensorray.cluster.tools import ToolUse
 from tensorray.cluster.tools import ToolUse
 from tensorray.cluster.vocabulary import vocabulary
 

@@ -21,7 +21,6 @@ from tensorray.cluster.outputs import (
     Usage,
 )
 from tensorray.cluster.reply import Arguments, CallBegins, Part, Reasoning, Text
-from tensorray.cluster.reply import Arguments, CallBegins, Part, Reasoning, Text
 from tensorray.cluster.tokenizer import Tokenizer
 
 _LOWEST = -9999.0  # JSON has no minus infinity
@@ -152,10 +151,7 @@ class ChatAnswer(Answer):
         self._top = (request.top_logprobs or 0) if request.logprobs else None
         self._tells_reasoning = request.include_reasoning is not False
         self._metadata = request.metadata
-        self._tells_reasoning = request.include_reasoning is not False
-        self._metadata = request.metadata
         self._opened: set[int] = set()  # choices that have told their role
-        self._calls: dict[int, int] = {}  # calls so far, by choice
         self._calls: dict[int, int] = {}  # calls so far, by choice
 
     def whole(self, outputs: Sequence[RequestOutput]) -> api.ChatCompletion:
@@ -175,8 +171,6 @@ class ChatAnswer(Answer):
         whole = api.ChatCompletion(
             self.id, self.created, self.model, choices, self._usage([answer.usage])
         )
-        if self._metadata is not None:
-            whole.metadata = self._metadata
         if self._metadata is not None:
             whole.metadata = self._metadata
         if answer.prompt_logprobs is not None:
@@ -213,37 +207,6 @@ class ChatAnswer(Answer):
 
     def last_chunk(self, usage: api.Usage) -> api.ChatCompletionChunk:
         return api.ChatCompletionChunk(self.id, self.created, self.model, [], usage=usage)
-
-    def _message(self, output: CompletionOutput) -> api.ChatMessage:
-        reply = output.reply
-        message = api.ChatMessage(reply.content if reply.content or not reply.tool_calls else None)
-        if reply.reasoning and self._tells_reasoning:
-            message.reasoning_content = message.reasoning = reply.reasoning
-        if reply.tool_calls:
-            message.tool_calls = [
-                api.ToolCall(api.CalledFunction(call.arguments, call.name), call.id)
-                for call in reply.tool_calls
-            ]
-        return message
-
-    def _delta(self, index: int, part: Part) -> api.ChatDelta | None:
-        delta = api.ChatDelta()
-        match part:
-            case Text(text):
-                delta.content = text
-            case Reasoning(text):
-                if not self._tells_reasoning:
-                    return None
-                delta.reasoning_content = delta.reasoning = text
-            case CallBegins(name, id):
-                number = self._calls.get(index, 0)
-                self._calls[index] = number + 1
-                function = api.CalledFunction("", name)
-                delta.tool_calls = [api.ToolCallDelta(number, function, id, "function")]
-            case Arguments(text):
-                function = api.CalledFunction(text)
-                delta.tool_calls = [api.ToolCallDelta(self._calls[index] - 1, function)]
-        return delta
 
     def _message(self, output: CompletionOutput) -> api.ChatMessage:
         reply = output.reply

@@ -516,7 +516,6 @@ class ChatCompletion(msgspec.Struct):
     usage: Usage
     object: Literal["chat.completion"] = "chat.completion"
     metadata: dict[str, str] | UnsetType = UNSET
-    metadata: dict[str, str] | UnsetType = UNSET
     prompt_logprobs: list[dict[str, PromptLogprob] | None] | UnsetType = UNSET
 
 

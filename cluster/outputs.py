@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from tensorray.cluster.reply import Part, Reply
-from tensorray.cluster.reply import Part, Reply
 from tensorray.cluster.request import FinishReason
 
 
