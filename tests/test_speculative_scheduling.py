@@ -121,7 +121,7 @@ def test_every_accepted_request_ends_with_its_own_tokens(
     rig.run(limit=20 * most + 10)
     rig.check_outputs()
     rig.check_released()
-    assert set(rig.finished.values()) <= {"stop", "length"}
+    assert set(rig.finished.values()) <= {"stop", "length", "found"}
 
 
 def test_right_drafts_save_steps_and_are_counted() -> None:
