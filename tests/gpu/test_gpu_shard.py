@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers.beam_cases import GOLDEN, assert_searched, searches
 from helpers.equality import DType, assert_same_tokens, choice
 from helpers.running import Arrival, make_shard, run
 from helpers.tiny_models import NAMES, directory, references
@@ -208,6 +209,17 @@ def test_prompt_logprobs_are_the_cpu_path_s() -> None:
         assert our.logprob == pytest.approx(their.logprob, abs=1e-3)
         assert our.top_logprobs == pytest.approx(their.top_logprobs, abs=1e-3)
     assert sampled.top_logprobs == pytest.approx(second.logprobs[0].top_logprobs, abs=1e-3)
+
+
+@pytest.mark.parametrize("name", sorted(GOLDEN))
+def test_beam_searches_find_what_transformers_does(name: str) -> None:
+    shard = load(name)
+    found, tokens = searches(shard, scheduler(shard), name, GOLDEN[name], beside=3)
+    for each, case in zip(found, GOLDEN[name], strict=True):
+        assert_searched(each, case)
+    cpu = make_shard(directory(name))
+    _, expected = searches(cpu, scheduler(cpu), name, [], beside=3)
+    assert tokens == expected
 
 
 def test_an_fp8_cache_stays_close() -> None:
