@@ -57,9 +57,11 @@ class ChatTemplate:
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
         **arguments: Any,
     ) -> list[int]:
-        """Prompt tokens of a conversation.
+        """Prompt tokens of a conversation. With `continue_final_message` they end where the last
+        message's text does, for the answer to go on from there.
 
         The template's own markup is special tokens; a message that spells one is not obeyed. Once
         rendered the two look alike, so the template is rendered a second time with every message
@@ -75,6 +77,7 @@ class ChatTemplate:
         """
         template = self._template(with_tools=bool(tools))
         variables = _variables(messages, tools, arguments)
+        mark = _mark_end(variables) if continue_final_message else ""
 
         def render(variables: dict[str, Any]) -> str:
             return self._render(template, variables, add_generation_prompt)
@@ -88,10 +91,24 @@ class ChatTemplate:
             if as_text == variables:
                 raise
             text = render(variables := as_text)
+        end = len(text)
+        if mark:
+            if text.count(mark) != 1:
+                raise ChatTemplateError(
+                    "the chat template does not show the last message as it is, so it can't be "
+                    "continued",
+                    param="continue_final_message",
+                )
+            end = text.index(mark)
         try:
             if not any(self._edges.intersection(string) for string in _strings(variables)):
-                return self._tokenizer.encode(text, add_special_tokens=False, parse_special=True)
-            return self._tokenizer.encode_around(text, self._own_markup(text, variables, render))
+                return self._tokenizer.encode(
+                    text[:end], add_special_tokens=False, parse_special=True
+                )
+            markup = self._own_markup(text, variables, render)
+            return self._tokenizer.encode_around(
+                text[:end], [token for token in markup if token.end <= end]
+            )
         except InvalidText as error:
             raise BadRequest(f"the messages can't be encoded: {error}", param="messages") from None
 
@@ -264,6 +281,23 @@ def _content(message: Mapping[str, Any], here: str) -> str | None:
             raise BadRequest(f'{place} must be {{"type": "text", "text": "…"}}', param=place)
         texts.append(text)
     return "\n".join(texts)
+
+
+def _mark_end(variables: dict[str, Any]) -> str:
+    """Put a character that occurs nowhere behind the last message's text; returns it."""
+    *before, last = variables["messages"]
+    text = last.get("content")
+    if not isinstance(text, str) or not text:
+        raise BadRequest(
+            "continue_final_message: the last message has no text to go on from",
+            param="continue_final_message",
+        )
+    strings = "".join(_strings(variables))
+    mark = next(
+        character for number in range(0xE000, 0xF900) if (character := chr(number)) not in strings
+    )
+    variables["messages"] = [*before, {**last, "content": text + mark}]
+    return mark
 
 
 def _map_arguments(variables: dict[str, Any], change: Callable[[Any], Any]) -> dict[str, Any]:

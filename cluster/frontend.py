@@ -96,6 +96,7 @@ class Frontend:
         pooling_type: PoolingType = "last",
         max_logprobs: int = 20,
         max_n: int = 128,
+        looks_up: bool = False,
         seed: int | None = None,
     ) -> None:
         self.tokenizer = tokenizer
@@ -110,6 +111,7 @@ class Frontend:
         self._logits_processors = logits_processors or {}
         self._max_logprobs = max_logprobs
         self._max_n = max_n
+        self._looks_up = looks_up  # whether the engine guesses by prompt lookup
         self._seeds = random.Random(seed) if seed is not None else None
         self._template = ChatTemplate(tokenizer, chat_template)
         self.replies = ReplyFormats(
@@ -172,6 +174,7 @@ class Frontend:
             pooling_type=find_pooling_type(config.pooling_type, files.path),
             max_logprobs=config.max_logprobs,
             max_n=config.max_n,
+            looks_up=config.speculative_config.get("method") == "ngram",
             seed=config.seed,
         )
 
@@ -226,11 +229,13 @@ class Frontend:
         lora: str = "",
         add_special_tokens: bool = True,
         echo: bool = False,
+        prediction: str = "",
     ) -> PreparedRequest:
         """A request the engine can run: tokens, and every limit resolved.
 
         Without `max_tokens` the answer may fill the context. With `echo` the answer begins with
-        the prompt, and its log-probabilities if the answer's are asked for. Raises BadRequest.
+        the prompt, and its log-probabilities if the answer's are asked for. `prediction` is text
+        that the answer may repeat: it changes how fast that comes. Raises BadRequest.
         """
         tokens = self.prompt_tokens(prompt, add_special_tokens)
         self._check(params)
@@ -257,10 +262,22 @@ class Frontend:
             cache_salt=cache_salt,
             lora=lora,
             reuse_prefix=prompt_logprobs is None,
+            prediction=self._predicted_tokens(prediction),
         )
         return PreparedRequest(
             request, params, prompt=prompt if isinstance(prompt, str) else None, echo=echo
         )
+
+    def _predicted_tokens(self, text: str) -> list[int]:
+        """A prediction's tokens, where anything is looked up in them."""
+        if not text or not self._looks_up:
+            return []
+        try:
+            tokens = self.tokenizer.encode(text, add_special_tokens=False)
+        except InvalidText as error:
+            message = f"the prediction can't be encoded: {error}"
+            raise BadRequest(message, param="prediction") from None
+        return tokens[: self.max_model_len]
 
     def converse(
         self, conversation: Conversation, params: SamplingParams, **settings: Any

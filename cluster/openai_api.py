@@ -36,7 +36,7 @@ _REFUSED: dict[str, tuple[tuple[object, ...], str]] = {
     "function_call": ((None, "none", "auto"), "send tool_choice, which took its place"),
     "modalities": ((None, ["text"]), "only text can be generated"),
     "audio": (_OFF, "only text can be generated"),
-    "prediction": (_OFF, "predicted outputs are not supported"),
+    "prediction": (_OFF, "only chats take predicted outputs"),
     "web_search_options": ((None,), "web search is not supported"),
     "moderation": (_OFF, "nothing is moderated here"),
     "reasoning_effort": (_OFF, "only chats reason"),
@@ -337,11 +337,34 @@ class CompletionRequest(GenerateRequest):
 Messages = Annotated[list[dict[str, Any]], Field(min_length=1)]
 
 
+class PredictedText(BaseModel):
+    """A part of a predicted answer."""
+
+    type: Literal["text"]
+    text: str
+
+
+class Prediction(BaseModel):
+    """What the answer will probably be like, OpenAI's "predicted outputs"."""
+
+    type: Literal["content"]
+    content: str | list[PredictedText]
+
+    @property
+    def text(self) -> str:
+        if isinstance(self.content, str):
+            return self.content
+        return "".join(part.text for part in self.content)
+
+
 class ChatRequest(GenerateRequest, ChatFields):
     """`POST /v1/chat/completions`."""
 
     messages: Messages
     max_completion_tokens: int | None = None
+    prediction: Prediction | None = Field(
+        None, description="text that the answer may repeat; prompt lookup guesses from it too"
+    )
     logprobs: bool | None = False
     top_logprobs: int | None = None
 

@@ -256,9 +256,10 @@ class _ControlFinder:
             if start < end:
                 continue
             for length in self._lengths[match[0]]:
-                id = self._ids.get(text[start : start + length])
+                spelling = text[start : start + length]
+                id = self._ids.get(spelling)
                 if id is not None:
-                    end = start + length
+                    end = start + len(spelling)  # shorter where the text ends
                     yield ControlToken(start, end, id)
                     break
 

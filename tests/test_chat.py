@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from tensorray.cluster import template_sandbox
 from tensorray.cluster.bad_request import BadRequest
 from tensorray.cluster.chat import ChatTemplate, ChatTemplateError, check_messages
+from tensorray.cluster.openai_api import ChatRequest
 from tensorray.cluster.tokenizer import Tokenizer
 from tensorray.cluster.tokenizer_files import load_tokenizer
 
@@ -434,3 +435,44 @@ def test_callers_messages_are_not_changed() -> None:
     _, template = chatml("{{ messages | tojson }}")
     template.encode(messages)
     assert messages == TOOL_CALL
+
+
+OPEN_ENDED = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content | trim }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("last", ["Sure: ", "im_end", "assistant\nx", "<|im_end|> x", "é\n"])
+def test_the_last_message_is_left_open_where_its_text_ends(last: str) -> None:
+    tokenizer = small.byte_level(OPEN_ENDED)
+    template = ChatTemplate(tokenizer)
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": last}]
+    tokens = template.encode(messages, add_generation_prompt=False, continue_final_message=True)
+    text = tokenizer.decode(tokens, skip_special_tokens=False)
+    before = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    assert text == before + last
+    control = set(tokenizer.control_ids)
+    assert sum(token in control for token in tokens) == 3  # the message's own text is just text
+
+
+def test_a_message_that_can_not_be_continued_is_refused() -> None:
+    template = ChatTemplate(small.byte_level(OPEN_ENDED))
+    call = {"type": "function", "id": "1", "function": {"name": "f", "arguments": "{}"}}
+    called = {"role": "assistant", "content": None, "tool_calls": [call]}
+    for last in ({"role": "assistant", "content": ""}, called):
+        with pytest.raises(BadRequest, match="no text to go on from"):
+            template.encode([last], continue_final_message=True)
+    for source in ("nothing", "{{ messages[0].content }}{{ messages[0].content }}"):
+        template = ChatTemplate(small.byte_level(source))
+        with pytest.raises(ChatTemplateError, match="can't be continued"):
+            template.encode([{"role": "assistant", "content": "a"}], continue_final_message=True)
+
+
+def test_an_answer_is_a_new_message_or_goes_on_with_the_last() -> None:
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "So"}]
+    fields = {"messages": messages, "continue_final_message": True}
+    conversation = ChatRequest(**fields).conversation(messages)
+    assert conversation.continue_final_message
+    with pytest.raises(BadRequest, match="can't both be true"):
+        ChatRequest(**fields, add_generation_prompt=True).conversation(messages)
