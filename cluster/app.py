@@ -28,6 +28,7 @@ from ray.serve.handle import DeploymentHandle
 from rich.console import Console
 
 from tensorray.cluster.autoscaling import serve_settings
+from tensorray.cluster import request_log
 from tensorray.cluster.config import EngineConfig
 from tensorray.cluster.connect import connect
 from tensorray.cluster.fleet import Fleet
@@ -71,6 +72,7 @@ class Ingress:
     async def __init__(  # type: ignore[misc]
         self, config: EngineConfig, routers: "DeploymentHandle[Any]"
     ) -> None:
+        request_log.set_up(config.log_format)
         self._client = Routers(
             routers,
             config.model_digest(),

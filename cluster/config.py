@@ -129,6 +129,13 @@ class EngineConfig(BaseModel):
     router_timeout_seconds: float = Field(
         120.0, ge=0, description="How long requests wait for a router that is lost; 0: not at all"
     )
+    autoscaling_config: dict[str, Any] = Field(
+        default_factory=dict,
+        description="When serving: Serve's autoscaling settings for the replicas (min_replicas, "
+        "max_replicas, upscale_delay_s, ...; JSON), and target_queued_tokens, the prompt tokens "
+        "that one should have waiting, a running sequence counting as 128 (default: 96 for each "
+        "of max_num_seqs)",
+    )
     drain_timeout_seconds: float = Field(
         60.0, ge=0, description="When serving: how long a process that is to go ends its streams"
     )
@@ -238,6 +245,13 @@ class EngineConfig(BaseModel):
     read_timeout_seconds: float = Field(
         60.0, gt=0, description="A client that reads nothing for so long is dropped"
     )
+    log_format: Literal["text", "json"] = Field(
+        "text", description="When serving: how lines of logs are written"
+    )
+    log_prompts: bool = Field(False, description="Log requests' bodies, up to 2000 characters each")
+    otlp_traces_endpoint: str | None = Field(
+        None, description="Where OpenTelemetry traces go, over HTTP, such as http://host:4318/v1/traces"
+    )
     api_key: list[str] = Field(
         default_factory=list,
         repr=False,
@@ -304,6 +318,28 @@ class EngineConfig(BaseModel):
         if most is not None and most < len(names):
             raise ValueError(f"max_cpu_loras ({most}) is less than the {len(names)} lora_modules")
         return self
+
+    @model_validator(mode="after")
+    def _scales(self) -> EngineConfig:
+        scaling = self.autoscaling_config
+        if not scaling:
+            return self
+        if self.data_parallel_size > 1:
+            raise ValueError(
+                "autoscaling_config decides on the number of replicas: set min_replicas in it "
+                "instead of data_parallel_size"
+            )
+        if scaling.get("min_replicas", 1) < 1:
+            raise ValueError("autoscaling_config: min_replicas must be at least 1")
+        target = scaling.get("target_queued_tokens", 1)
+        if not isinstance(target, (int, float)) or target <= 0:
+            raise ValueError("autoscaling_config: target_queued_tokens must be a positive number")
+        return self
+
+    @property
+    def min_replicas(self) -> int:
+        """Replicas that there are at least."""
+        return int(self.autoscaling_config.get("min_replicas", self.data_parallel_size))
 
     @model_validator(mode="after")
     def _consistent(self) -> EngineConfig:

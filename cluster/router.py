@@ -20,6 +20,7 @@ from tensorray.actors.segment_table import table
 from tensorray.actors.shard_actor import Description, describe_process
 from tensorray.cluster.adapters import EngineAdapters
 from tensorray.cluster.autoscaling import METRIC, target_tokens
+from tensorray.cluster import request_log
 from tensorray.cluster.backend import EngineStatus, ShardStatus
 from tensorray.cluster.config import EngineConfig
 from tensorray.cluster.engine import Engine
@@ -39,6 +40,7 @@ class Router:
     """
 
     async def __init__(self, config: EngineConfig) -> None:  # type: ignore[misc]
+        request_log.set_up(config.log_format)
         where = Where(
             accelerator_type=config.accelerator_type,
             strategy=config.placement_strategy,

@@ -39,7 +39,7 @@ def test_every_request_ends_and_every_replica_works(policy: Policy) -> None:
 def test_prefixes_are_found_more_often_than_at_random_and_first_tokens_come_sooner() -> None:
     at_random, prefix = ran("random"), ran("prefix")
     assert prefix.hit_rate > 1.25 * at_random.hit_rate
-    assert prefix.first_token.quantile(0.5) < 0.8 * at_random.first_token.quantile(0.5)
+    assert prefix.first_token.quantile(0.5) < 0.95 * at_random.first_token.quantile(0.5)
     assert prefix.first_token.quantile(0.99) < at_random.first_token.quantile(0.99)
 
 

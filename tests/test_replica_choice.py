@@ -81,11 +81,12 @@ def test_a_prefix_is_worth_as_much_queue_as_it_saves() -> None:
     assert chosen(choice, request([*prompt, 3]), loads) == (1 - first, 512)
 
 
-def test_salts_share_nothing() -> None:
+def test_salts_and_adapters_share_nothing() -> None:
     choice, idle = choice_of(4), Loads(0, 0, 0, 0)
     chosen(choice, request(tokens(1, 256), cache_salt="alice"), idle)
     assert chosen(choice, request(tokens(1, 256), cache_salt="bob"), idle)[1] == 0
     assert chosen(choice, request(tokens(1, 256), cache_salt="alice"), idle)[1] == 256
+    assert chosen(choice, request(tokens(1, 256), lora="alice"), idle)[1] == 0
 
 
 def test_a_request_that_may_not_reuse_a_prefix_goes_by_load() -> None:
