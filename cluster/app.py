@@ -28,6 +28,7 @@ from ray.serve.handle import DeploymentHandle
 from rich.console import Console
 
 from tensorray.cluster.autoscaling import serve_settings
+from tensorray.cluster.autoscaling import serve_settings
 from tensorray.cluster import request_log
 from tensorray.cluster.config import EngineConfig
 from tensorray.cluster.connect import connect
@@ -87,7 +88,12 @@ class Ingress:
             fleet = Fleet(
                 lambda: [RouterDoor(routers, each.name) for each in self._client.members()]
             )
-        self.http = create_app(self._frontend, self._client, config, fleet)
+        traces = None
+        if config.otlp_traces_endpoint is not None:
+            from tensorray.cluster import tracing
+
+            traces = tracing.provider(config.otlp_traces_endpoint)
+        self.http = create_app(self._frontend, self._client, config, fleet, traces)
         Ingress._here = self
 
     async def generate(

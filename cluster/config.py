@@ -7,6 +7,7 @@ Names are vLLM's where it has one. A field here is a flag of `tensorray serve`, 
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 from dataclasses import fields
 from functools import partial
@@ -294,6 +295,18 @@ class EngineConfig(BaseModel):
         return self
 
     @model_validator(mode="after")
+    @field_validator("otlp_traces_endpoint")
+    @classmethod
+    def _can_trace(cls, endpoint: str | None) -> str | None:
+        if endpoint is not None:
+            try:
+                found = importlib.util.find_spec("opentelemetry.exporter.otlp.proto.http")
+            except ModuleNotFoundError:
+                found = None
+            if found is None:
+                raise ValueError("traces need more packages: pip install 'tensorray[otel]'")
+        return endpoint
+
     def _limits_have_keys(self) -> EngineConfig:
         limits = (self.api_key_requests_per_minute, self.api_key_concurrency)
         if any(limits) and not (self.api_key or self.api_key_file):

@@ -29,6 +29,7 @@ from tensorray.cluster.request import (
     Resumed,
     UnknownAdapter,
 )
+from tensorray.cluster.request_id import request_id
 from tensorray.cluster.scheduler import Progress, Scheduler
 from tensorray.cluster.sequence import Sequence
 
@@ -105,6 +106,7 @@ class _Tracked:
     last_token: float = 0.0
     generated: int = 0
     failures: int = 0  # of the shards while it ran, since its last token
+    began: float = 0.0  # its first step; 0: none yet
     others: range = range(0)  # further indices that end with it: of a beam search all but the first
 
 
@@ -120,6 +122,7 @@ class TokenStream(AsyncIterator[list[Delta]]):
     ) -> None:
         self.request = request
         self.sequences = sequences  # the engine's ids, by index
+        self.log_id = request_id.get()
         self._engine = engine
         self._pending: dict[int, Delta] = {}
         self._unfinished = set(sequences)
@@ -302,6 +305,9 @@ class Engine:
         """Send plans as far as depth goes, then take one result in, or wait for work."""
         while len(in_flight) < self._depth and (plan := self.scheduler.schedule()):
             in_flight.append(plan)
+            for start in plan.starts:
+                if (tracked := self._tracked.get(start.seq)) is not None and not tracked.began:
+                    tracked.began = time.perf_counter()
             self._link.send(plan)
         if not in_flight:
             self._wake.clear()
@@ -335,6 +341,9 @@ class Engine:
             if tracked is None:
                 continue
             tracked.failures += 1
+            logger.warning(
+                "it ran when the shards failed", extra={"request": tracked.stream.log_id}
+            )
             if tracked.failures == _MOST_FAILURES:
                 self.scheduler.cancel(seq)
                 reason = f"it ran in {_MOST_FAILURES} steps that failed, the last so: {error}"
@@ -364,6 +373,7 @@ class Engine:
     def _give_up(self, seq: int, reason: str) -> None:
         tracked = self._tracked[seq]
         delta = Delta(tracked.index, [], finish_reason="error", error=reason)
+        logger.error("given up: %s", reason, extra={"request": tracked.stream.log_id})
         self._finish(seq, tracked, delta)
 
     def _advance(self, item: Progress, now: float) -> None:
@@ -392,6 +402,7 @@ class Engine:
         if item.token is not None:
             if tracked.generated == 0:
                 delta.cached_tokens = item.sequence.cached_tokens
+                delta.queued = tracked.began - tracked.arrival
                 self._observer.first_token(now - tracked.arrival)
             else:
                 self._observer.next_token(now - tracked.last_token)

@@ -44,6 +44,7 @@ from tensorray.cluster.request import (
     UnknownAdapter,
 )
 
+from tensorray.cluster.request_id import request_id
 logger = logging.getLogger(__name__)
 
 _RETRY_SECONDS = 0.25  # between two attempts to find a router
@@ -57,6 +58,7 @@ class Submit(msgspec.Struct, frozen=True, tag=True):
     stream: int
     request: GenerationRequest
 
+    log_id: str = ""  # see request_id.py
 
 class Cancel(msgspec.Struct, frozen=True, tag=True):
     """End a stream's sequence, or (None) all of them."""
@@ -212,6 +214,13 @@ class _Connection:
 
     def _submit(self, message: Submit) -> None:
         self._seen = message.stream
+        token = request_id.set(message.log_id)
+        try:
+            self._begin(message)
+        finally:
+            request_id.reset(token)
+
+    def _begin(self, message: Submit) -> None:
         try:
             stream = self._engine.generate(message.request)
         except Exception as error:
@@ -440,7 +449,7 @@ class EngineLink:
                 stream.line, stream.number = line, self._next
                 mailbox = line.mailboxes[stream.number] = _Mailbox()
                 try:
-                    line.send(Submit(stream.number, stream.request()))
+                    line.send(Submit(stream.number, stream.request(), request_id.get()))
                     while not stream.finished:
                         deltas = await mailbox.take()
                         stream.take(deltas)

@@ -11,7 +11,7 @@ import logging
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from importlib.metadata import version
-from typing import Any, Literal, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 import msgspec
 from fastapi import FastAPI, Request
@@ -43,8 +43,12 @@ from tensorray.cluster.lora_api import LoadAdapterRequest, Models, UnloadAdapter
 from tensorray.cluster.metrics import CONTENT_TYPE
 from tensorray.cluster.openai_answers import Answer, ChatAnswer, CompletionAnswer
 from tensorray.cluster.openapi import ALWAYS, OF_BODIES, OPEN, Description
+from tensorray.cluster.request_log import RequestIds
 from tensorray.cluster.responses import EventStream, WholeResponse, error_response, json_response
 from tensorray.cluster.triton_errors import for_path
+
+if TYPE_CHECKING:
+    from opentelemetry.sdk.trace import TracerProvider
 
 logger = logging.getLogger("ray.serve")
 
@@ -54,16 +58,24 @@ VERSION = version("tensorray")
 # Bodies above this are turned into tokens on another thread: running streams must not wait.
 _LARGE_BODY = 1 << 15
 
+# What is logged of a body at most, if bodies are.
+_LOGGED_BYTES = 2000
+
 R = TypeVar("R", bound=api.ApiRequest)
 
 
 def create_app(
-    frontend: Frontend, backend: Backend, config: EngineConfig, fleet: Fleet | None = None
+    frontend: Frontend,
+    backend: Backend,
+    config: EngineConfig,
+    fleet: Fleet | None = None,
+    traces: TracerProvider | None = None,
 ) -> FastAPI:
     """The whole API as an ASGI application.
 
     `frontend` turns text into tokens and back, `backend` runs them; `fleet` has its LoRA adapters
-    (None: there can be none). Of `config` only the limits of the API are read.
+    (None: there can be none), `traces` takes OpenTelemetry's spans. Of `config` only the limits of
+    the API are read.
     """
     app = FastAPI(
         title="Tensorray",
@@ -72,10 +84,12 @@ def create_app(
         redoc_url=None,
     )
     app.router.route_class = _Route
-    _protect(app, config)
     app.add_exception_handler(HTTPException, _no_route)
     models = Models(frontend, fleet, config, int(time.time()))
-    client = backend if fleet is None else AdapterClient(backend, fleet)
+    client: EngineClient = backend if fleet is None else AdapterClient(backend, fleet)
+    if traces is not None:
+        client = traced(app, client, traces, frontend.model_name)
+    _protect(app, config)
     service = _Service(frontend, backend, client, models, config)
     description = Description(keys=bool(config.api_key or config.api_key_file))
 
@@ -141,6 +155,16 @@ def create_app(
     return app
 
 
+def traced(
+    app: FastAPI, client: EngineClient, provider: TracerProvider, model: str
+) -> EngineClient:
+    """The client, with spans for what goes through it and through the application."""
+    from tensorray.cluster.tracing import TracedClient, Traces
+
+    app.add_middleware(Traces, provider=provider)
+    return TracedClient(client, provider, model)
+
+
 def _protect(app: FastAPI, config: EngineConfig) -> None:
     app.add_middleware(
         Deadlines,
@@ -154,13 +178,14 @@ def _protect(app: FastAPI, config: EngineConfig) -> None:
         per_minute=config.api_key_requests_per_minute,
         at_once=config.api_key_concurrency,
     )
-    if config.allowed_origins:  # outermost: a browser asks first, without a key
+    if config.allowed_origins:  # a browser asks first, without a key
         app.add_middleware(
             CORSMiddleware,
             allow_origins=config.allowed_origins,
             allow_methods=["GET", "POST"],
             allow_headers=["Authorization", "Content-Type"],
         )
+    app.add_middleware(RequestIds)  # outermost: refusals are logged as well
 
 
 class Health(msgspec.Struct):
@@ -202,6 +227,7 @@ class _Service:
         self._client = client
         self._models = models
         self._max_body_bytes = config.max_body_bytes
+        self._log_prompts = config.log_prompts
 
     # --- generation ---
 
@@ -354,6 +380,8 @@ class _Service:
         body = await read_body(http, self._max_body_bytes)
         request = kind.model_validate_json(body)
         if isinstance(request, api.GenerateRequest):
+        if self._log_prompts:
+            logger.info("asked: %s", body[:_LOGGED_BYTES].decode("utf-8", "replace"))
             deadline_of(http.scope).at_most(request.timeout)
         headers = {}
         if ignored := request.ignored_fields():

@@ -69,6 +69,7 @@ class Delta(msgspec.Struct, omit_defaults=True):
     error: str = ""  # with finish_reason "error"
     pooled: bytes = b""  # float32 [hidden], little-endian: all that a pooled request is told
     cached_tokens: int = 0  # prompt tokens served from the prefix cache; on the first delta
+    queued: float = 0.0  # seconds it waited before its first step; on the first delta
     drafted: int = 0  # tokens guessed for it from its start, where any were
     accepted: int = 0  # of these, the ones that were right
 

