@@ -27,9 +27,8 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 from rich.console import Console
 
-from tensorray.cluster.autoscaling import serve_settings
-from tensorray.cluster.autoscaling import serve_settings
 from tensorray.cluster import request_log
+from tensorray.cluster.autoscaling import serve_settings
 from tensorray.cluster.config import EngineConfig
 from tensorray.cluster.connect import connect
 from tensorray.cluster.fleet import Fleet

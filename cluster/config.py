@@ -251,7 +251,8 @@ class EngineConfig(BaseModel):
     )
     log_prompts: bool = Field(False, description="Log requests' bodies, up to 2000 characters each")
     otlp_traces_endpoint: str | None = Field(
-        None, description="Where OpenTelemetry traces go, over HTTP, such as http://host:4318/v1/traces"
+        None,
+        description="Where OpenTelemetry traces go, over HTTP, such as http://host:4318/v1/traces",
     )
     api_key: list[str] = Field(
         default_factory=list,
@@ -294,7 +295,6 @@ class EngineConfig(BaseModel):
             )
         return self
 
-    @model_validator(mode="after")
     @field_validator("otlp_traces_endpoint")
     @classmethod
     def _can_trace(cls, endpoint: str | None) -> str | None:
@@ -307,6 +307,7 @@ class EngineConfig(BaseModel):
                 raise ValueError("traces need more packages: pip install 'tensorray[otel]'")
         return endpoint
 
+    @model_validator(mode="after")
     def _limits_have_keys(self) -> EngineConfig:
         limits = (self.api_key_requests_per_minute, self.api_key_concurrency)
         if any(limits) and not (self.api_key or self.api_key_file):

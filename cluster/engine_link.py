@@ -213,7 +213,6 @@ class _Connection:
         self._writer.close()
 
     def _submit(self, message: Submit) -> None:
-        self._seen = message.stream
         token = request_id.set(message.log_id)
         try:
             self._begin(message)
@@ -221,6 +220,7 @@ class _Connection:
             request_id.reset(token)
 
     def _begin(self, message: Submit) -> None:
+        self._seen = message.stream
         try:
             stream = self._engine.generate(message.request)
         except Exception as error:

@@ -379,9 +379,9 @@ class _Service:
         """The request, headers for its answer, and whether to prepare it on another thread."""
         body = await read_body(http, self._max_body_bytes)
         request = kind.model_validate_json(body)
-        if isinstance(request, api.GenerateRequest):
         if self._log_prompts:
             logger.info("asked: %s", body[:_LOGGED_BYTES].decode("utf-8", "replace"))
+        if isinstance(request, api.GenerateRequest):
             deadline_of(http.scope).at_most(request.timeout)
         headers = {}
         if ignored := request.ignored_fields():

@@ -1,4 +1,4 @@
-"""Requests end when their time is over, wherever they are; a client that does not read is dropped."""
+"""Requests end when their time is over, wherever they are; who does not read is dropped."""
 
 from __future__ import annotations
 
