@@ -17,6 +17,7 @@ from functools import partial
 
 import msgspec
 
+from tensorray.actors import wire
 from tensorray.actors.communicator import CommunicatorError
 from tensorray.actors.link import PendingStep, ShardError, StepExecutor
 from tensorray.actors.protocol import ShardInfo, StepPlan, StepResult
@@ -32,6 +33,9 @@ from tensorray.actors.wire import (
 )
 
 logger = logging.getLogger(__name__)
+
+
+TOO_MANY_LOGPROBS = "a step's log-probabilities are too many to be sent: ask for fewer of logprobs or prompt_logprobs"
 
 
 class StepFailed(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
@@ -169,13 +173,31 @@ def _answer(connection: socket.socket, started: _Started, results: bool) -> None
                 by_peer = isinstance(error, CommunicatorError)
                 answer = StepFailed(f"{type(error).__name__}: {error}", by_peer)
             if results or isinstance(answer, StepFailed):
-                connection.sendall(frame(encoder.encode(answer)))
+                body = encoder.encode(answer)
+                if len(body) > wire.MAX_FRAME and isinstance(answer, StepDone):
+                    body = encoder.encode(StepDone(_without_logprobs(answer.result)))
+                connection.sendall(frame(body))
             if isinstance(answer, StepFailed):
                 break
     except OSError as error:
         logger.info("the router is gone: %s", error)
     with contextlib.suppress(OSError):
         connection.shutdown(socket.SHUT_RDWR)  # wakes the thread that reads plans
+
+
+def _without_logprobs(result: StepResult) -> StepResult:
+    """The result without the sequences whose log-probabilities no frame has room for."""
+    unsent = {*result.logprobs, *result.prompt_logprobs, *result.further_logprobs}
+    kept = [index for index, seq in enumerate(result.seqs) if seq not in unsent]
+    return msgspec.structs.replace(
+        result,
+        seqs=[result.seqs[index] for index in kept],
+        tokens=[result.tokens[index] for index in kept],
+        logprobs={},
+        prompt_logprobs={},
+        further_logprobs={},
+        failed={**result.failed, **dict.fromkeys(sorted(unsent), TOO_MANY_LOGPROBS)},
+    )
 
 
 class TcpLink:

@@ -18,7 +18,7 @@ HANDSHAKE_SECONDS = 10.0
 PEER_SECONDS = 2  # a machine that does not answer for so long is gone
 
 LENGTH = struct.Struct("<I")
-_MAX_FRAME = 1 << 30
+MAX_FRAME = 1 << 30  # bytes of a frame's body
 
 
 class Endpoint(msgspec.Struct, frozen=True):
@@ -43,7 +43,7 @@ def frame(body: bytes) -> bytes:
 
 def check_length(length: int) -> int:
     """The length of a frame to come. Raises ConnectionError if nobody would send that much."""
-    if length > _MAX_FRAME:
+    if length > MAX_FRAME:
         raise ConnectionError(f"a frame of {length} bytes")
     return length
 

@@ -22,6 +22,7 @@ from typing import Literal
 
 import msgspec
 
+from tensorray.actors import wire
 from tensorray.actors.wire import (
     HANDSHAKE_SECONDS,
     SECRET_BYTES,
@@ -43,8 +44,8 @@ from tensorray.cluster.request import (
     Resumed,
     UnknownAdapter,
 )
-
 from tensorray.cluster.request_id import request_id
+
 logger = logging.getLogger(__name__)
 
 _RETRY_SECONDS = 0.25  # between two attempts to find a router
@@ -57,8 +58,8 @@ class Submit(msgspec.Struct, frozen=True, tag=True):
 
     stream: int
     request: GenerationRequest
-
     log_id: str = ""  # see request_id.py
+
 
 class Cancel(msgspec.Struct, frozen=True, tag=True):
     """End a stream's sequence, or (None) all of them."""
@@ -274,8 +275,15 @@ class _Connection:
 
     def _tell(self, items: list[Item], load: int) -> None:
         self._load = load
-        if not self._writer.is_closing():
-            self._writer.write(frame(self._encoder.encode(Told(items, load, self._seen))))
+        if self._writer.is_closing():
+            return
+        body = self._encoder.encode(Told(items, load, self._seen))
+        if len(body) > wire.MAX_FRAME and len(items) > 1:  # of many prompts' log-probabilities
+            half = len(items) // 2
+            self._tell(items[:half], load)
+            self._tell(items[half:], load)
+        else:
+            self._writer.write(frame(body))
 
     async def _resume(self) -> None:
         with contextlib.suppress(OSError):

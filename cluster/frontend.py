@@ -48,6 +48,9 @@ __all__ = [
     "PreparedRequest",
 ]
 
+#: Log-probabilities of prompts in one answer: about 60 MB between processes.
+MAX_PROMPT_LOGPROBS = 1 << 22
+
 # generation_config.json's names are SamplingParams' for these. All but the last are of draws.
 _DRAW_DEFAULTS = ("temperature", "top_k", "top_p", "min_p")
 _DEFAULTS = (*_DRAW_DEFAULTS, "repetition_penalty")
@@ -239,6 +242,7 @@ class Frontend:
         """
         tokens = self.prompt_tokens(prompt, add_special_tokens)
         self._check(params)
+        self._check_prompt_logprobs(len(tokens), params, echo)
         sampling = params.resolve(self.eos_token_ids, self.vocab_size)
         prompt_logprobs = params.prompt_logprobs
         if echo and prompt_logprobs is None:
@@ -394,6 +398,22 @@ class Frontend:
             raise BadRequest(
                 "stop strings need text, so detokenize can't be false; use stop_token_ids",
                 param="stop",
+            )
+
+    def _check_prompt_logprobs(self, tokens: int, params: SamplingParams, echo: bool) -> None:
+        name, top = "prompt_logprobs", params.prompt_logprobs
+        if top is None and echo:
+            name, top = "logprobs", params.logprobs
+        if top is None:
+            return
+        sequences = params.best_of or params.n
+        numbers = sequences * tokens * (self.vocab_size if top == -1 else top + 1)
+        if numbers > MAX_PROMPT_LOGPROBS:
+            raise BadRequest(
+                f"{name} ({top}) asks for {numbers} log-probabilities of the prompt's {tokens} "
+                f"tokens; {MAX_PROMPT_LOGPROBS} is the most of one request, so ask for fewer "
+                "alternatives, or send a shorter prompt",
+                param=name,
             )
 
     # --- out --------------------------------------------------------------------------------

@@ -8,8 +8,10 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 
+from tensorray.actors import wire
 from tensorray.actors.protocol import Sampling
 from tensorray.actors.wire import Endpoint
 from tensorray.cluster.engine import Engine, EngineFailed
@@ -282,3 +284,22 @@ async def test_patience_has_an_end() -> None:
     with pytest.raises(EngineFailed, match="does not answer"):
         await asyncio.wait_for(gather(link.generate(request("r"))), 5)
     await link.close()
+
+
+async def test_many_long_answers_travel_in_several_frames(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A frame that would be too long is split between its streams; vectors come whole."""
+    monkeypatch.setattr(wire, "MAX_FRAME", 400)
+    async with serving() as (_, _, link):
+        pooled = [
+            GenerationRequest(f"pooled{i}", [5] * (3 + i), Sampling(), 1, pooling="mean")
+            for i in range(12)
+        ]
+
+        async def vector(request: GenerationRequest) -> bytes:
+            found = [delta async for deltas in link.generate(request) for delta in deltas]
+            return found[-1].pooled
+
+        found = await asyncio.gather(*map(vector, pooled))
+        assert [np.frombuffer(each, "<f4").tolist() for each in found] == [
+            [3.0 + i] * 8 for i in range(12)
+        ]

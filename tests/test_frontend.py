@@ -16,7 +16,12 @@ from hypothesis import strategies as st
 from tensorray.actors.protocol import Logprobs
 from tensorray.cluster.bad_request import BadRequest
 from tensorray.cluster.config import EngineConfig
-from tensorray.cluster.frontend import Frontend, GenerationFailed, PreparedRequest
+from tensorray.cluster.frontend import (
+    MAX_PROMPT_LOGPROBS,
+    Frontend,
+    GenerationFailed,
+    PreparedRequest,
+)
 from tensorray.cluster.outputs import CompletionOutput, RequestOutput, RequestOutputDelta
 from tensorray.cluster.request import Delta, GenerationRequest
 from tensorray.cluster.sampling_params import SamplingParams
@@ -610,3 +615,16 @@ def test_however_deltas_are_coalesced_the_answer_is_the_same(
 def test_defaults_apply_to_sampling_params_of_the_user() -> None:
     front = frontend(default_params={"temperature": 0.2, "top_k": 9})
     assert front.params(top_k=3) == SamplingParams(temperature=0.2, top_k=3)
+
+
+def test_more_prompt_logprobs_than_one_answer_holds_are_refused() -> None:
+    front = frontend(max_logprobs=-1, max_model_len=20_000)
+    rows = MAX_PROMPT_LOGPROBS // front.vocab_size
+    for options in ({"prompt_logprobs": -1}, {"logprobs": -1, "echo": True}):
+        echo = bool(options.get("echo"))
+        fields = {name: value for name, value in options.items() if name != "echo"}
+        params = front.params(max_tokens=1, **fields)
+        front.request([5] * rows, params, request_id="x", echo=echo)
+        with pytest.raises(BadRequest, match="is the most of one request") as refused:
+            front.request([5] * (rows + 1), params, request_id="x", echo=echo)
+        assert refused.value.param == next(iter(fields))

@@ -10,6 +10,7 @@ import time
 import msgspec
 import pytest
 
+from tensorray.actors import wire
 from tensorray.actors.communicator import CommunicatorError
 from tensorray.actors.group_link import GroupFailed, GroupLink
 from tensorray.actors.link import LocalLink, ShardError, ShardLink
@@ -29,8 +30,9 @@ INFO = ShardInfo(
 )
 
 
-def prefill(step: int, seq: int, tokens: list[int]) -> StepPlan:
-    start = SequenceStart(seq, tokens, len(tokens), 0, [[1]], Sampling(seed=seq))
+def prefill(step: int, seq: int, tokens: list[int], sampling: Sampling | None = None) -> StepPlan:
+    sampling = sampling or Sampling(seed=seq)
+    start = SequenceStart(seq, tokens, len(tokens), 0, [[1]], sampling)
     return StepPlan(step=step, seqs=[seq], counts=[len(tokens)], starts=[start])
 
 
@@ -177,3 +179,27 @@ def test_the_kernel_is_told_to_ask_for_a_silent_peer():
         if hasattr(socket, "TCP_KEEPIDLE"):
             names = (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT)
             assert [connection.getsockopt(socket.IPPROTO_TCP, name) for name in names] == [1, 1, 1]
+
+
+async def test_log_probabilities_that_fit_no_frame_fail_their_sequences_alone(monkeypatch):
+    monkeypatch.setattr(wire, "MAX_FRAME", 2000)
+    server = ShardServer(NullShard(INFO))
+    link = await TcpLink.connect(server.endpoint)
+    wordy = prefill(1, 7, [5] * 200, Sampling(prompt_logprobs=0))
+    plain = prefill(1, 8, [5, 6])
+    link.send(
+        msgspec.structs.replace(
+            wordy,
+            seqs=[7, 8],
+            counts=[200, 2],
+            starts=[*wordy.starts, *plain.starts],
+        )
+    )
+    result = await link.receive()
+    assert result.seqs == [8]
+    assert list(result.failed) == [7]
+    assert "ask for fewer" in result.failed[7]
+    link.send(StepPlan(step=2, seqs=[8], counts=[1], ends=[7]))
+    assert (await link.receive()).seqs == [8]  # the connection stands
+    await link.close()
+    server.close()
