@@ -12,7 +12,7 @@ from ray.serve.handle import DeploymentHandle
 from tensorray.actors.adapter import Adapter
 from tensorray.cluster.engine import EngineFailed
 
-_SECONDS = 5.0
+_SECONDS = 30.0
 _LOAD_SECONDS = 300.0
 
 

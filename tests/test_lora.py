@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from helpers.lora_files import merge, write_adapter
 from helpers.tiny_models import directory, references
 
 from tensorray.cluster.llm import LLM, LoRARequest, SamplingParams
-from tensorray.cluster.outputs import RequestOutput
+from tensorray.cluster.outputs import RequestOutput, TokenLogprob
 
 SMALL: dict[str, Any] = {
     "num_kv_blocks": 512,
@@ -87,13 +87,16 @@ def requests(adapters: list[Path]) -> list[LoRARequest]:
     return [LoRARequest(each.name, i + 1, str(each)) for i, each in enumerate(adapters)]
 
 
+def margins_of(entries: Sequence[TokenLogprob | None]) -> list[float]:
+    """How clear each choice was."""
+    tops = [sorted(top.logprob for top in entry.top) for entry in entries if entry is not None]
+    return [float(best[-1] - best[-2]) for best in tops]
+
+
 def assert_same(ours: RequestOutput, reference: RequestOutput) -> None:
     (expected,) = reference.outputs
     assert expected.logprobs is not None
-    margins = [
-        float(np.subtract(*sorted((top.logprob for top in entry.top), reverse=True)[:2]))
-        for entry in expected.logprobs
-    ]
+    margins = margins_of(expected.logprobs)
     assert_same_tokens(ours.outputs[0].token_ids, expected.token_ids, margins)
     assert first_choice(ours) == pytest.approx(first_choice(reference), abs=1e-3)
 
@@ -105,7 +108,40 @@ def first_choice(output: RequestOutput) -> dict[int, float]:
     return {top.token_id: top.logprob for top in entries[0].top}
 
 
-@pytest.mark.parametrize("layout", [{}, {"tensor_parallel_size": 2}], ids=["TP1", "TP2"])
+LAYOUTS = [{}, {"tensor_parallel_size": 2}, {"pipeline_parallel_size": 2}]
+GOLDEN = Path(__file__).parent / "fixtures" / "lora"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["TP1", "TP2", "PP2"])
+@pytest.mark.parametrize("name", sorted(each.name for each in GOLDEN.iterdir()))
+def test_what_peft_saved_computes_what_peft_does(name: str, layout: dict[str, int]) -> None:
+    """Target modules by "all-linear", regular expression and list; patterns of ranks and alphas;
+    fused and transposed matrices; an output layer."""
+    with np.load(GOLDEN / name / "reference.npz") as arrays:
+        tokens, logits, greedy = (arrays[key] for key in ("prompt", "logits", "greedy"))
+    params = SamplingParams(
+        temperature=0,
+        max_tokens=len(greedy),
+        ignore_eos=True,
+        logprobs=2,
+        prompt_logprobs=1,
+    )
+    lora = LoRARequest("golden", 1, str(GOLDEN / name))
+    with LLM(str(directory(name)), **LORA, **layout) as llm:
+        (output,) = llm.generate([tokens.tolist()], params, lora_request=lora)
+    assert output.outputs[0].logprobs is not None
+    assert_same_tokens(
+        output.outputs[0].token_ids, greedy.tolist(), margins_of(output.outputs[0].logprobs)
+    )
+    shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
+    expected = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+    assert output.prompt_logprobs is not None
+    for i, entry in enumerate(output.prompt_logprobs[1:]):
+        assert entry is not None
+        assert entry.logprob == pytest.approx(expected[i, tokens[i + 1]], abs=1e-4)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS[:2], ids=["TP1", "TP2"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_eight_adapters_in_one_batch_answer_as_merged_ones(
     name: str,

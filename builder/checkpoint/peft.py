@@ -43,7 +43,6 @@ _REFUSED = {
 }
 # Keys that only say how the adapter was made.
 _HISTORY = {
-    "arrow_config",  # routing between adapters, which is not stored in any of them
     "auto_mapping",
     "base_model_name_or_path",
     "corda_config",
@@ -60,7 +59,6 @@ _HISTORY = {
     "lora_ga_config",
     "megatron_config",
     "megatron_core",
-    "monteclora_config",
     "peft_version",
     "qalora_group_size",
     "revision",
@@ -132,13 +130,12 @@ def open_adapter(directory: Path, model_type: str | None = None) -> AdapterFiles
                 f"as safetensors (PEFT's default since 0.7)"
             )
         raise CheckpointError(f"{directory}: no {WEIGHTS}")
-    pairs: dict[str, dict[str, FileTensor]] = {}
+    pairs: dict[str, dict[str, FileTensor]] = {}  # by the name of the module that PEFT adapted
     for name, tensor in read_header(DataFile(path)).items():
         found = _MODULE.fullmatch(name)
         if found is None:
             raise CheckpointError(f"{path}: tensor {name!r}: {_why_not(name)}")
-        module = canonical_name(found[1], model_type)
-        pairs.setdefault(module, {})[found[2]] = tensor
+        pairs.setdefault(found[1], {})[found[2]] = tensor
     if not pairs:
         raise CheckpointError(f"{path}: it has no tensors")
     modules = {}
@@ -159,7 +156,8 @@ def open_adapter(directory: Path, model_type: str | None = None) -> AdapterFiles
                 f"{path}: {module}: lora_A is {list(a.shape)} and lora_B {list(b.shape)}, but by "
                 f"{CONFIG} its rank is {rank}"
             )
-        modules[module] = AdapterModule(a, b, config.scale_of(module))
+        name = canonical_name(module, model_type)
+        modules[name] = AdapterModule(a, b, config.scale_of(module))
     return AdapterFiles(directory, config, modules)
 
 
@@ -256,6 +254,8 @@ def _why_not(name: str) -> str:
         return "adapters of embeddings are not supported"
     if "lora_magnitude" in name:
         return _REFUSED["use_dora"]
+    if name.endswith(".base_layer.weight"):
+        return "a copy of the base's weights; save with save_embedding_layers=False"
     if name.endswith((".lora_A.bias", ".lora_B.bias")):
         return _REFUSED["lora_bias"]
     if ".lora_" in name:
