@@ -35,7 +35,10 @@ from tensorray.actors.wire import (
 logger = logging.getLogger(__name__)
 
 
-TOO_MANY_LOGPROBS = "a step's log-probabilities are too many to be sent: ask for fewer of logprobs or prompt_logprobs"
+TOO_MANY_LOGPROBS = (
+    "a step's log-probabilities are too many to be sent: ask for fewer alternatives with logprobs "
+    "or prompt_logprobs"
+)
 
 
 class StepFailed(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):

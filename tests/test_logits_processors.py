@@ -526,3 +526,14 @@ def test_a_cuda_processor_on_a_cpu_says_so() -> None:
     asked = calls("Sharpen", factor=2.0, against=1.0)
     sampler.start(start(0, Sampling(logits_processors=asked), [5, 6]))
     assert "runs on a GPU" in sampler.sample([0], np.zeros((1, 40), np.float32))[2][0]
+
+
+def test_the_readme_s_processor_runs() -> None:
+    text = (Path(__file__).parents[1] / "README.md").read_text()
+    block = text.split("<!-- run by tests/test_logits_processors.py -->\n```python\n")[1]
+    names: dict[str, Any] = {}
+    exec(block.split("```")[0], names)
+    sampler = Sampler(40, None, {"Prefer": names["Prefer"]})
+    asked = calls("Prefer", token=7, by=9.0)
+    sampler.start(start(0, Sampling(temperature=0.0, logits_processors=asked), [5, 6]))
+    assert sampler.sample([0], np.zeros((1, 40), np.float32))[0] == [7]
