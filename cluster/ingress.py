@@ -273,6 +273,7 @@ class _Service:
                 user=request.user or request.safety_identifier or "",
                 cache_salt=request.cache_salt or "",
                 lora=lora,
+                prediction=request.prediction.text if request.prediction else "",
             )
 
         prepared = await asyncio.to_thread(prepare) if large else prepare()

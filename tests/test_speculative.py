@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from helpers.running import Arrival, Outcome, load, run, sequence
 from helpers.tiny_models import directory
+from pydantic import ValidationError
 from safetensors.numpy import save_file
 
 from tensorray.actors.config import ShardConfig
@@ -27,6 +28,7 @@ from tensorray.builder.checkpoint.medusa import load_medusa
 from tensorray.builder.model import ModelConfigError
 from tensorray.cluster.config import EngineConfig
 from tensorray.cluster.llm import LLM, SamplingParams
+from tensorray.cluster.openai_api import ChatRequest
 
 NGRAM = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_min": 1}
 HIDDEN, VOCAB = 32, 272
@@ -382,3 +384,38 @@ def test_tensor_parallel_ranks_run_the_same_drafts() -> None:
     alone = generate(own_draft("llama3"), ask)
     for how in (NGRAM, own_draft("llama3")):
         assert generate(how, ask, tensor_parallel_size=2) == alone
+
+
+def test_a_chats_prediction_is_looked_up_and_changes_nothing() -> None:
+    messages = [{"role": "user", "content": "ab"}]
+
+    def ask(llm: LLM, prediction: str = "") -> Any:
+        prepared = llm.frontend.request(
+            llm.frontend.chat(messages),
+            SamplingParams(temperature=0, max_tokens=24, ignore_eos=True),
+            request_id=f"p{len(prediction)}",
+            prediction=prediction,
+        )
+        return llm.run(llm.frontend.collect(llm.client, prepared))
+
+    def both(llm: LLM) -> tuple[Any, Any]:
+        without = ask(llm)
+        tokens = without.outputs[0].token_ids
+        return without, ask(llm, llm.frontend.tokenizer.decode(tokens))
+
+    plain, told = generate(NGRAM, both)
+    assert told.outputs == plain.outputs
+    accepted = [output.usage.accepted_prediction_tokens for output in (plain, told)]
+    assert accepted[1] > accepted[0]
+
+
+def test_the_api_takes_openais_prediction() -> None:
+    body = {"messages": [{"role": "user", "content": "ab"}]}
+    parts = [{"type": "text", "text": "some "}, {"type": "text", "text": "text"}]
+    for content in ("some text", parts):
+        asked = {**body, "prediction": {"type": "content", "content": content}}
+        prediction = ChatRequest.model_validate(asked).prediction
+        assert prediction is not None
+        assert prediction.text == "some text"
+    with pytest.raises(ValidationError, match="prediction"):
+        ChatRequest.model_validate({**body, "prediction": {"type": "image"}})

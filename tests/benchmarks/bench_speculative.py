@@ -4,12 +4,13 @@
         [--config '{"method": "ngram"}'] [--streams 1]
 
 Both engines are loaded once and asked in turn, so that a busy machine is busy for both; ratios are
-of one round's two figures, and their median is reported. Everything is greedy, so both write the
-same tokens, which is checked.
+of one round's two figures, and their median is reported. Both write the same tokens, which is
+checked.
 
 "copying" prompts have an answer that mostly repeats what they hold: code with a name changed, a
-list put in another form, a text with corrections. "random" ones are random tokens, whose answers
-nobody can guess. The goals are a ratio of 1.5 for the former and 0.95 for the latter.
+list put in another form, a text with corrections; they are continued greedily. "random" ones are
+random tokens, continued by draws at temperature 1, which nobody can guess. The goals are a ratio of
+1.5 for the former and 0.95 for the latter.
 """
 
 from __future__ import annotations
@@ -146,16 +147,20 @@ def main() -> None:
         "max_num_seqs": 16,
         "enable_prefix_caching": False,  # each round has the same prompts
     }
-    params = SamplingParams(temperature=0, max_tokens=options.tokens, ignore_eos=True)
+    greedy = SamplingParams(temperature=0, max_tokens=options.tokens, ignore_eos=True)
+    drawn = SamplingParams(temperature=1, seed=0, max_tokens=options.tokens, ignore_eos=True)
     copying = copying_prompts()
-    kinds: dict[str, list[Any]] = {"copying": copying, "random": random_prompts(len(copying))}
+    kinds: dict[str, tuple[list[Any], SamplingParams]] = {
+        "copying": (copying, greedy),
+        "random": (random_prompts(len(copying)), drawn),
+    }
     results: dict[str, Any] = {"threads": options.threads, "streams": options.streams}
     how = json.loads(options.config)
     with (
         LLM(str(model_path()), **settings) as plain,
         LLM(str(model_path()), **settings, speculative_config=how) as speculative,
     ):
-        for kind, prompts in kinds.items():
+        for kind, (prompts, params) in kinds.items():
             rates: dict[LLM, list[float]] = {plain: [], speculative: []}
             written: dict[LLM, list[list[int]]] = {}
             drafted = accepted = 0
