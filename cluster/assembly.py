@@ -64,7 +64,7 @@ class Assembler:
     @property
     def finished(self) -> bool:
         """Whether every sequence has ended."""
-        return all(sequence.finished for sequence in self._sequences)
+        return all([sequence.finished for sequence in self._sequences])
 
     def add(self, deltas: Sequence[Delta]) -> tuple[RequestOutputDelta, list[int]]:
         """What these deltas add, and the sequences that a stop string has ended just now.
@@ -134,14 +134,15 @@ class Assembler:
         )
 
     def _usage(self) -> Usage:
-        return Usage(
-            prompt_tokens=len(self._prepared.request.prompt),
-            completion_tokens=sum(sequence.generated for sequence in self._sequences),
-            cached_tokens=self._cached_tokens,
-            reasoning_tokens=sum(sequence.reasoning_tokens for sequence in self._sequences),
-            accepted_prediction_tokens=sum(accepted for _, accepted in self._drafts.values()),
-            rejected_prediction_tokens=sum(all_ - ok for all_, ok in self._drafts.values()),
-        )
+        generated = reasoning = right = wrong = 0
+        for sequence in self._sequences:  # once a token, so there are no generators to sum
+            generated += sequence.generated
+            reasoning += sequence.reasoning_tokens
+        for guessed, accepted in self._drafts.values():
+            right += accepted
+            wrong += guessed - accepted
+        prompt = len(self._prepared.request.prompt)
+        return Usage(prompt, generated, self._cached_tokens, reasoning, right, wrong)
 
     def _known_prompt_logprobs(self) -> list[TokenLogprob | None]:
         """The longest list: sequences share the prompt, and not each need report it."""

@@ -78,17 +78,26 @@ class Deadlines:
             return
         kind: str | None = None  # the answer's content type, once it has begun
         unread = asyncio.Event()
+        sending: float | None = None  # since when the client is waited for
         loop = asyncio.get_running_loop()
 
         async def watched(message: Message) -> None:
-            nonlocal kind
+            nonlocal kind, sending
             if message["type"] == "http.response.start":
                 kind = Headers(raw=message["headers"]).get("content-type", "")
-            alarm = loop.call_later(self._read_seconds, unread.set)
-            try:
-                await send(message)
-            finally:
-                alarm.cancel()
+            sending = loop.time()
+            await send(message)
+            sending = None
+
+        def look() -> None:  # one alarm a request: setting one a token costs more than the token
+            nonlocal alarm
+            waited = 0.0 if sending is None else loop.time() - sending
+            if waited >= self._read_seconds:
+                unread.set()
+            else:
+                alarm = loop.call_later(self._read_seconds - waited, look)
+
+        alarm = loop.call_later(self._read_seconds, look)
 
         answering = asyncio.ensure_future(self._app(scope, receive, watched))
         waits = [asyncio.ensure_future(each) for each in (deadline.over(), unread.wait())]
@@ -98,6 +107,7 @@ class Deadlines:
                 answering.result()
                 return
         finally:
+            alarm.cancel()
             for task in (answering, *waits):
                 task.cancel()
             await asyncio.gather(answering, *waits, return_exceptions=True)
