@@ -38,12 +38,17 @@ bench: $(VENV)/.installed-demo
 	@$(BIN)/python tests/benchmarks/bench_gemma.py
 
 # Kill shards, nodes and routers under load, twenty times each (about ten minutes), and follow 500
-# random JSON schemas; check guessed tokens' distribution and schedules at length.
+# random JSON schemas; check guessed tokens' distribution and schedules at length. Then 1,000 streams
+# for SOAK_SECONDS on a null device, and 64 on the demo model, on a machine with nothing else to do.
+SOAK_SECONDS ?= 300
+
 soak: $(VENV)/.installed-dev
 	@TENSORRAY_SOAK_ROUNDS=20 $(BIN)/python -m pytest tests/test_nodes.py -s -k lost
 	@TENSORRAY_SOAK_SCHEMAS=500 $(BIN)/python -m pytest tests/test_guided_decoding.py -k valid
 	@TENSORRAY_SOAK_DRAWS=100000 $(BIN)/python -m pytest tests/test_speculative_sampling.py
 	@TENSORRAY_SOAK_SCHEDULES=1000 $(BIN)/python -m pytest tests/test_speculative_scheduling.py
+	@$(BIN)/python tests/benchmarks/soak_streams.py --streams 1000 --seconds $(SOAK_SECONDS)
+	@$(BIN)/python tests/benchmarks/soak_streams.py --gemma --streams 64 --seconds $(SOAK_SECONDS)
 
 # Fuzz by coverage, FUZZ_SECONDS each target, then ask every endpoint FUZZ_EXAMPLES things its schema
 # allows and as many that it does not. What is found is left in .fuzz.
