@@ -397,6 +397,8 @@ class Engine:
             return
         if item.sequence.group is not None:
             tracked.failures = 0
+            if not item.prompt_logprobs and item.finish_reason is None:
+                return  # a step of a search tells nothing
         if item.prompt_logprobs:
             delta.prompt_logprobs = list(item.prompt_logprobs)
         if item.token is not None:

@@ -26,6 +26,11 @@ from tensorray.actors.logits_processors import spell
 from tensorray.actors.shard_host import ShardHost, load_executor
 from tensorray.cluster.adapters import EngineAdapters, LocalHost
 from tensorray.cluster.bad_request import BadRequest
+from tensorray.cluster.beam_answers import (
+    BeamSearchOutput,
+    BeamSearchParams,
+    beam_search_output,
+)
 from tensorray.cluster.config import EngineConfig
 from tensorray.cluster.conversation import Conversation
 from tensorray.cluster.engine import Engine
@@ -46,7 +51,7 @@ from tensorray.cluster.sampling_params import SamplingParams
 from tensorray.cluster.tools import ToolUse
 from tensorray.cluster.vocabulary import vocabulary
 
-__all__ = ["LLM", "LoRARequest", "PoolingParams", "SamplingParams"]
+__all__ = ["LLM", "BeamSearchParams", "LoRARequest", "PoolingParams", "SamplingParams"]
 
 T = TypeVar("T")
 Prompt = str | list[int]
@@ -186,6 +191,23 @@ class LLM:
             on_finished,
             lora_request,
         )
+
+    def beam_search(
+        self,
+        prompts: Prompt | Sequence[Prompt | dict[str, Any]],
+        params: BeamSearchParams,
+        *,
+        lora_request: LoRARequest | None = None,
+    ) -> list[BeamSearchOutput]:
+        """The `beam_width` likeliest continuations of each prompt, as vLLM's method of this name
+        returns them. Prompts may be vLLM's too: {"prompt": text} or {"prompt_token_ids": ids}.
+        `generate` with `use_beam_search` says more about a search."""
+        plain: list[Prompt] = [
+            each.get("prompt_token_ids") or each["prompt"] if isinstance(each, dict) else each
+            for each in cast("list[Any]", _prompts(cast("Sequence[Prompt]", prompts)))
+        ]
+        outputs = self.generate(plain, params.sampling_params(), lora_request=lora_request)
+        return [beam_search_output(each, self.frontend.tokenizer) for each in outputs]
 
     def stream(
         self,
