@@ -54,6 +54,12 @@ def resolve(config: Mapping[str, Any], model_class: str | None = None) -> type[M
         names = [names]
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ModelConfigError("model config: architectures: must be a list of names")
+    for key, unlike in (("is_causal", False), ("use_bidirectional_attention", True)):
+        if config.get(key) is unlike:
+            raise ModelConfigError(
+                f"model config: {key}: {str(unlike).lower()} is not supported: tokens attend to "
+                "earlier ones only"
+            )
     for name in names:
         if name in ARCHITECTURES:
             return ARCHITECTURES[name]

@@ -18,7 +18,7 @@ import time
 import uuid
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -32,7 +32,7 @@ from tensorray.cluster.flags import UsageError
 from tensorray.cluster.frontend import EngineClient
 from tensorray.cluster.request import Delta, GenerationRequest
 
-URLS = ("/v1/chat/completions", "/v1/completions")
+URLS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/score", "/v1/rerank")
 
 _LOG_SECONDS = 10.0  # between lines of progress
 
@@ -71,7 +71,7 @@ def run(config: EngineConfig, source: str, target: str) -> None:
         with _quiet(), LLM(**dict(config)) as llm:
             unguarded = {name: None for name in EngineConfig.model_fields if "api_key" in name}
             here = llm.config.model_copy(update={**unguarded, "api_key": []})
-            app = create_app(llm.frontend, _Backend(llm.client), here)
+            app = create_app(llm.frontend, _Backend(llm.client), here, llm.fleet)
             llm.run(answer(app, lines, output, done, window=4 * config.max_num_seqs))
 
 
@@ -128,12 +128,16 @@ def _parse(text: bytes, number: int, known: set[str]) -> Line:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[BinaryIO]:
-    with path.open("ab+") as file:
+    file = path.open("ab+")
+    try:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UsageError(f"another batch is writing {path}; wait for it or stop it") from None
         yield file
+    finally:
+        with suppress(OSError):  # every line was flushed: what could not be written was told
+            file.close()
 
 
 def resume(lines: Sequence[Line], output: BinaryIO, name: str) -> int:
@@ -178,8 +182,14 @@ async def answer(
             if not pending:
                 break
             result = await pending.popleft()
-            output.write(json.dumps(result, ensure_ascii=False).encode() + b"\n")
-            output.flush()
+            try:
+                output.write(json.dumps(result, ensure_ascii=False).encode() + b"\n")
+                output.flush()
+            except OSError as error:
+                raise BatchFailed(
+                    f"{output.name} can't be written ({error.strerror}); make room. The same command "
+                    "goes on from here."
+                ) from error
             done += 1
             failed += result["error"] is not None or result["response"]["status_code"] != 200
             tell(done, failed)

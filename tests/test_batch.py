@@ -52,7 +52,7 @@ def test_every_line_is_answered_in_order(model: Path, tmp_path: Path) -> None:
         "[]",
         {"url": COMPLETIONS, "body": {}},
         request("chat"),
-        request("url", "/v1/embeddings"),
+        request("url", "/v1/images"),
         {**request("method"), "method": "GET"},
         {**request("body"), "body": "Hi"},
         request("stream", prompt="Hi", stream=True),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,14 @@ import pytest
 from helpers.gpu_shards import make_gpu_shard
 from helpers.running import make_shard
 from helpers.tiny_models import directory
+from safetensors.numpy import load_file, save_file
 
 from tensorray.actors.pooling import NO_STATES, NOT_FINITE
 from tensorray.actors.protocol import Sampling, StepResult
-from tensorray.builder.model import Model
-from tensorray.builder.registry import DEFINITIONS
+from tensorray.builder.model import Model, ModelConfigError
+from tensorray.builder.registry import DEFINITIONS, resolve
 from tensorray.cluster.bad_request import BadRequest
+from tensorray.cluster.batch import URLS, call
 from tensorray.cluster.ingress import create_app
 from tensorray.cluster.llm import LLM, PoolingParams, SamplingParams
 from tensorray.cluster.pooling import cosine, pair_up
@@ -435,3 +438,51 @@ def test_bad_requests_name_what_is_wrong(
 
 def test_no_other_model_is_asked(llm: LLM, http: httpx.AsyncClient) -> None:
     assert post(llm, http, "/v1/embeddings", input="a", model="gone")[0] == 404
+
+
+# --- models that are saved for embeddings ---
+
+
+@pytest.mark.parametrize(("name", "headless"), [("llama3", "LlamaModel"), ("qwen3", "Qwen3Model")])
+def test_a_headless_checkpoint_embeds(name: str, headless: str, tmp_path: Path) -> None:
+    shutil.copytree(directory(name), tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config |= {"architectures": [headless], "tie_word_embeddings": False}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors = {
+        key.removeprefix("model."): value
+        for key, value in tensors.items()
+        if key.startswith("model.")
+    }
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "1_Pooling").mkdir()
+    (tmp_path / "1_Pooling" / "config.json").write_text('{"pooling_mode_mean_tokens": true}')
+    with LLM(str(tmp_path), num_kv_blocks=64, max_model_len=64, num_threads=1) as llm:
+        for output, theirs in zip(llm.encode(prompts(name)), expected(name, "mean"), strict=True):
+            np.testing.assert_allclose(output.outputs.data, theirs, **TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    "config", [{"is_causal": False}, {"use_bidirectional_attention": True}], ids=str
+)
+def test_a_model_that_looks_ahead_is_refused(config: dict[str, bool]) -> None:
+    with pytest.raises(ModelConfigError, match="attend to earlier ones only"):
+        resolve({"architectures": ["Qwen3ForCausalLM"], **config})
+
+
+def test_a_classification_head_is_refused_by_name() -> None:
+    with pytest.raises(ModelConfigError, match="Qwen3ForSequenceClassification is not supported"):
+        resolve({"architectures": ["Qwen3ForSequenceClassification"]})
+
+
+def test_files_of_requests_embed(llm: LLM) -> None:
+    backend: Any = LLMBackend(llm)
+    app = create_app(llm.frontend, backend, llm.config)
+    assert "/v1/embeddings" in URLS
+    status, body = llm.run(call(app, "/v1/embeddings", b'{"input": "in"}'))
+    assert status == 200
+    (wanted,) = llm.embed("in")
+    np.testing.assert_allclose(
+        json.loads(body)["data"][0]["embedding"], wanted.outputs.data, atol=1e-5
+    )

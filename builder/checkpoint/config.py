@@ -22,6 +22,13 @@ _QUANTIZATION_FILES = {
 }
 
 
+# Of models that attend to earlier tokens only.
+_HEADLESS = {
+    f"{family}Model": f"{family}ForCausalLM"
+    for family in ("GPT2", "Gemma2", "Llama", "Mistral", "Mixtral", "Qwen2", "Qwen3", "Qwen3Moe")
+}
+
+
 def read_config(directory: Path, overrides: Mapping[str, Any]) -> dict[str, Any]:
     """The directory's config.json, as `flatten_config` gives it.
 
@@ -66,7 +73,18 @@ def flatten_config(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> d
         inner = {key: value for key, value in text.items() if key != "architectures"}
         flat = {**flat, **inner, **overrides}
         flat.pop("text_config", None)
-    return flat
+    return _with_head(flat)
+
+
+def _with_head(config: dict[str, Any]) -> dict[str, Any]:
+    """A headless model, as those for embeddings are saved, as the one with a head that it is part
+    of: with the embedding in the head's place, which only generation would use."""
+    architectures = config.get("architectures")
+    if isinstance(architectures, list) and len(architectures) == 1:
+        whole = _HEADLESS.get(str(architectures[0]))
+        if whole is not None:
+            return {**config, "architectures": [whole], "tie_word_embeddings": True}
+    return config
 
 
 def read_generation_config(directory: Path) -> dict[str, Any]:

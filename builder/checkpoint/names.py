@@ -6,6 +6,7 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
+_HEADLESS_STARTS = ("embed_tokens.", "layers.", "norm.")
 _GPT2_STARTS = ("h.", "wte.", "wpe.", "ln_f.")
 
 
@@ -18,7 +19,7 @@ def canonical_name(name: str, model_type: str | None) -> str:
     """A tensor's name without the marks of a wrapping or a headless model.
 
     Text models inside multimodal ones were saved under either of two prefixes; the Hub's gpt2 was
-    saved without its LM head, so without a prefix.
+    saved without its LM head, so without a prefix, and so are models for embeddings.
     """
     if name.startswith("model.language_model."):
         return "model." + name.removeprefix("model.language_model.")
@@ -26,4 +27,6 @@ def canonical_name(name: str, model_type: str | None) -> str:
         return name.removeprefix("language_model.")
     if model_type == "gpt2" and name.startswith(_GPT2_STARTS):
         return "transformer." + name
+    if name.startswith(_HEADLESS_STARTS):
+        return "model." + name
     return name
