@@ -398,7 +398,7 @@ class Replica:
         loaded = self._whole()
         members = [each.peers for each in loaded]
         num_blocks = min(each.info.kv.num_blocks for each in loaded)
-        epoch = time.time_ns() // 1_000_000  # greater than that of any router before
+        epoch = secrets.randbits(63)  # no router's before
         calls = [
             asyncio.wait_for(_get(actor.join, epoch, members, num_blocks), _JOIN_SECONDS)
             for actor in self._actors
