@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,17 +13,21 @@ import pytest
 from helpers import beam_cases
 from helpers.beam_cases import GOLDEN, TOKENS, Case, assert_searched, params_of, prompt_of, searches
 from helpers.gpu_shards import make_gpu_shard
+from helpers.null_engine import VOCAB_SIZE, null_engine, serving, write_model
 from helpers.tiny_models import directory, references
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from tensorray.actors.protocol import Logprobs, Sampling
+from tensorray.actors.link import LocalLink, ShardError, ShardLink
+from tensorray.actors.null_shard import NullShard
+from tensorray.actors.protocol import Logprobs, Sampling, StepResult
 from tensorray.cluster.bad_request import BadRequest
 from tensorray.cluster.beams import Beam, Search, candidates
-from tensorray.cluster.llm import LLM, SamplingParams
+from tensorray.cluster.engine import Engine
+from tensorray.cluster.llm import LLM, BeamSearchParams, SamplingParams
 from tensorray.cluster.outputs import RequestOutput
-from tensorray.cluster.request import BeamSearch, RequestRefused
+from tensorray.cluster.request import BeamSearch, Delta, GenerationRequest, RequestRefused
 from tensorray.cluster.scheduler import Scheduler
 
 SMALL = {
@@ -363,3 +370,153 @@ def test_a_beams_sampling_says_what_a_shard_reports() -> None:
         stop_token_ids=[5, 6, 1],
         seed=sampling.seed,
     )
+
+
+# --- through the doors ------------------------------------------------------------------------
+
+
+def test_as_vllm_spells_it(llm: LLM) -> None:
+    asked = BeamSearchParams(beam_width=3, max_tokens=5, ignore_eos=True)
+    prompts = [{"prompt": "in the rain"}, {"prompt_token_ids": [5, 6, 7]}, [5, 6, 7]]
+    text, ids, again = llm.beam_search(prompts, asked)
+    assert ids == again
+    (plain,) = llm.generate([5, 6, 7], asked.sampling_params())
+    assert [each.tokens[3:] for each in ids.sequences] == [o.token_ids for o in plain.outputs]
+    assert [each.cum_logprob for each in ids.sequences] == [
+        o.cumulative_logprob for o in plain.outputs
+    ]
+    assert len(text.sequences) == 3
+    assert all(each.text.startswith("in the rain") for each in text.sequences)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("model"))
+
+
+async def test_over_http(model: Path) -> None:
+    search = {"use_beam_search": True, "n": 3, "max_tokens": 4, "length_penalty": 0.5, "seed": 1}
+    messages = [{"role": "user", "content": "Hello"}]
+    async with serving(model) as (http, backend):
+        url = "http://test/v1/completions"
+        sent = {"prompt": ["Hello", "there"], "logprobs": 1, **search}
+        answer = (await http.post(url, json=sent)).json()
+        choices = answer["choices"]
+        assert [each["index"] for each in choices] == list(range(6))
+        sums = [sum(each["logprobs"]["token_logprobs"]) for each in choices[:3]]
+        assert sums == sorted(sums, reverse=True)
+        assert answer["usage"]["completion_tokens"] == 24
+
+        streamed = await http.post(url, json={"prompt": "Hello", "stream": True, **search})
+        events = [line[6:] for line in streamed.text.split("\n\n") if line]
+        assert events[-1] == "[DONE]"
+        told = [json.loads(event)["choices"][0] for event in events[:-1]]
+        assert sorted((each["index"], each["text"]) for each in told) == [
+            (each["index"], each["text"]) for each in choices[:3]
+        ]
+
+        chat = "http://test/v1/chat/completions"
+        sent = {"messages": messages, "best_of": 4, **search, "early_stopping": "never"}
+        answer = (await http.post(chat, json=sent)).json()
+        assert len(answer["choices"]) == 3
+        for fields, why in (
+            ({"temperature": 0.5}, "temperature"),
+            ({"stop": "x"}, "stop_token_ids"),
+            ({"beam_width": 65}, "beam_width (65) is more than the 64 sequences"),
+            ({"early_stopping": "soon"}, "early_stopping"),
+        ):
+            refused = await http.post(chat, json={"messages": messages, **search, **fields})
+            assert refused.status_code == 400
+            assert why in refused.json()["error"]["message"]
+
+        triton = "http://test/v2/models/ensemble/generate"
+        sent = {"text_input": "Hello", "beam_width": 3, "max_tokens": 4, "return_log_probs": True}
+        answer = (await http.post(triton, json=sent)).json()
+        assert len(answer["text_output"]) == len(answer["cum_log_probs"]) == 3
+        assert answer["cum_log_probs"] == sorted(answer["cum_log_probs"], reverse=True)
+        refused = await http.post(triton, json={**sent, "stop_words": ["x"]})
+        assert refused.status_code == 400
+        assert "stop_words" in refused.text
+    stats = backend.engine.scheduler.stats()
+    assert stats.free_blocks == stats.total_blocks
+
+
+class BreakingLink(LocalLink):
+    """Breaks before the result of every step in `steps`, counted over all links."""
+
+    taken = 0
+
+    def __init__(self, shard: NullShard, steps: set[int]) -> None:
+        super().__init__(shard, inline=True)
+        self._steps = steps
+
+    async def receive(self) -> StepResult:
+        result = await super().receive()
+        BreakingLink.taken += 1
+        if BreakingLink.taken in self._steps:
+            raise ShardError("broken on purpose")
+        return result
+
+
+async def collected(stream: AsyncIterator[list[Delta]]) -> dict[int, list[Delta]]:
+    found: dict[int, list[Delta]] = {}
+    async for deltas in stream:
+        for delta in deltas:
+            found.setdefault(delta.index, []).append(delta)
+    return found
+
+
+def request_for(n: int, *, max_tokens: int = 6) -> GenerationRequest:
+    params = SamplingParams(use_beam_search=True, n=n, max_tokens=max_tokens, seed=1)
+    sampling = params.resolve([], VOCAB_SIZE)
+    beams = params.beam_search()
+    return GenerationRequest("r", [5, 6, 7], sampling, max_tokens, n=n, beams=beams)
+
+
+def engine_over(steps: set[int]) -> Engine:
+    """Whose shards break before those steps' results, and are put right at once."""
+    whole = null_engine()
+    BreakingLink.taken = 0
+
+    async def recover(error: ShardError, note: Callable[[str], None]) -> ShardLink:
+        return BreakingLink(NullShard(whole.info), steps)
+
+    return Engine(BreakingLink(NullShard(whole.info), steps), whole.scheduler, recover=recover)
+
+
+async def test_a_lost_shard_costs_a_search_nothing() -> None:
+    answers = []
+    for steps in (set[int](), {1, 4, 6}):
+        engine = engine_over(steps)
+        await engine.start()
+        found = await collected(engine.generate(request_for(3)))
+        answers.append({index: [each.tokens for each in deltas] for index, deltas in found.items()})
+        await engine.close()
+    assert answers[0] == answers[1]
+    assert sorted(answers[0]) == [0, 1, 2]
+
+
+async def test_a_search_that_shards_die_of_is_given_up() -> None:
+    engine = engine_over({2, 3, 4})
+    await engine.start()
+    found = await collected(engine.generate(request_for(3)))
+    assert [deltas[-1].finish_reason for deltas in found.values()] == ["error"] * 3
+    assert "3 steps that failed" in found[0][-1].error
+    assert engine.scheduler.unfinished == 0
+    again = await collected(engine.generate(request_for(2)))  # and others go on
+    assert [deltas[-1].finish_reason for deltas in again.values()] == ["length"] * 2
+    await engine.close()
+
+
+async def test_a_search_that_is_cancelled_leaves_nothing() -> None:
+    engine = null_engine()
+    await engine.start()
+    stream = engine.generate(request_for(3, max_tokens=200))
+    while engine.scheduler.unfinished != 3:
+        await asyncio.sleep(0)
+    await stream.aclose()
+    assert engine.scheduler.unfinished == 0
+    stats = engine.scheduler.stats()
+    assert stats.free_blocks == stats.total_blocks
+    assert await collected(engine.generate(request_for(1))) != {}
+    await engine.close()
