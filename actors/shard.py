@@ -15,7 +15,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -64,6 +64,17 @@ class _Prefill:
 
     tokens: Any  # int32 [known]
     start: SequenceStart
+
+
+@dataclass(slots=True)
+class _Drawn:
+    """What a step's sequences chose, as StepResult has it; a token of -1 is none."""
+
+    seqs: list[int]
+    tokens: list[int]
+    logprobs: dict[int, Logprobs] = field(default_factory=dict)
+    failed: dict[int, str] = field(default_factory=dict)
+    further_logprobs: dict[int, list[Logprobs]] = field(default_factory=dict)
 
 
 class SequenceTable:
@@ -359,48 +370,59 @@ class Shard:
                 table.unheard[rows[sampling]] += 1
             return StepResult(step=plan.step, seqs=[], tokens=[])
 
-        tokens: list[int] = []
-        logprobs: dict[int, Logprobs] = {}
-        further: dict[int, list[Logprobs]] = {}
-        failed: dict[int, str] = {}
-        chosen: list[list[int]] | None = None
-        if seqs and widths is not None:
-            guesses = [drafts.get(seq, []) for seq in seqs]
-            chosen, entries, failed = sampler.verify(seqs, guesses, logits)
-            self._advance(rows[sampling], widths, chosen)
-            logprobs = {seq: each[0] for seq, each in entries.items()}
-            further = {seq: each[1:] for seq, each in entries.items() if len(each) > 1}
-            if self._ranks is not None:
-                self._ranks.tell(pad(chosen, widths))
+        drawn = _Drawn([], [])
+        if widths is not None:
+            drawn = self._verify(seqs, rows[sampling], drafts, widths, logits)
         elif seqs:
-            tokens, logprobs, failed = sampler.sample(seqs, logits)
-            table.last_token[rows[sampling]] = tokens
-            if self._ranks is not None:
-                self._ranks.tell(np.array(tokens, np.int32))
-        if speculation is not None:
-            gained = [[token] for token in tokens] if chosen is None else chosen
+            drawn = self._sample(seqs, rows[sampling], logits)
+        if speculation is not None and seqs:
             ends = batch.logit_rows if widths is None else batch.logit_rows[np.cumsum(widths) - 1]
-            for index, seq in enumerate(seqs):
-                unused = 0 if widths is None else widths[index] - len(gained[index])
-                if seq not in failed:
-                    speculation.gained(seq, gained[index], hidden[ends[index] - unused])
-        if chosen is not None:
-            seqs = [seq for seq, each in zip(seqs, chosen, strict=True) for _ in each]
-            tokens = [token for each in chosen for token in each]
-        if failed := failed | unscored | unpooled:
+            speculation.take_tokens(seqs, drawn.seqs, drawn.tokens, widths, hidden, ends)
+        seqs, tokens = drawn.seqs, drawn.tokens
+        if failed := drawn.failed | unscored | unpooled:
             kept = [index for index, seq in enumerate(seqs) if seq not in failed]
             seqs, tokens = [seqs[i] for i in kept], [tokens[i] for i in kept]
         return StepResult(
             step=plan.step,
             seqs=seqs,
             tokens=tokens,
-            logprobs=logprobs,
+            logprobs=drawn.logprobs,
             prompt_logprobs=prompt_logprobs,
             failed=failed,
             pooled=pooled,
             seconds=time.perf_counter() - began,
             drafted={seq: len(draft) for seq, draft in drafts.items()},
-            further_logprobs=further,
+            further_logprobs=drawn.further_logprobs,
+        )
+
+    def _sample(self, seqs: list[int], rows: np.ndarray, logits: Any) -> _Drawn:
+        """A token for each sequence, told to the ranks that run it next."""
+        tokens, logprobs, failed = self._sampler.sample(seqs, logits)
+        self._table.last_token[rows] = tokens
+        if self._ranks is not None:
+            self._ranks.tell(np.array(tokens, np.int32))
+        return _Drawn(seqs, tokens, logprobs, failed)
+
+    def _verify(
+        self,
+        seqs: list[int],
+        rows: np.ndarray,
+        drafts: dict[int, list[int]],
+        widths: list[int],
+        logits: Any,
+    ) -> _Drawn:
+        """As many tokens for each sequence as its drafts were right, and one more."""
+        guesses = [drafts.get(seq, []) for seq in seqs]
+        chosen, logprobs, failed = self._sampler.verify(seqs, guesses, logits)
+        self._advance(rows, widths, chosen)
+        if self._ranks is not None:
+            self._ranks.tell(pad(chosen, widths))
+        return _Drawn(
+            [seq for seq, tokens in zip(seqs, chosen, strict=True) for _ in tokens],
+            [token for tokens in chosen for token in tokens],
+            {seq: entries[0] for seq, entries in logprobs.items()},
+            failed,
+            {seq: entries[1:] for seq, entries in logprobs.items() if len(entries) > 1},
         )
 
     def _advance(self, rows: np.ndarray, widths: list[int], chosen: list[list[int]]) -> None:

@@ -71,10 +71,29 @@ class Speculation:
         counts[roomy] = [1 + len(tokens) for tokens in guesses]
         return {seq: tokens for seq, tokens in zip(ours, guesses, strict=True) if tokens}
 
-    def gained(self, seq: int, tokens: Sequence[int], row: NDArray[Any]) -> None:
-        """On the rank that samples: what a sequence chose, and the row it chose the last from."""
-        if self._drafter is not None and tokens:
-            self._drafter.gained(seq, tokens, row)
+    def take_tokens(
+        self,
+        seqs: Sequence[int],
+        drawn: Sequence[int],
+        tokens: Sequence[int],
+        widths: Sequence[int] | None,
+        hidden: NDArray[Any],
+        ends: NDArray[np.int32],
+    ) -> None:
+        """On the rank that samples: `drawn[i]` chose `tokens[i]`.
+
+        `seqs` are all that sampled; of `widths[i]` rows (None: one) of the residual stream `hidden`
+        that `seqs[i]` had, `ends[i]` is the last.
+        """
+        assert self._drafter is not None
+        gained: dict[int, list[int]] = {}
+        for seq, token in zip(drawn, tokens, strict=True):
+            if token >= 0:
+                gained.setdefault(seq, []).append(token)
+        for index, seq in enumerate(seqs):
+            if chosen := gained.get(seq):
+                unused = 0 if widths is None else widths[index] - len(chosen)
+                self._drafter.gained(seq, chosen, hidden[ends[index] - unused])
 
 
 def pad(lists: Sequence[Sequence[int]], widths: Sequence[int]) -> NDArray[np.int32]:

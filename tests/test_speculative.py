@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -372,6 +373,21 @@ def test_llm_tells_of_drafts_in_usage_and_ends_at_stop_strings() -> None:
     ]
     assert stopped[0].outputs == stopped[1].outputs
     assert stopped[1].outputs[0].finish_reason == "stop"
+
+
+def test_a_grammar_is_followed_with_and_without_guesses() -> None:
+    params = SamplingParams(
+        temperature=0.9, seed=2, max_tokens=40, structured_outputs={"regex": "(ab|cd){4,9}"}
+    )
+
+    def ask(llm: LLM) -> Any:
+        output = llm.generate("ababcdcd" * 2, params)[0]
+        return output.outputs[0], output.usage.accepted_prediction_tokens
+
+    (plain, none), (ours, accepted) = generate({}, ask), generate(NGRAM, ask)
+    assert ours == plain
+    assert re.match("(ab|cd)+", ours.text)
+    assert accepted > none == 0
 
 
 def test_tensor_parallel_ranks_run_the_same_drafts() -> None:

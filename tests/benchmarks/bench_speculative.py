@@ -9,8 +9,8 @@ checked.
 
 "copying" prompts have an answer that mostly repeats what they hold: code with a name changed, a
 list put in another form, a text with corrections; they are continued greedily. "random" ones are
-random tokens, continued by draws at temperature 1, which nobody can guess. The goals are a ratio of
-1.5 for the former and 0.95 for the latter.
+random tokens, continued by draws at temperature 1.5, which nobody can guess. The goals are ratios
+of 1.5 and 0.95.
 """
 
 from __future__ import annotations
@@ -148,7 +148,7 @@ def main() -> None:
         "enable_prefix_caching": False,  # each round has the same prompts
     }
     greedy = SamplingParams(temperature=0, max_tokens=options.tokens, ignore_eos=True)
-    drawn = SamplingParams(temperature=1, seed=0, max_tokens=options.tokens, ignore_eos=True)
+    drawn = SamplingParams(temperature=1.5, seed=0, max_tokens=options.tokens, ignore_eos=True)
     copying = copying_prompts()
     kinds: dict[str, tuple[list[Any], SamplingParams]] = {
         "copying": (copying, greedy),
