@@ -140,6 +140,9 @@ def serve(
     ssl_ca_certs: Annotated[
         str | None, typer.Option(metavar="FILE", help="Whose certificates clients must have.")
     ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check and print the whole configuration only.")
+    ] = False,
     config_file: ConfigFile = None,
 ) -> None:
     """Serve a model with the OpenAI API on Ray Serve, until Ctrl-C."""
@@ -152,6 +155,11 @@ def serve(
             raise UsageError("the model is given twice: as an argument and as --model")
         config["model"] = path
     engine = engine_config(config, config_file)
+    if dry_run:
+        from tensorray.cluster import print_config
+
+        print_config.run(engine)
+        return
 
     from tensorray.cluster import app as serving
 
