@@ -131,7 +131,7 @@ class Search:
         rules = self._rules
         ranked = self._ranked(group, found, taken)
         length = group.beams[0].length + 1
-        divisor = length**rules.length_penalty
+        divisor = float(length) ** rules.length_penalty
         live: list[Beam] = []
         finished = group.finished.copy()
         for place, each in enumerate(ranked):
@@ -183,7 +183,8 @@ class Search:
             return True
         if rules.early_stopping == "never" and rules.length_penalty > 0:
             length = self._max_tokens
-        return live[0].score / length**rules.length_penalty <= group.finished[-1].score
+        best = live[0].score / float(length) ** rules.length_penalty
+        return best <= group.finished[-1].score
 
 
 class _Group:
