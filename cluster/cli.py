@@ -181,6 +181,13 @@ def generate(
             help='JSON lines, each {"prompt": ...} or {"prompt_token_ids": [...]}, as one batch.',
         ),
     ] = None,
+    lora: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADAPTER",
+            help="LoRA adapter to run with: a directory, a Hub id, or a name in --lora-modules.",
+        ),
+    ] = None,
     as_json: AsJson = False,
     config_file: ConfigFile = None,
 ) -> None:
@@ -194,7 +201,7 @@ def generate(
 
     from tensorray.cluster import generate as batch
 
-    batch.run(engine, sampling, prompt, prompts_file, as_json=as_json)
+    batch.run(engine, sampling, prompt, prompts_file, lora=lora, as_json=as_json)
 
 
 @command(app, config=EngineConfig)

@@ -27,16 +27,23 @@ def run(
     prompt: str | None,
     prompts_file: str | None,
     *,
+    lora: str | None = None,
     as_json: bool,
 ) -> None:
     """Complete `prompt`, or every line of `prompts_file`, and print what came out, in order.
 
-    `sampling` are fields of SamplingParams, over the model's own defaults.
+    `sampling` are fields of SamplingParams, over the model's own defaults; `lora` is an adapter, by
+    its path or its name in the config.
     """
     SamplingParams(**sampling)  # a mistake is told before anything is loaded
     lines = [PromptLine(prompt)] if prompts_file is None else read_prompts(prompts_file)
-    from tensorray.cluster.llm import LLM
+    from tensorray.cluster.llm import LLM, LoRARequest
 
+    adapter = None
+    if lora is not None:
+        known = {module.name: module.path for module in config.lora_modules}
+        adapter = LoRARequest(lora, 0, known.get(lora, lora))
+        config = config.model_copy(update={"enable_lora": True})
     with results_on_stdout() as results, LLM(**dict(config)) as llm:
         each = [
             llm.frontend.params(
@@ -46,7 +53,10 @@ def run(
         ]
         with progress(len(lines)) as advance:
             outputs = llm.generate(
-                [line.content for line in lines], each, on_finished=lambda _: advance()
+                [line.content for line in lines],
+                each,
+                on_finished=lambda _: advance(),
+                lora_request=adapter,
             )
         for output in outputs:
             print(json.dumps(as_dict(output)) if as_json else output.outputs[0].text, file=results)

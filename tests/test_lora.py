@@ -11,8 +11,12 @@ import numpy as np
 import pytest
 from helpers.equality import assert_same_tokens
 from helpers.lora_files import merge, write_adapter
+from helpers.quantized_files import gptq, quantize_model, write_plain
 from helpers.tiny_models import directory, references
 
+from tensorray.cluster.adapters import AdapterRefused
+from tensorray.cluster.assembly import GenerationFailed
+from tensorray.cluster.bad_request import BadRequest
 from tensorray.cluster.llm import LLM, LoRARequest, SamplingParams
 from tensorray.cluster.outputs import RequestOutput, TokenLogprob
 
@@ -160,3 +164,82 @@ def test_eight_adapters_in_one_batch_answer_as_merged_ones(
     for found in (outputs, again):
         for ours, reference in zip(found, expected, strict=True):
             assert_same(ours, reference)
+
+
+def test_no_prefix_is_shared_between_adapters_nor_versions(
+    made: Callable[[str], list[Path]], merged: Callable[[str], list[RequestOutput]]
+) -> None:
+    adapters = made("llama3")
+    expected = merged("llama3")
+    first = LoRARequest("a", 1, str(adapters[0]))
+    other = LoRARequest("b", 2, str(adapters[2]))
+    newer = LoRARequest("a", 3, str(adapters[3]))
+    asked = [(None, 0), (first, 1), (other, 3), (first, 1), (None, 0), (newer, 4), (newer, 4)]
+    with LLM(str(directory("llama3")), **LORA) as llm:
+        cached = []
+        for lora, answer in asked:
+            (output,) = llm.generate([prompt("llama3")], GREEDY, lora_request=lora)
+            cached.append(output.num_cached_tokens > 0)
+            assert_same(output, expected[answer])
+    assert cached == [False, False, False, True, True, False, True]
+
+
+def test_drafts_are_checked_with_the_sequences_own_adapter(
+    made: Callable[[str], list[Path]], merged: Callable[[str], list[RequestOutput]]
+) -> None:
+    speculation = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 1}
+    asked = [None, *requests(made("gemma3"))]
+    with LLM(str(directory("gemma3")), **LORA, speculative_config=speculation) as llm:
+        outputs = llm.generate([prompt("gemma3")] * 9, GREEDY, lora_request=asked)
+    for ours, reference in zip(outputs, merged("gemma3"), strict=True):
+        assert_same(ours, reference)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS[:2], ids=["TP1", "TP2"])
+def test_adapters_are_added_to_quantized_weights(
+    layout: dict[str, int], made: Callable[[str], list[Path]], tmp_path: Path
+) -> None:
+    """With activation ordering, so that the base's columns are not where the adapter's are."""
+    base, plain = tmp_path / "quantized", tmp_path / "plain"
+    values = quantize_model(directory("llama3"), base, gptq(act_order=True, symmetric=False))
+    write_plain(directory("llama3"), plain, values)
+    adapters = made("llama3")[:3]
+    expected = []
+    for i, each in enumerate(adapters):
+        with LLM(str(merge(plain, each, tmp_path / f"merged-{i}")), **SMALL) as llm:
+            expected += llm.generate([prompt("llama3")], GREEDY)
+    with LLM(str(base), **LORA, **layout) as llm:
+        outputs = llm.generate([prompt("llama3")] * 3, GREEDY, lora_request=requests(adapters))
+    for ours, reference in zip(outputs, expected, strict=True):
+        assert_same(ours, reference)
+
+
+def test_a_sequence_whose_adapter_is_lost_fails_alone(made: Callable[[str], list[Path]]) -> None:
+    """As when a shard was started again and the adapter's files were gone."""
+    one, two = requests(made("llama3"))[:2]
+    with LLM(str(directory("llama3")), **LORA) as llm:
+        llm.generate([prompt("llama3")], GREEDY, lora_request=one)
+        llm.generate([prompt("llama3")], GREEDY, lora_request=two)
+        (shard,) = llm._shards[0].holders
+        shard.remove_adapter(next(each.id for each in shard.adapters() if each.name == "adapter-1"))
+        with pytest.raises(GenerationFailed, match="load the adapter again"):
+            llm.generate([[5, 6, 7]] * 2, GREEDY, lora_request=[None, two])
+        assert llm.generate([[5, 6, 7]], GREEDY, lora_request=one)[0].finished
+
+
+def test_what_is_asked_of_llm_has_to_fit(made: Callable[[str], list[Path]]) -> None:
+    (lora, *_) = requests(made("llama3"))
+    with (
+        LLM(str(directory("llama3")), **SMALL) as llm,
+        pytest.raises(BadRequest, match="enable_lora"),
+    ):
+        llm.generate([[5]], GREEDY, lora_request=lora)
+    with LLM(str(directory("llama3")), **LORA) as llm:
+        with pytest.raises(ValueError, match="2 prompts but 1 lora_request"):
+            llm.generate([[5], [6]], GREEDY, lora_request=[lora])
+        with pytest.raises(AdapterRefused, match="no such directory"):
+            llm.generate([[5]], GREEDY, lora_request=LoRARequest("x", 1, "/nowhere"))
+        deltas = list(llm.stream([5], GREEDY, lora_request=lora))
+        assert deltas[-1].finished
+    with pytest.raises(AdapterRefused, match="no such directory"):
+        LLM(str(directory("llama3")), **LORA, lora_modules=["x=/nowhere"])
