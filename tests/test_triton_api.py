@@ -223,7 +223,7 @@ def test_without_top_k_and_top_p_the_likeliest_token_is_taken(client: Any, serve
 REFUSED = [
     ("beam_width", tensor("beam_width", [[65]], "INT32"), "sequences that run at once"),
     ("length_penalty", tensor("length_penalty", [[2.0]], "FP32"), "needs a beam_width"),
-    ("lora_task_id", tensor("lora_task_id", [[4]], "UINT64"), "adapters"),
+    ("lora_task_id", tensor("lora_task_id", [[4]], "UINT64"), "by name"),
     ("bad_words_list", tensor("bad_words_list", [[5, 6, 3, -1]], "INT32"), "rising places"),
     ("bad_words_list", tensor("bad_words_list", [[5, 6, 2, 1]], "INT32"), "rising places"),
     ("bad_words", tensor("bad_words_list", [[9999, 1]], "INT32"), "names token 9999"),
