@@ -164,6 +164,21 @@ class Replica:
             self._drop(rank)
         return await self._complete()
 
+    async def sleep(self) -> None:
+        """End the shards and free their place, until `wake`."""
+        async with self._changing:
+            await self.close()
+            self._link = None
+
+    async def wake(self) -> TcpLink | GroupLink:
+        """Start the shards again, with the adapters they had: the new link. Waits for room. Raises
+        PlacementError or ShardError."""
+        async with self._changing:
+            base = self._name.rpartition(".")[0]
+            self._name = f"{base}.{secrets.token_hex(4)}"
+            self._group = await reserve(self._placement, self._name, self._where.timeout)
+            return await self._complete()
+
     @property
     def adapters(self) -> list[Adapter]:
         """LoRA adapters that all shards have."""

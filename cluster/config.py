@@ -137,6 +137,14 @@ class EngineConfig(BaseModel):
         "that one should have waiting, a running sequence counting as 128 (default: 96 for each "
         "of max_num_seqs)",
     )
+    enable_sleep_mode: bool = Field(
+        False,
+        description="When serving: POST /sleep frees the shards' place until POST /wake_up, or the "
+        "next request, which waits",
+    )
+    idle_timeout_seconds: float | None = Field(
+        None, gt=0, description="With --enable-sleep-mode: sleep after so long without a request"
+    )
     drain_timeout_seconds: float = Field(
         60.0, ge=0, description="When serving: how long a process that is to go ends its streams"
     )
@@ -306,6 +314,12 @@ class EngineConfig(BaseModel):
             if found is None:
                 raise ValueError("traces need more packages: pip install 'tensorray[otel]'")
         return endpoint
+
+    @model_validator(mode="after")
+    def _sleep_is_enabled(self) -> EngineConfig:
+        if self.idle_timeout_seconds is not None and not self.enable_sleep_mode:
+            raise ValueError("idle_timeout_seconds needs enable_sleep_mode")
+        return self
 
     @model_validator(mode="after")
     def _limits_have_keys(self) -> EngineConfig:

@@ -40,6 +40,22 @@ logger = logging.getLogger(__name__)
 #: that is known better; returns a new link. Raises when it can't.
 Recover = Callable[[ShardError, Callable[[str], None]], Awaitable[ShardLink]]
 
+
+class Rest(Protocol):
+    """Shards that can be put to sleep while nobody needs them."""
+
+    async def sleep(self) -> None:
+        """Free all that they hold."""
+
+    async def wake(self) -> ShardLink:
+        """Have them as they were when they were new. Raises when it can't."""
+        ...
+
+
+class Busy(RuntimeError):
+    """An engine that has requests does not sleep."""
+
+
 #: How often an idle engine looks whether its shards are still there.
 _IDLE_SECONDS = 0.5
 
@@ -176,10 +192,14 @@ class Engine:
         depth: int | None = None,
         recover: Recover | None = None,
         adapters: EngineAdapters | None = None,
+        rest: Rest | None = None,
+        idle_seconds: float | None = None,
     ) -> None:
         """`depth` is how many steps may be on their way to the shard at once, by default as many
         as it asks for: 2 schedules step n+1 while step n runs. Without `recover` the engine fails
-        for good when its shards do; without `adapters` requests can't ask for any."""
+        for good when its shards do; without `adapters` requests can't ask for any. With `rest` the
+        shards sleep when told to, or after `idle_seconds` without a request; the next one wakes
+        them, and waits."""
         self.info: ShardInfo = link.info
         self.scheduler = scheduler
         self.failure: str | None = None
@@ -188,6 +208,11 @@ class Engine:
         self.adapters = adapters
         if adapters is not None:
             adapters.in_flight = lambda: scheduler.in_flight
+        self.asleep = False
+        self._rest = rest
+        self._idle_seconds = idle_seconds
+        self._idle_since = time.monotonic()
+        self._bedtime = False  # told to sleep, or to stay so
         self._recover = recover
         self._link = link
         self._observer: EngineObserver = observer or SilentObserver()
@@ -311,12 +336,15 @@ class Engine:
             self._link.send(plan)
         if not in_flight:
             self._wake.clear()
+            if self._rest is not None and self._tired():
+                await self._sleep(self._rest)
+                return
             try:
                 await asyncio.wait_for(self._wake.wait(), _IDLE_SECONDS)
             except asyncio.TimeoutError:
                 await self._link.check()
             return
-        self._waits_since = time.monotonic()
+        self._waits_since = self._idle_since = time.monotonic()
         try:
             result = await self._link.receive()
         finally:
@@ -328,6 +356,49 @@ class Engine:
         for item in self.scheduler.update(result):
             self._advance(item, now)
         self._observer.step(len(plan.seqs), sum(plan.counts), result.seconds)
+
+    def _tired(self) -> bool:
+        if self.scheduler.unfinished:
+            return False
+        idle = time.monotonic() - self._idle_since
+        return self._bedtime or (self._idle_seconds is not None and idle >= self._idle_seconds)
+
+    async def _sleep(self, rest: Rest) -> None:
+        """Until there is a request, or somebody says so."""
+        logger.warning("nothing to do: the shards sleep")
+        self.asleep = self._bedtime = True
+        try:
+            await rest.sleep()
+            self.scheduler.restart(self.info.kv)  # nothing runs; what was cached is gone
+            while self._bedtime and not self.scheduler.unfinished:
+                self._wake.clear()
+                await self._wake.wait()
+            began = time.perf_counter()
+            try:
+                self._link = await rest.wake()
+            except Exception as error:
+                logger.exception("the shards do not wake")
+                self.fail(f"the shards do not wake: {error}")
+                return
+            logger.warning("the shards are awake after %.1f s", time.perf_counter() - began)
+        finally:
+            self.asleep = self._bedtime = False
+            self._idle_since = time.monotonic()
+        self.info = self._link.info
+        for sequence in self.scheduler.restart(self.info.kv):
+            self._give_up(sequence.seq, "the KV cache has become too small for it")
+
+    def sleep(self) -> None:
+        """Have the shards sleep until a request, or `wake_up`. Raises Busy while there are
+        requests."""
+        if self.scheduler.unfinished:
+            raise Busy(f"{self.scheduler.unfinished} sequences run or wait")
+        self._bedtime = True
+        self._wake.set()
+
+    def wake_up(self) -> None:
+        self._bedtime = False
+        self._wake.set()
 
     async def _restart(
         self, error: ShardError, in_flight: deque[StepPlan], recover: Recover

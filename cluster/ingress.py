@@ -45,7 +45,7 @@ from tensorray.cluster.openai_answers import Answer, ChatAnswer, CompletionAnswe
 from tensorray.cluster.openapi import ALWAYS, OF_BODIES, OPEN, Description
 from tensorray.cluster.request_log import RequestIds
 from tensorray.cluster.responses import EventStream, WholeResponse, error_response, json_response
-from tensorray.cluster.triton_errors import for_path
+from tensorray.cluster.sleep_api import Sleeper, Sleeping, SleepService
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
@@ -138,6 +138,11 @@ def create_app(
             ("/v1/unload_lora_adapter", models.unload, UnloadAdapterRequest),
         ):
             route("POST", path, endpoint, body, "text/plain")
+    if config.enable_sleep_mode and isinstance(backend, Sleeper):
+        sleeping = SleepService(backend)
+        route("POST", "/sleep", sleeping.sleep, answer=Sleeping, errors=[409, 503])
+        route("POST", "/wake_up", sleeping.wake_up, answer=Sleeping, errors=[503])
+        route("GET", "/is_sleeping", sleeping.is_sleeping, answer=Sleeping, errors=[503])
     EmbeddingService(frontend, client, service.read, models.chosen, service.explain).add_routes(
         route
     )

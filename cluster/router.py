@@ -18,12 +18,12 @@ from tensorray.actors.protocol import ShardInfo
 from tensorray.actors.replica import Replica, Where
 from tensorray.actors.segment_table import table
 from tensorray.actors.shard_actor import Description, describe_process
+from tensorray.cluster import request_log
 from tensorray.cluster.adapters import EngineAdapters
 from tensorray.cluster.autoscaling import METRIC, target_tokens
-from tensorray.cluster import request_log
 from tensorray.cluster.backend import EngineStatus, ShardStatus
 from tensorray.cluster.config import EngineConfig
-from tensorray.cluster.engine import Engine
+from tensorray.cluster.engine import Busy, Engine
 from tensorray.cluster.engine_link import EngineServer
 from tensorray.cluster.fleet import LocalDoor
 from tensorray.cluster.idle_watch import IdleWatch
@@ -63,6 +63,8 @@ class Router:
             config.scheduler(link.info),
             observer=self._metrics,
             recover=self._replica.recover,
+            rest=self._replica if config.enable_sleep_mode else None,
+            idle_seconds=config.idle_timeout_seconds,
             adapters=adapters,
         )
         self._metrics.watch(self._engine)
@@ -130,6 +132,25 @@ class Router:
             ],
         )
 
+    # Sleep: see sleep_api.py.
+
+    async def sleep(self, replica: str | None = None) -> str | None:
+        """Why it does not; None if the shards are about to."""
+        _check_name(replica)
+        try:
+            self._engine.sleep()
+        except Busy as error:
+            return str(error)
+        return None
+
+    async def wake_up(self, replica: str | None = None) -> None:
+        _check_name(replica)
+        self._engine.wake_up()
+
+    async def asleep(self, replica: str | None = None) -> bool:
+        _check_name(replica)
+        return self._engine.asleep
+
     # LoRA adapters: see fleet.AdapterDoor.
 
     async def load_adapter(self, adapter: Adapter, replica: str | None = None) -> str | None:
@@ -163,7 +184,8 @@ class Router:
     async def check_health(self) -> None:
         """Serve calls this; an exception has the replica replaced."""
         self._engine.check(self._step_timeout)
-        idle = not self._engine.scheduler.unfinished and self._engine.recovering is None
+        engine = self._engine
+        idle = not (engine.scheduler.unfinished or engine.recovering or engine.asleep)
         await self._watch.look(idle)
 
     async def __del__(self) -> None:

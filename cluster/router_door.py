@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 from typing import Any, cast
 
 from ray.exceptions import RayError
@@ -37,7 +38,9 @@ class RouterDoor:
         return cast("list[Adapter]", await self._ask("list_adapters"))
 
     async def _ask(self, what: str, *arguments: object, seconds: float = _SECONDS) -> object:
-        asked = getattr(self._routers, what).remote(*arguments, replica=self._name)
+        # Serve takes calls that come of one HTTP request for one another, so this comes of none.
+        call = getattr(self._routers, what).remote
+        asked = contextvars.Context().run(call, *arguments, replica=self._name)
         try:
             return await asyncio.wait_for(asked, seconds)
         except (asyncio.TimeoutError, RayError, RayServeException) as error:

@@ -117,6 +117,15 @@ class RouterClient(EngineLink):
     async def status(self) -> EngineStatus:
         return cast(EngineStatus, await self._ask("status"))
 
+    async def sleep(self) -> str | None:
+        return cast("str | None", await self._ask("sleep"))
+
+    async def wake_up(self) -> None:
+        await self._ask("wake_up")
+
+    async def asleep(self) -> bool:
+        return cast(bool, await self._ask("asleep"))
+
     async def find(self) -> RouterAddress:
         """Where it listens. Raises ReplicaLost."""
         if self.address is None:
@@ -186,6 +195,19 @@ class Routers(Replicas[RouterClient]):
             *(each.client.status() for each in self.members()), return_exceptions=True
         )
         return [each for each in answers if isinstance(each, EngineStatus)]
+
+    async def sleep(self) -> str | None:
+        """See sleep_api.Sleeper."""
+        reasons = await asyncio.gather(*(each.client.sleep() for each in self.members()))
+        return next((reason for reason in reasons if reason), None)
+
+    async def wake_up(self) -> None:
+        """See sleep_api.Sleeper."""
+        await asyncio.gather(*(each.client.wake_up() for each in self.members()))
+
+    async def asleep(self) -> bool:
+        """See sleep_api.Sleeper."""
+        return all(await asyncio.gather(*(each.client.asleep() for each in self.members())))
 
     def forgotten(self, client: RouterClient) -> None:
         self._run(client.close())
