@@ -249,6 +249,42 @@ async def test_a_model_without_a_template_completes(tmp_path: Path, chromium: in
             assert page.errors == []
 
 
+# --- the API key ---
+
+
+@needs_browser
+async def test_the_page_asks_for_a_key_and_keeps_it_in_its_tab(
+    tmp_path: Path, chromium: int
+) -> None:
+    model = write_model(tmp_path / "model")
+    with http_server(model, limits={"api_key": ["secret"]}) as (port, _):
+        async with new_page(chromium) as page:
+            url = f"http://127.0.0.1:{port}/"
+            await page.open(url)
+            shown = "document.getElementById('unlock')?.open"
+            await page.until(shown)
+            assert await page.eval("document.getElementById('unlock-error').hidden")
+            await page.type("wrong")
+            await page.press("Enter")
+            await page.until(f"{shown} && !document.getElementById('unlock-error').hidden")
+            await page.type("secret")
+            await page.press("Enter")
+            await page.until("document.getElementById('model').textContent == 'tiny'")
+            await ask(page, "Hello")
+            await page.until(ANSWERED)
+            # The tab remembers; nothing that outlives it does.
+            await page.open(url)
+            await page.until("document.getElementById('model').textContent == 'tiny'")
+            assert not await page.eval("JSON.stringify(localStorage).includes('secret')")
+            assert not await page.eval("document.cookie.includes('secret')")
+            await page.click("#lock")
+            await page.until(shown)
+            assert all("401" in error for error in page.errors)
+        async with new_page(chromium) as page:
+            await page.open(url)
+            await page.until(shown)
+
+
 # --- engine ---
 
 
@@ -344,6 +380,20 @@ async def test_nothing_is_cut_off_and_contrast_is_enough(page: Page) -> None:
     for view in ("chat", "engine"):
         await page.click(f"#tab-{view}")
         assert await page.eval("document.documentElement.scrollWidth") <= 360
+    boxes = "[...document.querySelectorAll('.tile, .chart')]"
+    wide = f"{boxes}.filter((each) => each.scrollWidth > each.clientWidth)"
+    assert await page.eval(f"{wide}.length") == 0
+
+
+@needs_browser
+async def test_a_phone_opens_the_settings(page: Page) -> None:
+    await page.resize(390, 844)
+    shown = "getComputedStyle(document.getElementById('aside')).display != 'none'"
+    assert not await page.eval(shown)
+    await page.click("#more")
+    assert await page.eval(shown)
+    await page.click("#more")
+    assert not await page.eval(shown)
 
 
 @needs_browser

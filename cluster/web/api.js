@@ -1,13 +1,31 @@
 // The server, as the page uses it. Addresses are relative, so any route prefix will do.
 
+// Where the server asks for a key, so does the page; the tab keeps it, and nothing else does.
+
+const KEY = "tensorray-key";
+const lost = []; // who wants to know that the key is missing or wrong
+
 let key = "";
-export const useKey = (value) => { key = value; };
+try {
+  key = sessionStorage.getItem(KEY) ?? "";
+} catch { /* a browser that keeps nothing */ }
+
+export const hasKey = () => key !== "";
+export const onRefusedKey = (act) => { lost.push(act); };
+export function useKey(value) {
+  key = value;
+  try {
+    if (value) sessionStorage.setItem(KEY, value);
+    else sessionStorage.removeItem(KEY);
+  } catch { /* it lasts until the page is loaded again */ }
+}
 
 function headers(more = {}) {
   return key ? { ...more, Authorization: `Bearer ${key}` } : more;
 }
 
 async function refusal(response) {
+  if (response.status === 401) for (const act of lost) act();
   const text = await response.text();
   try {
     return new Error(JSON.parse(text).error.message);

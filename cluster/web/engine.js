@@ -215,6 +215,11 @@ async function look(described) {
   draw();
 }
 
+let again = () => {};
+
+// At once, instead of when it is time again.
+export const lookNow = () => again();
+
 export function start(described) {
   tiles = ["Running", "Generated", "First token", "Between tokens", "Prefix hits", "Ended"].map((name) => {
     const box = document.createElement("div");
@@ -230,10 +235,13 @@ export function start(described) {
     return { value, unit };
   });
   charts = CHARTS.map(([title, names, format, , fixed]) => new Chart($("charts"), title, names, format, fixed));
+  let next;
   const loop = async () => {
-    if (!document.hidden) await look(described);
-    setTimeout(loop, EVERY);
+    clearTimeout(next);
+    if (!document.hidden && !$("unlock").open) await look(described);
+    next = setTimeout(loop, EVERY);
   };
+  again = loop;
   loop();
   return draw;
 }

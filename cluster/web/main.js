@@ -1,5 +1,6 @@
 // The page: views, theme, and who is served.
 
+import { hasKey, onRefusedKey, useKey } from "./api.js";
 import * as engine from "./engine.js";
 import * as playground from "./playground.js";
 
@@ -54,6 +55,33 @@ $("theme").addEventListener("click", () => {
     localStorage.setItem(STORED, next);
   } catch { /* a browser that keeps nothing */ }
 });
+
+// --- the API key ---
+
+const unlock = $("unlock");
+const reflectKey = () => { $("lock").hidden = !hasKey(); };
+
+onRefusedKey(() => {
+  if (unlock.open) return;
+  $("unlock-error").hidden = !hasKey();
+  $("unlock-error").textContent = "That is not a key of this server's.";
+  useKey("");
+  reflectKey();
+  unlock.showModal();
+});
+unlock.addEventListener("cancel", (event) => event.preventDefault()); // there is nothing behind it
+$("unlock-form").addEventListener("submit", () => {
+  const field = $("unlock-form").elements.key;
+  useKey(field.value.trim());
+  field.value = "";
+  reflectKey();
+  engine.lookNow();
+});
+$("lock").addEventListener("click", () => {
+  useKey("");
+  location.reload();
+});
+reflectKey();
 
 playground.start();
 redraw = engine.start((status) => {

@@ -1,6 +1,6 @@
 // The playground: a conversation, or completions where the model has no chat template.
 
-import { stream, useKey } from "./api.js";
+import { stream } from "./api.js";
 import { append, tokensOf, watch } from "./tokens.js";
 
 const $ = (id) => document.getElementById(id);
@@ -44,14 +44,13 @@ function reflect() {
   $("system-field").hidden = completing;
   prompt.placeholder = completing ? "Text to go on from" : "Write a message";
   messages.classList.toggle("shaded", field("shade").checked);
-  useKey(field("key").value);
   greet();
 }
 
 function store() {
   const kept = {};
   for (const each of settings.elements) {
-    if (!each.name || each.name === "key" || (each.type === "radio" && !each.checked)) continue;
+    if (!each.name || (each.type === "radio" && !each.checked)) continue;
     kept[each.name] = each.type === "checkbox" ? each.checked : each.value;
   }
   try {
@@ -249,6 +248,9 @@ export function start() {
     store();
   }));
   settings.addEventListener("submit", (event) => event.preventDefault());
+  $("more").addEventListener("click", () => {
+    $("more").setAttribute("aria-expanded", $("aside").classList.toggle("shown"));
+  });
   prompt.addEventListener("input", grow);
   prompt.addEventListener("keydown", (event) => {
     if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
