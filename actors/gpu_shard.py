@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 
 from tensorray.actors.adapter import Adapter
 from tensorray.actors.array_segment import Runner
+from tensorray.actors.beam_starts import BeamStarts
 from tensorray.actors.buckets import decode_sizes, mixed_sizes
 from tensorray.actors.communicator import Communicator, CommunicatorError
 from tensorray.actors.config import ShardConfig
@@ -170,6 +171,7 @@ class GpuShard:
                     processors,
                 )
             self._running = self._no_sequences()
+            self._beams = BeamStarts()
             self._ranks: DeviceRanks | None = None
             self._unheard: deque[NDArray[np.int32]] = deque()  # rows whose tokens are to come
             kv_dtype = numpy_dtype(dtypes.compute) if kv_dtype is None else kv_dtype
@@ -330,6 +332,7 @@ class GpuShard:
             sampler, ranks = self._sampler, self._ranks
             if ranks is not None:
                 ranks.check()
+            plan = self._beams.complete(plan)
             step = self._running.take(plan)
             if sampler is not None:
                 for seq in plan.ends:
@@ -451,6 +454,7 @@ class GpuShard:
             for seq in self._running.rows:
                 self._sampler.end(seq)
         self._running = self._no_sequences()
+        self._beams = BeamStarts()
         self._pooler = Pooler()
         self._unheard.clear()
 

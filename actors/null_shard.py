@@ -13,6 +13,7 @@ from functools import partial
 import msgspec
 
 from tensorray.actors.adapter import Adapter
+from tensorray.actors.beam_starts import BeamStarts
 from tensorray.actors.communicator import Communicator
 from tensorray.actors.config import DEFAULT_STEP_TOKENS, ShardConfig
 from tensorray.actors.kv_cache import plan_groups
@@ -48,6 +49,7 @@ class NullShard:
         self._hidden_size = hidden_size
         self._seconds = step_ms / 1e3
         self._states: dict[int, _State] = {}
+        self._beams = BeamStarts()
         self._adapters: dict[int, Adapter] = {}
 
     @classmethod
@@ -92,6 +94,7 @@ class NullShard:
 
     def execute(self, plan: StepPlan) -> StepResult:
         began = time.perf_counter()
+        plan = self._beams.complete(plan)
         for seq in plan.ends:
             del self._states[seq]
         for start in plan.starts:
@@ -164,6 +167,7 @@ class NullShard:
 
     def reset(self) -> None:
         self._states.clear()
+        self._beams = BeamStarts()
 
     def close(self) -> None:
         pass

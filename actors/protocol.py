@@ -70,6 +70,8 @@ class SequenceStart(msgspec.Struct, frozen=True):
     adapter: int = 0  # the LoRA adapter it runs with, by id; 0: none
     # The vector that is wanted in place of tokens: "last", "mean" or "cls" (pooling.py).
     pooling: str = ""
+    # A beam that ran up to this plan: its tokens come before `tokens`, which leave them out.
+    prolongs: int | None = None
     prediction: list[int] = []  # what its user thinks the output will be like, for drafts
 
 

@@ -24,6 +24,7 @@ import numpy as np
 
 from tensorray.actors.adapter import Adapter, AdapterSource
 from tensorray.actors.adapters import AdapterOps, ShardAdapters
+from tensorray.actors.beam_starts import BeamStarts
 from tensorray.actors.communicator import Communicator
 from tensorray.actors.config import DEFAULT_STEP_TOKENS, ShardConfig
 from tensorray.actors.drafters import OpenSpeculation
@@ -62,7 +63,7 @@ _PROMPT_LOGIT_ROWS = 16
 class _Prefill:
     """A sequence whose known tokens are not all computed yet."""
 
-    tokens: Any  # int32 [known]
+    tokens: Any  # int32, those that were not computed at its start
     start: SequenceStart
 
 
@@ -99,7 +100,8 @@ class SequenceTable:
         row = self.rows[start.seq] = self._free.pop()
         self.computed[row] = start.computed
         self.blocks[:, row] = 0
-        self.prefill[start.seq] = _Prefill(np.array(start.tokens, np.int32), start)
+        rest = np.array(start.tokens[start.computed :], np.int32)
+        self.prefill[start.seq] = _Prefill(rest, start)
         self.append_blocks(start.seq, start.blocks)
 
     def append_blocks(self, seq: int, blocks: list[list[int]]) -> None:
@@ -246,7 +248,9 @@ class Shard:
             vocabulary=config.vocabulary,
             processors=processors,
             adapters=adapters,
-            speculation=opened and opened.close(cache.groups, max_model_len, step_tokens),
+            speculation=None
+            if opened is None
+            else opened.close(cache.groups, max_model_len, step_tokens),
         )
 
     def add_adapter(self, adapter: Adapter) -> None:
@@ -293,6 +297,7 @@ class Shard:
             self.info.kv.block_size,
             len(self.info.kv.windows),
         )
+        self._beams = BeamStarts()
         self._sampler = Sampler(self._model.vocab_size, self._guidance, self._processors)
         self._pooler = Pooler()
 
@@ -313,6 +318,7 @@ class Shard:
 
     def _execute(self, plan: StepPlan) -> StepResult:
         began = time.perf_counter()
+        plan = self._beams.complete(plan)
         table, sampler, speculation = self._table, self._sampler, self._speculation
         if speculation is not None:
             self._hear_all()
@@ -465,8 +471,9 @@ class Shard:
                     continue
                 begin, count = int(first[index]), int(counts[index])
                 packed = int(query_starts[index])
-                tokens[packed : packed + count] = prefill.tokens[begin : begin + count]
-                samples[index] = begin + count == len(prefill.tokens)
+                done = begin - prefill.start.computed
+                tokens[packed : packed + count] = prefill.tokens[done : done + count]
+                samples[index] = done + count == len(prefill.tokens)
                 if prefill.start.pooling:
                     samples[index] = False
                     pooled.append(PooledChunk(packed, begin, count, prefill.start))

@@ -41,7 +41,7 @@ _MAX_UPDATES = 8192
 class Prefill:
     """A sequence whose known tokens are not all computed yet."""
 
-    tokens: Ints  # [known]
+    tokens: Ints  # those that were not computed at its start
     start: SequenceStart
 
 
@@ -108,7 +108,8 @@ class RunningSequences:
             self.computed[row] = start.computed
             for used in self._used:
                 used[row] = 0
-            self.prefill[start.seq] = Prefill(np.array(start.tokens, np.int32), start)
+            rest = np.array(start.tokens[start.computed :], np.int32)
+            self.prefill[start.seq] = Prefill(rest, start)
             self._append_blocks(row, start.blocks)
         for seq, blocks in plan.new_blocks.items():
             self._append_blocks(self.rows[seq], blocks)
@@ -150,8 +151,9 @@ class RunningSequences:
                 continue
             count, begin = int(counts[index]), int(first[index])
             packed = int(ends[index]) - count
-            given[packed : packed + count] = prefill.tokens[begin : begin + count]
-            whole = begin + count == len(prefill.tokens)
+            done = begin - prefill.start.computed
+            given[packed : packed + count] = prefill.tokens[done : done + count]
+            whole = done + count == len(prefill.tokens)
             samples[index] = whole and not prefill.start.pooling
             if prefill.start.sampling.prompt_logprobs is not None:
                 scored.append(Scored(packed, begin, count, prefill.start))

@@ -51,6 +51,7 @@ class BeamGroup:
         leader.charged = leader.prompt_len
         leader.keys.clear()
         leader.sampling = self._first_sampling
+        leader.prolongs = None
         self._found = {}
         self.running = False
         self.members = {self.search.root: leader}
@@ -84,8 +85,8 @@ class BeamGroup:
                 child = spare.pop() if spare else self._another()
                 blocks.fork(parent, child)
                 child.tokens = parent.tokens.copy()
-                self._give(child, beam)
-            self._give(parent, first)
+                self._give(child, beam, parent)
+            self._give(parent, first, parent)
 
     def _parent(self, beam: Beam) -> Sequence:
         if (leader := self.members.get(self.search.root)) is not None:
@@ -93,8 +94,9 @@ class BeamGroup:
         assert beam.parent is not None
         return self.members[beam.parent]
 
-    def _give(self, s: Sequence, beam: Beam) -> None:
+    def _give(self, s: Sequence, beam: Beam, parent: Sequence) -> None:
         self.members[beam] = s
+        s.prolongs = parent.seq, len(s.tokens)
         s.tokens += [entry.token for entry in beam.entries(beam.length - s.output_len)]
         s.target = len(s.tokens)
         s.charged = s.target - 1  # a step costs a token for each beam

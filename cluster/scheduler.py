@@ -235,10 +235,15 @@ class Scheduler:
         for s, count in chunks:
             if s.first_step == NEVER:
                 s.first_step = self._step
+                prolongs, known = None, 0
+                # The shard knows a beam's tokens up to the plan that ends it.
+                if s.prolongs is not None and s.prolongs[0] in self._ends:
+                    prolongs, known = s.prolongs
                 starts.append(
                     SequenceStart(
                         seq=s.seq,
-                        tokens=s.tokens.copy(),
+                        tokens=s.tokens[known:],
+                        prolongs=prolongs,
                         prompt_len=s.prompt_len,
                         computed=s.computed,
                         blocks=self.blocks.block_tables(s),

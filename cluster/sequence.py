@@ -48,6 +48,7 @@ class Sequence:
         "max_len",
         "order",
         "pause_at",
+        "prolongs",
         "promised",
         "prompt_len",
         "prompt_rows",
@@ -83,6 +84,8 @@ class Sequence:
         # The scheduler's own.
         self.status = Status.WAITING
         self.group: BeamGroup | None = None  # whose beam it is
+        # A beam that starts with the tokens of a sequence on the shard: which, and how many.
+        self.prolongs: tuple[int, int] | None = None
         self.level = 0  # priority; lower is served first
         self.order = -1  # place in the order of first admission; -1: not admitted yet
         self.first_step = NEVER  # the plan that (re)started it on the shard

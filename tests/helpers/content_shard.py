@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from math import log
 from random import Random
 
+from tensorray.actors.beam_starts import BeamStarts
 from tensorray.actors.protocol import (
     KVGroups,
     Logprobs,
@@ -113,9 +114,11 @@ class ContentShard:
     slots: dict[tuple[int, int], tuple[int, int, int, int]] = field(default_factory=dict)
     next_step: int = 0
     computed_tokens: int = 0
+    beams: BeamStarts = field(default_factory=BeamStarts)
     luck: Random | None = None
 
     def execute(self, plan: StepPlan, fail: Iterable[int] = ()) -> StepResult:
+        plan = self.beams.complete(plan)
         assert plan.step == self.next_step
         self.next_step += 1
         assert plan.seqs, "a plan that runs nothing"
