@@ -29,7 +29,7 @@ CASES = [
     *((name, layout) for name in NAMES for layout in (TP2, TP4, PP2, TP2 | PP2)),
     *((name, PP3) for name in THREE_LAYERS),
     *((name, layout) for name in ("mixtral", "qwen3-moe") for layout in (EP2, EP2 | PP2)),
-    *((name, DP2) for name in ("llama3", "gemma3")),
+    *((name, DP2) for name in NAMES),
     ("llama3", DP2 | TP2 | PP2),
 ]
 
