@@ -188,6 +188,8 @@ class Replica:
         """Load an adapter in all shards, or in none. Raises ValueError with a shard's reason, and
         ShardError if one can't be asked."""
         async with self._changing:
+            if None in self._actors:
+                raise ShardError("the shards are asleep; a request wakes them")
             calls = [
                 asyncio.wait_for(_get(actor.add_adapter, adapter), _ADAPTER_SECONDS)
                 for actor in self._actors

@@ -154,15 +154,19 @@ class Router:
     # LoRA adapters: see fleet.AdapterDoor.
 
     async def load_adapter(self, adapter: Adapter, replica: str | None = None) -> str | None:
+        _check_name(replica)
         return await self._door().load_adapter(adapter)
 
     async def publish_adapter(self, id: int, replica: str | None = None) -> None:
+        _check_name(replica)
         await self._door().publish_adapter(id)
 
     async def drop_adapter(self, id: int, replica: str | None = None) -> None:
+        _check_name(replica)
         await self._door().drop_adapter(id)
 
     async def list_adapters(self, replica: str | None = None) -> list[Adapter]:
+        _check_name(replica)
         return await self._door().list_adapters()
 
     def _door(self) -> LocalDoor:
