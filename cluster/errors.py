@@ -51,6 +51,10 @@ class ApiError(Exception):
         }
         return json.dumps({"error": error}, ensure_ascii=False).encode("utf-8", "replace")
 
+    def event(self) -> bytes:
+        """The same within a stream, as a server-sent event."""
+        return b"data: " + self.body() + b"\n\n"
+
 
 class InternalError(RuntimeError):
     """A fault of ours, told by another process; its log has the traceback."""

@@ -15,6 +15,7 @@ from starlette._utils import get_route_path
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from tensorray.cluster.error_shapes import for_path
 from tensorray.cluster.errors import ApiError
 from tensorray.cluster.key_digests import digest
 from tensorray.cluster.responses import error_response
@@ -114,6 +115,8 @@ class Guard:
     def _identify(self, headers: Headers) -> str:
         """The digest of the request's key. Raises ApiError (401)."""
         scheme, _, key = headers.get("authorization", "").partition(" ")
+        if not key and "x-api-key" in headers:  # Anthropic's way
+            scheme, key = "bearer", headers["x-api-key"]
         given = digest(key.strip()) if not key.strip().startswith("sha256:") else ""
         found = ""
         for each in self._digests:  # all of them, in the same time whichever it is

@@ -17,18 +17,21 @@ import msgspec
 from fastapi import FastAPI, Request
 from fastapi.routing import APIRoute
 from pydantic import BaseModel
+from starlette._utils import get_route_path
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
+from tensorray.cluster import messages_api, responses_api, triton_api, web_page
 from tensorray.cluster import openai_api as api
-from tensorray.cluster import triton_api, web_page
 from tensorray.cluster.backend import Backend, EngineStatus
 from tensorray.cluster.bodies import all_of, read_body, together
+from tensorray.cluster.chat_service import ChatService
 from tensorray.cluster.config import EngineConfig
 from tensorray.cluster.deadlines import Deadlines, deadline_of
 from tensorray.cluster.embeddings_api import EmbeddingService
+from tensorray.cluster.error_shapes import for_path
 from tensorray.cluster.errors import ApiError, bad_request, from_exception, unavailable
 from tensorray.cluster.fleet import AdapterClient, Fleet
 from tensorray.cluster.frontend import (
@@ -42,7 +45,7 @@ from tensorray.cluster.key_digests import read_keys
 from tensorray.cluster.lora_api import LoadAdapterRequest, Models, UnloadAdapterRequest
 from tensorray.cluster.metrics import CONTENT_TYPE
 from tensorray.cluster.openai_answers import Answer, ChatAnswer, CompletionAnswer
-from tensorray.cluster.openapi import ALWAYS, OF_BODIES, OPEN, Description
+from tensorray.cluster.openapi import ALWAYS, OF_BODIES, OPEN, Description, ErrorAnswer
 from tensorray.cluster.request_log import RequestIds
 from tensorray.cluster.responses import EventStream, WholeResponse, error_response, json_response
 from tensorray.cluster.sleep_api import Sleeper, Sleeping, SleepService
@@ -102,13 +105,14 @@ def create_app(
         event: type[Any] | None = None,
         errors: Sequence[int] = (),
         usual: Sequence[int] = ALWAYS,
+        error: type[Any] = ErrorAnswer,
     ) -> None:
         """`answer` is the answer's model (or media type, for text), `event` that of what is
         streamed, `errors` are the statuses this endpoint has beside the usual ones."""
         if body is not None:
             usual = (*usual, *OF_BODIES)
         extra = description.operation(
-            body=body, answer=answer, event=event, errors=(*usual, *errors)
+            body=body, answer=answer, event=event, errors=(*usual, *errors), error=error
         )
         app.add_api_route(
             path, endpoint, methods=[method], openapi_extra=extra, response_model=None
@@ -146,6 +150,9 @@ def create_app(
     EmbeddingService(frontend, client, service.read, models.chosen, service.explain).add_routes(
         route
     )
+    chats = ChatService(frontend, client, service.read, models.chosen, service.explain)
+    responses_api.add_routes(route, chats)
+    messages_api.add_routes(route, chats)
     route("POST", "/tokenize", service.tokenize, api.TokenizeRequest, api.Tokens)
     route("POST", "/detokenize", service.detokenize, api.DetokenizeRequest, api.Text)
     route("GET", "/health", service.health, answer=Health, errors=[503], usual=OPEN)
@@ -188,7 +195,7 @@ def _protect(app: FastAPI, config: EngineConfig) -> None:
             CORSMiddleware,
             allow_origins=config.allowed_origins,
             allow_methods=["GET", "POST"],
-            allow_headers=["Authorization", "Content-Type"],
+            allow_headers=["Authorization", "Content-Type", "X-Api-Key", "Anthropic-Version"],
         )
     app.add_middleware(RequestIds)  # outermost: refusals are logged as well
 
@@ -408,7 +415,7 @@ class _Route(APIRoute):
             except ClientDisconnect:
                 return Response(status_code=400)  # nobody reads it
             except Exception as error:
-                return error_response(_told(error))
+                return error_response(for_path(get_route_path(request.scope), _told(error)))
 
         return guarded
 

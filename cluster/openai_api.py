@@ -10,8 +10,8 @@ https://platform.openai.com/docs/api-reference/chat
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
 import msgspec
 from msgspec import UNSET, UnsetType
@@ -65,6 +65,8 @@ class ApiRequest(BaseModel):
 
     model_config = ConfigDict(extra="allow", strict=True, protected_namespaces=())
 
+    refused: ClassVar[Mapping[str, tuple[tuple[object, ...], str]]] = _REFUSED
+
     def ignored_fields(self) -> list[str]:
         """Names of fields that mean nothing here. Raises ApiError for those that must not be
         ignored, because the answer would be another one."""
@@ -72,10 +74,10 @@ class ApiRequest(BaseModel):
         tools_off = extra.get("tool_choice") == "none"
         ignored = []
         for name, value in extra.items():
-            if name not in _REFUSED:
+            if name not in self.refused:
                 ignored.append(name)
                 continue
-            neutral, why = _REFUSED[name]
+            neutral, why = self.refused[name]
             if not any(
                 value is off or (value == off and type(value) is type(off)) for off in neutral
             ):

@@ -103,8 +103,7 @@ class EventStream(Response):
             if not started:
                 await error_response(told)(scope, receive, send)
                 return
-            event = b"data: " + told.body() + b"\n\n"
-            await send({"type": "http.response.body", "body": event, "more_body": True})
+            await send({"type": "http.response.body", "body": told.event(), "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 

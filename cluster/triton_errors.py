@@ -22,8 +22,3 @@ class TritonError(ApiError):
 
     def body(self) -> bytes:
         return msgspec.json.encode(TritonFault(self.message))
-
-
-def for_path(path: str, error: ApiError) -> ApiError:
-    """The error in the shape that clients of that path read."""
-    return TritonError.of(error) if path == "/v2" or path.startswith("/v2/") else error

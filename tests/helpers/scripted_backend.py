@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+from fastapi import FastAPI
 
 from tensorray.cluster.backend import EngineStatus
 from tensorray.cluster.config import EngineConfig
@@ -73,14 +74,22 @@ class ScriptedBackend:
         return []
 
 
-@asynccontextmanager
-async def scripted(
+def scripted_app(
     model: Path, script: Callable[[str], str], *, config: dict[str, Any] | None = None, **how: Any
-) -> AsyncIterator[tuple[httpx.AsyncClient, ScriptedBackend]]:
-    """An HTTP client of the API over a script; `how` is ScriptedBackend's."""
+) -> tuple[FastAPI, ScriptedBackend]:
+    """The API over a script; `how` is ScriptedBackend's."""
     settings = EngineConfig(model=str(model), served_model_name=["tiny"], **(config or {}))
     frontend = Frontend.load(settings)
     backend = ScriptedBackend(frontend, script, **how)
-    transport = httpx.ASGITransport(create_app(frontend, backend, settings))
+    return create_app(frontend, backend, settings), backend
+
+
+@asynccontextmanager
+async def scripted(
+    model: Path, script: Callable[[str], str], **how: Any
+) -> AsyncIterator[tuple[httpx.AsyncClient, ScriptedBackend]]:
+    """An HTTP client of it."""
+    app, backend = scripted_app(model, script, **how)
+    transport = httpx.ASGITransport(app)
     async with httpx.AsyncClient(transport=transport, base_url="http://test/v1") as client:
         yield client, backend
