@@ -19,7 +19,6 @@ from tensorray.cluster.error_shapes import for_path
 from tensorray.cluster.errors import ApiError
 from tensorray.cluster.key_digests import digest
 from tensorray.cluster.responses import error_response
-from tensorray.cluster.triton_errors import for_path
 
 HEADER_BYTES = 32 << 10  # most that a request's headers may take together
 
