@@ -118,7 +118,9 @@ async def test_a_command_names_what_there_is(command: str, tmp_path: Path) -> No
             assert words[0] == "deploy"
             assert (ROOT / words[1]).is_file()  # test_serve_configs.py reads them
         case "ray":
-            assert words == ["start", "--head"]
+            assert words in (["start", "--head"], ["get-auth-token", "--generate"])
+        case "export":
+            assert words == ["RAY_AUTH_MODE=token"]
         case script:
             assert script.startswith("deploy/examples/")
             assert os.access(ROOT / script, os.X_OK)
@@ -245,9 +247,10 @@ def cluster(machine: Machine) -> Iterator[Machine]:
     log = machine.place / "ray.log"
     prelude = f"""
         ray() {{
+            case "$1" in start) ;; *) command ray "$@"; return;; esac
             command ray "$@" {flags} >{log} 2>&1 & echo $! >{machine.place}/ray.pid
             for i in $(seq {int(PATIENCE)}); do
-                command curl -sf {url}/api/version >/dev/null && return; sleep 1
+                command curl -s {url}/api/version >/dev/null && return; sleep 1
             done
             cat {log}; return 1
         }}
@@ -256,11 +259,12 @@ def cluster(machine: Machine) -> Iterator[Machine]:
             return 1
         }}
     """
-    there = machine.with_(RAY_DASHBOARD_ADDRESS=url)
+    # Ray keeps its token in the home directory.
+    there = machine.with_(RAY_DASHBOARD_ADDRESS=url, HOME=str(machine.place))
     try:
         said = there.run(marked("ray start --head"), prelude)
         assert '"qwen3-0.6b"' in said, said
-        yield machine.with_(RAY_ADDRESS=f"127.0.0.1:{gcs}", DASHBOARD=url)
+        yield there.with_(RAY_ADDRESS=f"127.0.0.1:{gcs}", DASHBOARD=url, RAY_AUTH_MODE="token")
     finally:
         stop(int((machine.place / "ray.pid").read_text()))
 

@@ -209,7 +209,8 @@ async function look(described) {
     }
     turn += 1;
   } catch (error) {
-    state(false, error.name === "TypeError" ? "no connection" : error.message);
+    const why = error.name === "TypeError" ? "no connection" : error.message;
+    state(false, $("unlock").open ? "locked" : why);
     turn = 0;
   }
   draw();
