@@ -101,7 +101,7 @@ def _compile(kind: str, text: str) -> tuple[str, str]:
     try:
         grammar = _grammar(kind, text)
         failed, messages = LLMatcher.validate_grammar_with_warnings(grammar)
-    except (ValueError, RecursionError) as error:
+    except Exception as error:  # the library's converter raises bare Exception
         return "", f"not a valid {_NAMES[kind]}: {_shortened(str(error))}"
     if failed:
         return "", f"not a {_NAMES[kind]} that can be enforced: {_shortened(_lowered(messages[0]))}"
