@@ -3,9 +3,8 @@
 All of an ingress's requests share its connection, and what a step brought all of them travels as
 one frame, so a token costs microseconds where a streamed Serve call costs hundreds. Serve places
 and watches both ends, and tells an ingress where its router listens and the secret that opens it.
-A connection's end is noticed at once: the router cancels what that ingress had running. The ingress
-looks for the router's successor, and hands it every request with the tokens it has had so far, so
-that whoever reads a stream sees a pause.
+A connection's end is noticed at once: the router cancels what that ingress had running, and the
+ingress goes on with it elsewhere (replicas.py).
 
 When the reader lags, the router stops reading its streams, and the engine merges their tokens.
 """
@@ -15,7 +14,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from typing import Literal
@@ -41,14 +39,11 @@ from tensorray.cluster.request import (
     GenerationRequest,
     QueueFull,
     RequestRefused,
-    Resumed,
     UnknownAdapter,
 )
 from tensorray.cluster.request_id import request_id
 
 logger = logging.getLogger(__name__)
-
-_RETRY_SECONDS = 0.25  # between two attempts to find a router
 
 _HIGH_WATER = 1 << 18  # bytes on their way to an ingress before it counts as lagging
 
@@ -293,59 +288,6 @@ class _Connection:
 # --- the ingress's end ------------------------------------------------------------------------
 
 
-class _RouterLost(ReplicaLost):
-    """There is no connection to a router; a new one may come."""
-
-
-class _Stream:
-    """A request under way: what has come of it, and where the rest is to come from."""
-
-    def __init__(self, request: GenerationRequest) -> None:
-        self._request = request
-        self._tokens: list[list[int]] = [[] for _ in range(request.n)]
-        self._prompt_rows = [0] * request.n
-        self._attempts = 0
-        self.ended: set[int] = set()  # sequences
-        self._cancelled: set[int] = set()
-        self.line: _Line | None = None
-        self.number = 0
-
-    @property
-    def finished(self) -> bool:
-        return len(self.ended) == self._request.n
-
-    def request(self) -> GenerationRequest:
-        """What to ask a router for: all of it at first, what is left later."""
-        self._attempts += 1
-        if self._attempts == 1:
-            return self._request
-        resumed = [
-            Resumed(index, self._tokens[index], self._prompt_rows[index])
-            for index in range(self._request.n)
-            if index not in self.ended
-        ]
-        # A router that lives may not have noticed the end of the connection before.
-        request_id = f"{self._request.request_id}~{self._attempts}"
-        return msgspec.structs.replace(self._request, request_id=request_id, resumed=resumed)
-
-    def take(self, deltas: list[Delta]) -> None:
-        for delta in deltas:
-            self._tokens[delta.index] += delta.tokens
-            self._prompt_rows[delta.index] += len(delta.prompt_logprobs)
-            if delta.finish_reason is not None:
-                self.ended.add(delta.index)
-
-    def lose_line(self) -> None:
-        """Nobody will say any more how what was cancelled has ended."""
-        self.line = None
-        self.ended |= self._cancelled
-
-    def send_cancel(self, index: int | None) -> None:
-        self._cancelled |= set(range(self._request.n)) if index is None else {index}
-        if self.line is not None:
-            self.line.send(Cancel(self.number, index))
-
-
 class _Mailbox:
     """What arrived for one stream and has not been read."""
 
@@ -422,25 +364,23 @@ class _Line:
         finally:
             self._writer.close()
             for mailbox in self.mailboxes.values():
-                mailbox.fail(_RouterLost("the connection to its router ended"))
+                mailbox.fail(ReplicaLost("the connection to its router ended"))
 
 
 class EngineLink:
-    """The engine as its ingress sees it: an EngineClient. Belongs to one event loop.
+    """An engine as its ingress sees it: an EngineClient. Belongs to one event loop.
 
-    `find` says where the router listens now; it is asked again whenever the connection is gone,
-    so a restarted router is found by the first request that needs it. Requests look for a router
-    that is lost for `patience` seconds before they fail.
+    `find` says where its router listens now; it is asked again whenever the connection is gone, by
+    the first request that needs it. What ran on a connection that ends, ends with ReplicaLost:
+    replicas.py goes on with it.
     """
 
-    def __init__(self, find: Callable[[], Awaitable[Endpoint]], *, patience: float = 0.0) -> None:
+    def __init__(self, find: Callable[[], Awaitable[Endpoint]]) -> None:
         self._find = find
-        self._patience = patience
         self._line: _Line | None = None
         self._connecting: asyncio.Task[_Line] | None = None
-        self._running: dict[str, _Stream] = {}  # by request id
+        self._running: dict[str, tuple[_Line, int]] = {}  # by request id
         self._next = 0
-        self._closed = False
 
     @property
     def load(self) -> int | None:
@@ -449,51 +389,33 @@ class EngineLink:
 
     async def generate(self, request: GenerationRequest) -> AsyncIterator[list[Delta]]:
         """See EngineClient. Raises RequestRefused, QueueFull or EngineFailed."""
-        stream = self._running[request.request_id] = _Stream(request)
+        line = await self._connected()
+        self._next += 1
+        number = self._next
+        mailbox = line.mailboxes[number] = _Mailbox()
+        self._running[request.request_id] = line, number
+        left = request.n if request.resumed is None else len(request.resumed)
         try:
-            while not stream.finished:
-                line = await self._found()
-                self._next += 1
-                stream.line, stream.number = line, self._next
-                mailbox = line.mailboxes[stream.number] = _Mailbox()
-                try:
-                    line.send(Submit(stream.number, stream.request(), request_id.get()))
-                    while not stream.finished:
-                        deltas = await mailbox.take()
-                        stream.take(deltas)
-                        yield deltas
-                except _RouterLost:
-                    if not self._patience or self._closed:
-                        raise
-                    stream.lose_line()
-                finally:
-                    del line.mailboxes[stream.number]
+            line.send(Submit(number, request, request_id.get()))
+            while left:
+                deltas = await mailbox.take()
+                left -= sum(delta.finish_reason is not None for delta in deltas)
+                yield deltas
         except (RequestRefused, EngineFailed, InternalError):
-            stream.line = None  # nothing runs any more
+            left = 0  # nothing runs any more
             raise
         finally:
-            if not stream.finished:
-                stream.send_cancel(None)
-            del self._running[request.request_id]
+            if left:
+                line.send(Cancel(number, None))
+            del line.mailboxes[number], self._running[request.request_id]
 
     async def cancel(self, request_id: str, index: int | None = None) -> None:
         """End a request, or one of its sequences. Unknown or finished ones are ignored."""
         if request_id in self._running:
-            self._running[request_id].send_cancel(index)
-
-    async def _found(self) -> _Line:
-        """The line, waited for as long as patience lasts."""
-        deadline = time.monotonic() + self._patience
-        while True:
-            try:
-                return await self._connected()
-            except EngineFailed:
-                if time.monotonic() > deadline or self._closed:
-                    raise
-            await asyncio.sleep(_RETRY_SECONDS)
+            line, number = self._running[request_id]
+            line.send(Cancel(number, index))
 
     async def close(self) -> None:
-        self._closed = True
         if self._connecting is not None:
             self._connecting.cancel()
         if self._line is not None:
@@ -518,5 +440,5 @@ class EngineLink:
             endpoint = await asyncio.wait_for(self._find(), HANDSHAKE_SECONDS)
             reader, writer = await asyncio.wait_for(dial(endpoint), HANDSHAKE_SECONDS)
         except (OSError, asyncio.TimeoutError) as error:
-            raise _RouterLost(f"its router does not answer: {error!r}") from error
+            raise ReplicaLost(f"its router does not answer: {error!r}") from error
         return _Line(reader, writer)

@@ -63,6 +63,7 @@ class UnderWay:
         self._attempts = 0
         self._ended: set[int] = set()  # sequences
         self._cancelled: set[int] = set()
+        self._begun = False  # a replica has had it, so the next one may not turn it away
         self.client: EngineClient | None = None  # who runs it now
         self.request_id = request.request_id  # by which it runs there
 
@@ -81,7 +82,7 @@ class UnderWay:
         # A replica that lives may not have noticed the end of the connection before.
         self.request_id = f"{self._request.request_id}~{self._attempts}"
         resumed = None
-        if self._ended or any(self._tokens) or any(self._prompt_rows):
+        if self._begun:
             resumed = [
                 Resumed(index, self._tokens[index], self._prompt_rows[index])
                 for index in range(self._request.n)
@@ -97,7 +98,12 @@ class UnderWay:
                 self._ended.add(delta.index)
 
     def lose(self) -> None:
-        """Nobody will say any more how what was cancelled has ended."""
+        """Its replica is gone: nobody will say any more how what was cancelled has ended."""
+        self._begun = True
+        self.refused()
+
+    def refused(self) -> None:
+        """Its replica does not take it."""
         self.client = None
         self._ended |= self._cancelled
 
@@ -179,7 +185,7 @@ class Replicas(Generic[Client]):
                     under_way.lose()
                 except (QueueFull, EngineFailed) as error:
                     refusals[member] = error
-                    under_way.lose()
+                    under_way.refused()
                 finally:
                     member.requests -= 1
                     self._forget_if_done(member)

@@ -16,6 +16,7 @@ from tensorray.actors.protocol import Sampling
 from tensorray.actors.wire import Endpoint
 from tensorray.cluster.engine import Engine, EngineFailed
 from tensorray.cluster.engine_link import EngineLink, EngineServer
+from tensorray.cluster.replicas import ReplicaLost, Replicas
 from tensorray.cluster.request import Delta, GenerationRequest, QueueFull, RequestRefused
 from tests.helpers.null_engine import null_engine
 
@@ -211,10 +212,10 @@ async def test_a_lost_router_is_a_pause_for_those_who_are_patient() -> None:
 
     async def find() -> Endpoint:
         if not endpoints:
-            raise EngineFailed("its router does not answer")
+            raise ReplicaLost("its router does not answer")
         return endpoints[0]
 
-    link = EngineLink(find, patience=10)
+    link = Replicas([EngineLink(find)], patience=10)
     scored = request("scored", tokens=60)
     scored = msgspec.structs.replace(
         scored, sampling=Sampling(seed=7, prompt_logprobs=0, logprobs=0), reuse_prefix=False
@@ -261,7 +262,7 @@ async def test_a_sequence_that_was_cancelled_is_not_resumed() -> None:
     async def find() -> Endpoint:
         return endpoints[0]
 
-    link = EngineLink(find, patience=10)
+    link = Replicas([EngineLink(find)], patience=10)
     stream = link.generate(request("pair", tokens=150, n=2))
     await stream.__anext__()
     endpoints.pop(0)
@@ -278,9 +279,9 @@ async def test_a_sequence_that_was_cancelled_is_not_resumed() -> None:
 
 async def test_patience_has_an_end() -> None:
     async def find() -> Endpoint:
-        raise EngineFailed("its router does not answer")
+        raise ReplicaLost("its router does not answer")
 
-    link = EngineLink(find, patience=0.4)
+    link = Replicas([EngineLink(find)], patience=0.4)
     with pytest.raises(EngineFailed, match="does not answer"):
         await asyncio.wait_for(gather(link.generate(request("r"))), 5)
     await link.close()
