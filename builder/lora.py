@@ -15,10 +15,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from tensorray.builder.checkpoint.base import CheckpointError
-from tensorray.builder.checkpoint.peft import AdapterFiles, AdapterModule
+from tensorray.builder.checkpoint.peft import AdapterFiles
 from tensorray.builder.model import Model, Part, Weight
 from tensorray.builder.shares import slice_of, weight_shape
-from tensorray.kernels.low_rank import LowRank
+from tensorray.kernels.low_rank import Block, LowRank
 
 #: A declared weight: its group (a layer's index, or "head") and name.
 Place = tuple[int | str, str]
@@ -119,34 +119,34 @@ def _why_not(module: str, model: Model) -> str:
 
 
 def _read(files: AdapterFiles, model: Model, each: _Declared) -> LowRank:
-    """Modules of one weight side by side: A's stacked, B's on the diagonal."""
+    """Modules of one weight: A's side by side, a block for each one's B."""
     modules = {name: files.modules[name] for name in each.modules if name in files.modules}
-    rows, columns = weight_shape(each.weight, model.layout)
     rank = sum(module.rank for module in modules.values())
-    low = LowRank(np.empty((rank, columns), np.float32), np.zeros((rows, rank), np.float32))
-    first = {}
-    at = 0
-    for name, module in modules.items():
-        first[name] = at
-        at += module.rank
-    row = 0
+    a = np.empty((rank, weight_shape(each.weight, model.layout)[1]), np.float32)
+    ranks: dict[str, slice] = {}
+    blocks: list[Block] = []
+    row = filled = 0
     for name, part in zip(each.modules, each.weight.parts, strict=True):
         piece = slice_of(part, model.layout)
-        height = piece.shape[0]
-        if name in modules:
-            own = slice(first[name], first[name] + modules[name].rank)
-            _fill(low.a[own], modules[name], piece.columns, inputs=True)
-            _fill(low.b[row : row + height, own], modules[name], piece.rows, inputs=False)
-        row += height
-    if not (np.isfinite(low.a).all() and np.isfinite(low.b).all()):
+        outputs = slice(row, row + piece.shape[0])
+        row = outputs.stop
+        module = modules.get(name)
+        if module is None:
+            continue
+        whole = slice(0, module.rank)
+        if name not in ranks:
+            ranks[name] = slice(filled, filled + module.rank)
+            filled += module.rank
+            module.a.read(a[ranks[name]], whole, piece.columns, False)
+        b = np.empty((piece.shape[0], module.rank), np.float32)
+        module.b.read(b, piece.rows, whole, False)
+        b *= np.float32(module.scale)
+        last = blocks[-1] if blocks else None
+        if last is not None and last.ranks == ranks[name]:  # parts of one module
+            outputs = slice(last.outputs.start, outputs.stop)
+            b = np.concatenate([last.b, b])
+            blocks.pop()
+        blocks.append(Block(outputs, ranks[name], b))
+    if not all(np.isfinite(array).all() for array in (a, *(block.b for block in blocks))):
         raise CheckpointError(f"{files.path}: {', '.join(modules)}: values that are not finite")
-    return low
-
-
-def _fill(out: np.ndarray, module: AdapterModule, cut: slice, *, inputs: bool) -> None:
-    ranks = slice(0, module.rank)
-    if inputs:
-        module.a.read(out, ranks, cut, False)
-    else:
-        module.b.read(out, cut, ranks, False)
-        out *= np.float32(module.scale)
+    return LowRank(a, tuple(blocks))

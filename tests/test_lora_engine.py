@@ -218,7 +218,7 @@ def test_no_more_adapters_run_at_once_than_asked_and_each_has_its_turn() -> None
 
 
 def test_a_gpu_refuses_adapters_and_says_what_to_do() -> None:
-    with pytest.raises(ValueError, match="--enable-lora: .* --device cpu"):
+    with pytest.raises(ValueError, match=r"--enable-lora: .* --device cpu"):
         GpuShard.load(ShardConfig("nowhere", enable_lora=True))
 
 

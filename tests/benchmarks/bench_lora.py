@@ -23,7 +23,7 @@ from tensorray.actors.adapters import AdapterOps, LoadedAdapter, ShardAdapters, 
 from tensorray.builder.array_ops import LayerKV
 from tensorray.builder.model import ShardWeights
 from tensorray.builder.models.gemma3 import Gemma3
-from tensorray.kernels.low_rank import LowRank
+from tensorray.kernels.low_rank import Block, LowRank
 
 LINEAR = {"qkv": 3, "o": 1, "gate_up": 2, "down": 1}  # matrices that each is made of
 
@@ -34,9 +34,13 @@ def random_adapter(weights: ShardWeights, number: int, rank: int) -> LoadedAdapt
     for group in weights.layers.values():
         for name, matrices in LINEAR.items():
             outputs, inputs = group.arrays[name].shape
-            a = rng.standard_normal((rank * matrices, inputs), np.float32)
-            b = rng.standard_normal((outputs, rank * matrices), np.float32)
-            deltas[id(group.arrays[name])] = LowRank(a * np.float32(0.01), b * np.float32(0.01))
+            a = rng.standard_normal((rank * matrices, inputs), np.float32) * np.float32(0.01)
+            blocks = []
+            for i in range(matrices):
+                cut = slice(outputs * i // matrices, outputs * (i + 1) // matrices)
+                b = rng.standard_normal((cut.stop - cut.start, rank), np.float32)
+                blocks.append(Block(cut, slice(rank * i, rank * (i + 1)), b * np.float32(0.01)))
+            deltas[id(group.arrays[name])] = LowRank(a, tuple(blocks))
     return LoadedAdapter(Adapter(str(number), number, ""), deltas)
 
 
