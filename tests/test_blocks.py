@@ -342,3 +342,76 @@ def test_an_announcement_ends_with_its_sequence() -> None:
     assert blocks.admit(first, 0)
     blocks.release(first)
     assert blocks.awaited(sequence(list(range(12)))) is None
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    windows=st.sampled_from([[None], [None, 6], [3, None], [5], [None, 1, 9]]),
+    prompt=st.integers(1, 14),
+    caching=st.booleans(),
+    steps=st.lists(
+        # Whom each beam prolongs, of those there are, and the token it takes.
+        st.lists(st.tuples(st.integers(0, 4), st.integers(0, 3)), min_size=1, max_size=5),
+        min_size=1,
+        max_size=14,
+    ),
+)
+def test_beams_write_to_no_page_that_another_holds(
+    windows: list[int | None], prompt: int, caching: bool, steps: list[list[tuple[int, int]]]
+) -> None:
+    """Forks and writes in any order: blocks hold what their beams' tokens are, none is lost, and
+    there are never more of them than were reckoned with."""
+    blocks = manager(windows, 400, caching=caching)
+    content: dict[tuple[int, int], tuple[int, ...]] = {}  # (block, offset) -> tokens up to it
+    width = max(map(len, steps))
+    most = blocks.blocks_needed_by_beams(prompt, prompt + len(steps), width)
+
+    def write(s: Sequence) -> None:
+        for position in range(s.computed, len(s.tokens)):
+            for table in blocks.block_tables(s):
+                block = table[position // SIZE]
+                content[block, position % SIZE] = tuple(s.tokens[: position + 1])
+        s.computed = len(s.tokens)
+        blocks.register(s, s.computed)
+
+    leader = sequence(list(range(100, 100 + prompt)))
+    assert blocks.admit(leader, 0)
+    assert blocks.grow(leader, prompt) is not None
+    write(leader)
+    beams = [leader]
+    for step in steps:
+        heirs = []
+        for parent, token in step:
+            child = sequence(beams[parent % len(beams)].tokens)
+            blocks.fork(beams[parent % len(beams)], child)
+            child.tokens.append(token)
+            heirs.append(child)
+        for s in beams:
+            blocks.release(s)
+        for s in heirs:
+            blocks.trim(s)
+            assert blocks.grow(s, len(s.tokens)) is not None
+            copies = blocks.unshare(s)
+            assert copies is not None
+            for source, target in copies:
+                for offset in range(SIZE):
+                    content.pop((target, offset), None)
+                    if (source, offset) in content:
+                        content[target, offset] = content[source, offset]
+            column = s.computed // SIZE
+            own = [table[column] for table in blocks.block_tables(s)]
+            others = [t[column:] for o in heirs if o is not s for t in blocks.block_tables(o)]
+            assert not {*own} & {block for table in others for block in table}
+        for s in heirs:
+            write(s)
+        for s in heirs:
+            for window, table in zip(windows, blocks.block_tables(s), strict=True):
+                first = 0 if window is None else max(0, len(s.tokens) - window)
+                for position in range(first, len(s.tokens)):
+                    held = content[table[position // SIZE], position % SIZE]
+                    assert held == tuple(s.tokens[: position + 1])
+        assert blocks.total - blocks.available <= most
+        beams = heirs
+    for s in beams:
+        blocks.release(s)
+    assert blocks.available == blocks.total

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from helpers.content_shard import generate_alone
 from helpers.scheduling import Rig
 
 from tensorray.actors.protocol import KVGroups, Logprobs, Sampling, StepPlan, StepResult
-from tensorray.cluster.request import GenerationRequest, QueueFull, RequestRefused
+from tensorray.cluster.request import BeamSearch, GenerationRequest, QueueFull, RequestRefused
 from tensorray.cluster.scheduler import Scheduler
 from tensorray.cluster.sequence import Sequence, Status
 
@@ -789,5 +791,71 @@ def test_what_never_fits_a_smaller_cache_is_given_up() -> None:
     assert rig.finished == {long: "error"}
     rig.run()
     assert rig.finished[short] == "length"
+    rig.check_outputs()
+    rig.check_released()
+
+
+# --- beams ---
+
+
+def test_a_step_of_beams_carries_their_tokens_and_no_more() -> None:
+    rig = Rig(num_blocks=200, max_num_batched_tokens=512)
+    seq = rig.add(range(300), max_tokens=10, beams=BeamSearch(width=4))
+    rig.step()
+    copied = 0
+    while rig.scheduler.unfinished:
+        plan = rig.schedule()
+        assert plan is not None
+        assert sum(plan.counts) == len(plan.starts) == 4
+        assert [len(start.tokens) for start in plan.starts] == [1] * 4
+        copied += len(plan.copies)
+        rig.check_books()
+        rig.update()
+    assert copied > 0
+    assert rig.finished == {seq: "found"}
+    rig.check_outputs()
+    rig.check_released()
+
+
+def test_beams_wait_for_their_results_and_nobody_waits_for_them() -> None:
+    rig = Rig(depth=2)
+    other = rig.add(range(5), max_tokens=12)
+    rig.add(range(20, 25), max_tokens=6, beams=BeamSearch(width=3))
+    plans = []
+    while rig.scheduler.unfinished:
+        while rig.in_flight < 2 and (plan := rig.schedule()) is not None:
+            plans.append(plan)
+        rig.update()
+    searched = [plan.step for plan in plans if len(plan.seqs) > 1]
+    assert all(b - a >= 2 for a, b in itertools.pairwise(searched))
+    assert [plan.step for plan in plans if other in plan.seqs] == list(range(12))
+    rig.check_outputs()
+
+
+def test_a_search_takes_its_slots_from_its_admission_on() -> None:
+    rig = Rig(max_num_seqs=4)
+    rig.add(range(5), max_tokens=6)
+    rig.add(range(10, 15), max_tokens=6, beams=BeamSearch(width=4))
+    rig.add(range(20, 25), max_tokens=3)
+    rig.step()
+    assert rig.scheduler.stats().waiting == 2  # the search waits for four, and nobody passes it
+    rig.run()
+    rig.check_outputs()
+    with pytest.raises(RequestRefused, match=r"beam_width \(5\)"):
+        rig.add(range(5), beams=BeamSearch(width=5))
+
+
+def test_beams_that_can_never_fit_are_refused_and_those_that_just_fit_run() -> None:
+    rules = BeamSearch(width=4)
+    for blocks in range(3, 40):
+        rig = Rig((None, 6), num_blocks=blocks, max_num_seqs=4)
+        rig.add(range(3), max_tokens=2)
+        try:
+            rig.add(range(50, 59), max_tokens=9, beams=rules)
+        except RequestRefused:
+            continue
+        break
+    assert 20 < blocks < 39
+    rig.run()
     rig.check_outputs()
     rig.check_released()
