@@ -30,16 +30,22 @@ class Speculation:
     def __init__(self, drafting: Drafting, drafter: Drafter | None) -> None:
         self.drafting = drafting
         self._drafter = drafter
+        self._followed: set[int] = set()  # sequences that the drafter knows
 
     def reset(self, num_blocks: int) -> None:
+        self._followed.clear()
         if self._drafter is not None:
             self._drafter.resize(num_blocks)
 
     def take(self, ends: Iterable[int], starts: Iterable[SequenceStart]) -> None:
-        if self._drafter is not None:
-            for seq in ends:
-                self._drafter.end(seq)
-            for start in starts:
+        if self._drafter is None:
+            return
+        for seq in ends:
+            self._followed.discard(seq)
+            self._drafter.end(seq)
+        for start in starts:
+            if not start.sampling.beam:  # whose tokens are chosen elsewhere
+                self._followed.add(start.seq)
                 self._drafter.start(start)
 
     def draft(
@@ -88,7 +94,7 @@ class Speculation:
         assert self._drafter is not None
         gained: dict[int, list[int]] = {}
         for seq, token in zip(drawn, tokens, strict=True):
-            if token >= 0:
+            if token >= 0 and seq in self._followed:
                 gained.setdefault(seq, []).append(token)
         for index, seq in enumerate(seqs):
             if chosen := gained.get(seq):

@@ -75,3 +75,19 @@ def test_text_is_the_recorded_text(outputs: list[CompletionOutput]) -> None:
     ]
     assert len(texts) >= 15  # hardly any record should meet a near-tie
     assert [ours for ours, _ in texts] == [recorded for _, recorded in texts]
+
+
+def test_guessed_tokens_are_the_recorded_ones() -> None:
+    repetitive = [GOLDEN["records"][index] for index in (9, 12)]
+    settings: dict[str, Any] = {"max_model_len": 128, "speculative_config": {"method": "ngram"}}
+    with LLM(str(model_path()), device="cpu", num_kv_blocks=256, **settings) as speculative:
+        outputs = speculative.generate(
+            [record["prompt_token_ids"] for record in repetitive],
+            SamplingParams(temperature=0.0, max_tokens=GOLDEN["max_tokens"]),
+        )
+    differences = [
+        unexplained_difference(record, output.outputs[0].token_ids)
+        for record, output in zip(repetitive, outputs, strict=True)
+    ]
+    assert not any(differences), "\n".join(filter(None, differences))
+    assert sum(output.usage.accepted_prediction_tokens for output in outputs) > 40

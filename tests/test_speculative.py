@@ -390,6 +390,21 @@ def test_a_grammar_is_followed_with_and_without_guesses() -> None:
     assert accepted > none == 0
 
 
+def test_beams_search_beside_sequences_that_guess() -> None:
+    prompt = [20, 21, 22, 23] * 5
+    beams = SamplingParams(use_beam_search=True, n=3, temperature=0, max_tokens=12)
+    greedy = SamplingParams(temperature=0, max_tokens=30, ignore_eos=True)
+
+    def ask(llm: LLM) -> Any:
+        outputs = llm.generate([prompt, prompt], [beams, greedy])
+        drafted = outputs[0].usage.rejected_prediction_tokens
+        return [output.outputs for output in outputs], drafted, outputs[1].usage
+
+    (plain, _, _), (ours, drafted, usage) = generate({}, ask), generate(NGRAM, ask)
+    assert ours == plain
+    assert drafted == 0 < usage.accepted_prediction_tokens
+
+
 def test_tensor_parallel_ranks_run_the_same_drafts() -> None:
     prompts = [each.prompt for each in arrivals()][:4]
     params = SamplingParams(temperature=0.6, max_tokens=24, seed=1, ignore_eos=True)
