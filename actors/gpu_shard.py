@@ -161,13 +161,16 @@ class GpuShard:
                 ring=DEPTH + 1,
             )
             self._sampler: DeviceSampler | None = None
+            self.guidance: Guidance | None = None
             if layout.rank == layout.sampler:
+                if vocabulary is not None:
+                    self.guidance = Guidance(vocabulary, model.vocab_size)
                 self._sampler = DeviceSampler(
                     device,
                     model.vocab_size,
                     limits.max_num_seqs,
                     self._buffers.last_tokens,
-                    None if vocabulary is None else Guidance(vocabulary, model.vocab_size),
+                    self.guidance,
                     processors,
                 )
             self._running = self._no_sequences()
@@ -328,6 +331,8 @@ class GpuShard:
 
     def _submit(self, plan: StepPlan) -> PendingStep:
         began = time.perf_counter()
+        if self.guidance is not None:
+            self.guidance.step()
         with self._lock, self._device.current():
             sampler, ranks = self._sampler, self._ranks
             if ranks is not None:

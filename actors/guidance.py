@@ -8,7 +8,9 @@ after a preemption or on another shard, replays its output.
 
 from __future__ import annotations
 
+import logging
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,7 +22,12 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:  # imported with the first guided sequence: most shards never have one
     from llguidance import LLExecutor, LLMatcher, LLTokenizer
 
+logger = logging.getLogger(__name__)
+
 _WORD = 32  # tokens whose bits one word of a mask holds
+
+# Seconds without a step after which a shard has time for its vocabulary.
+_QUIET = 2.0
 
 NO_VOCABULARY = "guided output needs the model's vocabulary, which this shard was not given"
 
@@ -62,10 +69,15 @@ class Guide:
 
 
 class Guidance:
-    """A shard's grammars over its model's vocabulary, which is loaded when the first one comes."""
+    """A shard's grammars over its model's vocabulary, which is loaded when the first one comes, or
+    ahead of it, see `prepare`."""
 
-    def __init__(self, load: Callable[[], Vocabulary], vocab_size: int) -> None:
+    def __init__(
+        self, load: Callable[[], Vocabulary], vocab_size: int, quiet: float = _QUIET
+    ) -> None:
         """`vocab_size` is the model's: tokens beyond the vocabulary's are never allowed."""
+        self._quiet = quiet
+        self._last_step = time.monotonic()
         self.words = -(-vocab_size // _WORD)
         self._load = load
         self._vocab_size = vocab_size
@@ -73,6 +85,26 @@ class Guidance:
         self._lock = threading.Lock()
         self._tokenizer: LLTokenizer | None = None
         self._executor: LLExecutor | None = None
+
+    def step(self) -> None:
+        """A step runs: who has no grammar must not wait for what `prepare` does."""
+        self._last_step = time.monotonic()
+
+    def prepare(self) -> threading.Thread:
+        """Have the vocabulary loaded as soon as no step has run for a while, on the thread that is
+        returned: it takes seconds, in which Python runs little else, and the first grammar would
+        have to wait for it."""
+        thread = threading.Thread(target=self._prepare, name="vocabulary", daemon=True)
+        thread.start()
+        return thread
+
+    def _prepare(self) -> None:
+        while (left := self._last_step + self._quiet - time.monotonic()) > 0:
+            time.sleep(left)
+        try:
+            self._compiled()
+        except Exception:  # the first grammar will say it to who can do something about it
+            logger.exception("the vocabulary for guided decoding can't be loaded")
 
     def guide(self, grammar: str, outputs: Sequence[int]) -> Guide:
         """The guide of a sequence that has generated `outputs`; returns before it is ready.

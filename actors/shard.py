@@ -164,9 +164,9 @@ class Shard:
         self._max_num_seqs = max_num_seqs
         self._ranks: Ranks | None = None
         self._processors = processors or {}
-        self._guidance = None
+        self.guidance: Guidance | None = None
         if vocabulary is not None and self.info.answers:
-            self._guidance = Guidance(vocabulary, model.vocab_size)
+            self.guidance = Guidance(vocabulary, model.vocab_size)
         self.reset()
 
     @classmethod
@@ -298,7 +298,7 @@ class Shard:
             len(self.info.kv.windows),
         )
         self._beams = BeamStarts()
-        self._sampler = Sampler(self._model.vocab_size, self._guidance, self._processors)
+        self._sampler = Sampler(self._model.vocab_size, self.guidance, self._processors)
         self._pooler = Pooler()
 
     def close(self) -> None:
@@ -318,6 +318,8 @@ class Shard:
 
     def _execute(self, plan: StepPlan) -> StepResult:
         began = time.perf_counter()
+        if self.guidance is not None:
+            self.guidance.step()
         plan = self._beams.complete(plan)
         table, sampler, speculation = self._table, self._sampler, self._speculation
         if speculation is not None:

@@ -18,6 +18,7 @@ from tensorray.actors.tcp_link import ShardServer
 from tensorray.actors.wire import Endpoint
 
 if TYPE_CHECKING:
+    from tensorray.actors.guidance import Guidance
     from tensorray.actors.host_communicator import HostCommunicator
 
 # How long a step may take to end once its router is gone or its peers have failed.
@@ -68,6 +69,9 @@ class ShardHost:
         self._meeting = MeetingPoint(host)
         self._server = ShardServer(self._executor, host)
         self._world: HostCommunicator | None = None
+        guidance: Guidance | None = getattr(self._executor, "guidance", None)
+        if guidance is not None:
+            guidance.prepare()
 
     @property
     def loaded(self) -> Loaded:

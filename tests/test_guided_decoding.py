@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -223,6 +224,34 @@ def test_both_shards_write_the_same_text(known: Vocabulary, depth: int, num_bloc
             text = text_of(known, outcome.tokens)
             assert json.loads(text)["day"] is not None if i % 2 else len(text) == 15
     assert any(found[i].finish_reason == "stop" for i in (2, 6))
+
+
+def test_the_vocabulary_is_there_before_the_first_grammar(known: Vocabulary) -> None:
+    loads: list[int] = []
+
+    def load() -> Vocabulary:
+        loads.append(threading.get_ident())
+        return known
+
+    ahead = Guidance(load, 272, quiet=0.0)
+    ahead.prepare().join(60)
+    assert len(loads) == 1
+    assert not ahead.guide(StructuredOutputs(regex="a").compiled(), []).error
+    assert len(loads) == 1
+    busy = Guidance(load, 272, quiet=3600.0)  # steps all the time
+    busy.prepare()
+    assert not busy.guide(StructuredOutputs(regex="a").compiled(), []).error
+    assert len(loads) == 2
+
+
+def test_a_vocabulary_that_does_not_load_fails_its_sequences_only() -> None:
+    def load() -> Vocabulary:
+        raise OSError("no such file")
+
+    guidance = Guidance(load, 272, quiet=0.0)
+    guidance.prepare().join(60)
+    with pytest.raises(OSError, match="no such file"):
+        _ = guidance.guide(StructuredOutputs(regex="a").compiled(), []).error
 
 
 # --- schemas of all kinds ---
