@@ -6,7 +6,7 @@ replicas are compared by it (`replica_choice.weight`), in shares of what one rep
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from tensorray.cluster.config import EngineConfig
 from tensorray.cluster.replica_choice import SEQUENCE_TOKENS
@@ -45,5 +45,5 @@ def serve_settings(config: EngineConfig) -> AutoscalingConfig | None:
     given = {k: v for k, v in config.autoscaling_config.items() if k != "target_queued_tokens"}
     if unknown := given.keys() - AutoscalingConfig.model_fields.keys():
         raise ValueError(f"autoscaling_config: unknown key {min(unknown)!r}")
-    policy = AutoscalingPolicy(policy_function=f"{__name__}:{replicas_wanted.__name__}")
+    policy = cast(Any, AutoscalingPolicy)(policy_function=f"{__name__}:{replicas_wanted.__name__}")
     return AutoscalingConfig(**{"policy": policy, **given})
