@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
@@ -270,7 +271,8 @@ def cluster(machine: Machine) -> Iterator[Machine]:
 
 
 def stop(pid: int) -> None:
-    os.kill(pid, signal.SIGTERM)
+    with suppress(ProcessLookupError):  # it failed to start, which was told
+        os.kill(pid, signal.SIGTERM)
     deadline = time.monotonic() + PATIENCE
     while Path(f"/proc/{pid}").exists() and time.monotonic() < deadline:
         time.sleep(0.1)
