@@ -421,12 +421,9 @@ class Steering:
             self.chain = chain_of(start, registry)
         except ProcessorError as error:
             self._broken = str(error)
-
-    @property
-    def follows(self) -> bool:
-        """Whether there is anything: then the next choice waits for the last token."""
-        return (
-            self._grammar or self.rules is not None or self.chain is not None or bool(self._broken)
+        #: Whether there is anything: then the next choice waits for the last token.
+        self.follows = bool(
+            self._grammar or self._broken or self.chain is not None or self.rules is not None
         )
 
     @property
@@ -465,6 +462,7 @@ class Steering:
             self.rules.append(token)
             if self.rules.done:
                 self.rules = None
+                self.follows = self._grammar or self.chain is not None
 
 
 def check_best(best: np.float32) -> None:
