@@ -34,6 +34,7 @@ from tensorray.cluster.connect import connect
 from tensorray.cluster.fleet import Fleet
 from tensorray.cluster.frontend import Frontend, PreparedRequest
 from tensorray.cluster.ingress import create_app
+from tensorray.cluster.lora_module import check_modules
 from tensorray.cluster.router import Router
 from tensorray.cluster.router_door import RouterDoor
 from tensorray.cluster.routers import REQUEST_ROUTER, Routers
@@ -280,6 +281,7 @@ def run(
         try:
             if own_cluster:
                 Frontend.load(config)  # what is wrong with the model, said at once
+                check_modules(config.lora_modules)
             stage("Starting Ray Serve ...")
             serve.start(http_options=_http_options(host, port, tls))
             stage(f"Loading {config.model} ...")

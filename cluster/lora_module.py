@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -42,3 +44,13 @@ class LoRARequest:
     lora_name: str
     lora_int_id: int
     lora_path: str
+
+
+def check_modules(modules: Iterable[LoraModule]) -> None:
+    """Raise CheckpointError for an adapter on this machine that no model could be served with."""
+    from tensorray.builder.checkpoint.peft import open_adapter
+
+    for module in modules:
+        path = Path(module.path).expanduser()
+        if path.is_dir():
+            open_adapter(path)

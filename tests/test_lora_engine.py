@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,9 +19,11 @@ from tensorray.actors.gpu_shard import GpuShard
 from tensorray.actors.link import LocalLink
 from tensorray.actors.null_shard import NullShard
 from tensorray.actors.protocol import KVGroups, Sampling, ShardInfo
+from tensorray.builder.checkpoint import CheckpointError
 from tensorray.cluster.adapters import AdapterRefused, EngineAdapters, LocalHost
 from tensorray.cluster.config import EngineConfig
 from tensorray.cluster.engine import Engine
+from tensorray.cluster.lora_module import LoraModule, check_modules
 from tensorray.cluster.request import GenerationRequest, UnknownAdapter
 from tensorray.cluster.scheduler import Scheduler
 
@@ -90,15 +93,16 @@ async def until(condition: Any) -> None:
 
 async def test_a_version_that_runs_stays_until_its_requests_have_ended(running: Running) -> None:
     await running.load("a", 1)
-    old = running.ask("a", 40)
+    await running.adapters.load(Adapter("a", 2, "/a"))
+    old = running.ask("a", 100)
     await anext(old)
-    await running.load("a", 2)
+    running.adapters.publish(2)
     new = running.ask("a", 8)
     assert old.request.adapter == 1
     assert new.request.adapter == 2
     assert await tokens(new) == 8
     assert running.held == [1, 2]
-    assert await tokens(old) == 39
+    assert await tokens(old) == 99
     await running.engine.cancel("nobody")
     await tokens(running.ask("", 4))  # the plans that named it have been heard of
     await until(lambda: running.held == [2])
@@ -241,6 +245,13 @@ def test_a_gpu_refuses_adapters_and_says_what_to_do() -> None:
 def test_settings_that_contradict_each_other_are_refused(settings: Any, message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         EngineConfig(model="m", **settings)
+
+
+def test_an_adapter_that_is_none_is_told_before_anything_starts(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "IA3"}')
+    with pytest.raises(CheckpointError, match="only LORA is supported"):
+        check_modules([LoraModule(name="a", path=str(tmp_path))])
+    check_modules([LoraModule(name="a", path="org/on-the-hub")])
 
 
 def test_modules_are_spelled_as_vllm_does() -> None:
