@@ -32,7 +32,14 @@ from tensorray.cluster.flags import UsageError
 from tensorray.cluster.frontend import EngineClient
 from tensorray.cluster.request import Delta, GenerationRequest
 
-URLS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/score", "/v1/rerank")
+URLS = (
+    "/v1/chat/completions",
+    "/v1/completions",
+    "/v1/responses",
+    "/v1/embeddings",
+    "/v1/score",
+    "/v1/rerank",
+)
 
 _LOG_SECONDS = 10.0  # between lines of progress
 

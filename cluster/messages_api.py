@@ -89,6 +89,8 @@ class CountTokensRequest(ChatLikeRequest):
             if self.thinking is not None
             else False,
         }
+        if fields["messages"][-1]["role"] == "assistant":  # what the answer begins with
+            fields |= {"continue_final_message": True, "add_generation_prompt": False}
         if choice is not None:
             named = {"type": "function", "function": {"name": choice.name or ""}}
             fields["tool_choice"] = {"any": "required", "tool": named}.get(choice.type, choice.type)

@@ -68,7 +68,7 @@ def template_arguments(
     if enable_thinking is not None:
         if _mentions(template, "enable_thinking"):
             found["enable_thinking"] = enable_thinking
-        elif enable_thinking:
+        elif enable_thinking and format_of(template) is None:
             raise _unknown("enable_thinking")
     return found
 

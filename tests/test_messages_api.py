@@ -166,6 +166,13 @@ async def test_results_of_tools_go_back(model: Path) -> None:
         )
 
 
+async def test_an_answer_goes_on_from_the_assistants_last_words(model: Path) -> None:
+    async with client_of(model, "ny.") as (client, _, prompts):
+        answer = await create(client, messages=[*HELLO, {"role": "assistant", "content": "Sun"}])
+        assert answer.content[0].text == "ny."
+        assert prompts[0] == "<user>Weather?<assistant>Sun"
+
+
 async def test_tool_choice_is_enforced(model: Path) -> None:
     async with client_of(model, CALL) as (client, backend, _):
         for choice in ({"type": "any"}, {"type": "tool", "name": "get_weather"}):
@@ -206,7 +213,7 @@ async def test_keys_come_in_a_header_of_their_own(model: Path) -> None:
 
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"messages": [{"role": "system", "content": "x"}]}, "goes into system"),
-    ({"messages": [*HELLO, {"role": "assistant", "content": "So"}]}, "always a new message"),
+    ({"messages": [*HELLO, {"role": "assistant", "content": ""}]}, "no text to go on from"),
     (
         {"messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}]},
         r"messages\[0\].content\[0\].*'image'.*text only",
