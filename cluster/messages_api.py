@@ -127,11 +127,6 @@ class CountTokensRequest(ChatLikeRequest):
                     found[-1]["content"] += "\n" + each["content"]  # one turn in two messages
                 else:
                     found.append(each)
-        if found[-1]["role"] == "assistant":
-            raise BadRequest(
-                "messages: the last one is the assistant's, and an answer is always a new message",
-                param="messages",
-            )
         return found
 
 
