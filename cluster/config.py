@@ -240,6 +240,14 @@ class EngineConfig(BaseModel):
         description="Embeddings are the last hidden state of a prompt, the mean of all, or the "
         "first; auto: as Sentence Transformers' files beside the model say, else the last",
     )
+    score_template: str | None = Field(
+        None,
+        description="A jinja file over query and document, whose text the model answers with yes "
+        "or no: scores and rankings are then the odds of yes, as generative rerankers mean it",
+    )
+    score_tokens: list[str] = Field(
+        ["yes", "no"], description="The two answers, yes first", min_length=2, max_length=2
+    )
     # --- limits of the API ---
     max_logprobs: int = Field(20, ge=-1, description="Most top-logprobs a request may ask; -1: any")
     max_n: int = Field(128, ge=1, le=128, description="Most sequences a request may ask")

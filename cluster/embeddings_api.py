@@ -1,7 +1,8 @@
 """Embeddings, scores and rankings over HTTP: requests, answers, endpoints.
 
 https://platform.openai.com/docs/api-reference/embeddings for `/v1/embeddings`; `/v1/score` is
-vLLM's; `/v1/rerank` is Jina's and Cohere's, as vLLM answers it. Scores are cosines of embeddings.
+vLLM's; `/v1/rerank` is Jina's and Cohere's, as vLLM answers it. Scores are cosines of embeddings,
+or a judge's (judge.py).
 """
 
 from __future__ import annotations
@@ -22,8 +23,10 @@ from starlette.responses import Response
 
 from tensorray.cluster import openai_api as api
 from tensorray.cluster.bad_request import BadRequest
+from tensorray.cluster.bodies import all_of
 from tensorray.cluster.errors import ApiError, bad_request, explain
-from tensorray.cluster.frontend import EngineClient, Frontend
+from tensorray.cluster.frontend import EngineClient, Frontend, PreparedRequest
+from tensorray.cluster.judge import Judge
 from tensorray.cluster.pooling import (
     Embedder,
     PoolingParams,
@@ -214,8 +217,11 @@ class EmbeddingService:
         read: Callable[..., Awaitable[Any]],
         chosen: Callable[[str | None], tuple[str, str]],
         explain: Callable[[Exception], Awaitable[ApiError]],
+        judge: Judge | None = None,
     ) -> None:
-        """`read` reads a request, `chosen` finds the model it names, `explain` tells an error."""
+        """`read` reads a request, `chosen` finds the model it names, `explain` tells an error.
+        Scores are the judge's, if there is one, else cosines."""
+        self._judge = judge
         self._embedder = Embedder(frontend, frontend.pooling_type)
         self._client = client
         self._read = read
@@ -251,35 +257,91 @@ class EmbeddingService:
     async def score(self, http: Request) -> Response:
         """How well pairs of texts go together."""
         request, headers, large = await self._read(http, ScoreRequest)
-        pairs = request.pairs()
-        first = len(request.text_1)
+        pairs = [(request.text_1[a], request.text_2[b]) for a, b in request.pairs()]
 
-        def answer(id: str, name: str, found: Sequence[PoolingRequestOutput]) -> ScoreList:
-            vectors = [each.outputs.data for each in found]
-            data = [
-                Score(i, cosine(vectors[a], vectors[first + b])) for i, (a, b) in enumerate(pairs)
-            ]
-            return ScoreList(id, int(time.time()), name, data, _usage(found))
+        def answer(id: str, name: str, scores: Sequence[float], usage: InputUsage) -> ScoreList:
+            data = [Score(i, score) for i, score in enumerate(scores)]
+            return ScoreList(id, int(time.time()), name, data, usage)
 
-        inputs = [*request.text_1, *request.text_2]
-        return await self._respond("score", request, inputs, headers, large, answer)
+        return await self._compare("score", request, pairs, headers, large, answer)
 
     async def rerank(self, http: Request) -> Response:
         """Documents by how well they go with a query."""
         request, headers, large = await self._read(http, RerankRequest)
 
-        def answer(id: str, name: str, found: Sequence[PoolingRequestOutput]) -> Ranking:
-            query, *documents = [each.outputs.data for each in found]
-            ranked = [Ranked(i, cosine(query, each)) for i, each in enumerate(documents)]
+        def answer(id: str, name: str, scores: Sequence[float], usage: InputUsage) -> Ranking:
+            ranked = [Ranked(i, score) for i, score in enumerate(scores)]
             ranked.sort(key=lambda each: -each.relevance_score)
             ranked = ranked[: request.top_n or None]
             if request.return_documents is not False:
                 for each in ranked:
                     each.document = Document(request.documents[each.index])
-            return Ranking(id, name, _usage(found), ranked)
+            return Ranking(id, name, usage, ranked)
 
-        inputs = [request.query, *request.documents]
-        return await self._respond("rerank", request, inputs, headers, large, answer)
+        pairs = [(request.query, document) for document in request.documents]
+        return await self._compare("rerank", request, pairs, headers, large, answer)
+
+    async def _compare(
+        self,
+        kind: str,
+        request: PoolingRequest,
+        pairs: list[tuple[str, str]],
+        headers: dict[str, str],
+        large: bool,
+        answer: Callable[[str, str, Sequence[float], InputUsage], msgspec.Struct],
+    ) -> Response:
+        """Answer with the score of each pair."""
+        if self._judge is not None:
+            return await self._respond_judged(
+                self._judge, kind, request, pairs, headers, large, answer
+            )
+        inputs = [*dict.fromkeys(text for pair in pairs for text in pair)]
+        place = {text: i for i, text in enumerate(inputs)}
+
+        def told(id: str, name: str, found: Sequence[PoolingRequestOutput]) -> msgspec.Struct:
+            vectors = [each.outputs.data for each in found]
+            scores = [cosine(vectors[place[a]], vectors[place[b]]) for a, b in pairs]
+            return answer(id, name, scores, _usage(found))
+
+        return await self._respond(kind, request, inputs, headers, large, told)
+
+    async def _respond_judged(
+        self,
+        judge: Judge,
+        kind: str,
+        request: PoolingRequest,
+        pairs: list[tuple[str, str]],
+        headers: dict[str, str],
+        large: bool,
+        answer: Callable[[str, str, Sequence[float], InputUsage], msgspec.Struct],
+    ) -> Response:
+        _check_count(len(pairs))
+        name, lora = self._chosen(request.model)
+        id = f"{kind}-{uuid.uuid4().hex}"
+
+        def prepare() -> list[list[PreparedRequest]]:
+            return [
+                judge.prepare(
+                    first,
+                    second,
+                    request_id=f"{id}-{i}",
+                    priority=request.priority or 0,
+                    user=request.user or "",
+                    cache_salt=request.cache_salt or "",
+                    lora=lora,
+                )
+                for i, (first, second) in enumerate(pairs)
+            ]
+
+        prepared = await asyncio.to_thread(prepare) if large else prepare()
+
+        async def whole() -> bytes:
+            found = await all_of([judge.score(self._client, each) for each in prepared])
+            tokens = sum(count for _, count in found)
+            scores = [score for score, _ in found]
+            return api.to_json(answer(id, name, scores, InputUsage(tokens, tokens)))
+
+        return WholeResponse(whole(), self._explain, headers)
 
     async def _respond(
         self,
@@ -290,10 +352,7 @@ class EmbeddingService:
         large: bool,
         answer: Callable[[str, str, Sequence[PoolingRequestOutput]], msgspec.Struct],
     ) -> Response:
-        if len(inputs) > MAX_INPUTS:
-            raise bad_request(
-                f"{len(inputs)} inputs are more than {MAX_INPUTS}; send several requests", "input"
-            )
+        _check_count(len(inputs))
         name, lora = self._chosen(request.model)
         id = f"{kind}-{uuid.uuid4().hex}"
         params = request.params()
@@ -320,6 +379,13 @@ class EmbeddingService:
             return api.to_json(answer(id, name, found))
 
         return WholeResponse(whole(), self._explain, headers)
+
+
+def _check_count(inputs: int) -> None:
+    if inputs > MAX_INPUTS:
+        raise bad_request(
+            f"{inputs} inputs are more than {MAX_INPUTS}; send several requests", "input"
+        )
 
 
 def _usage(found: Sequence[PoolingRequestOutput]) -> InputUsage:

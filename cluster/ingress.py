@@ -41,6 +41,7 @@ from tensorray.cluster.frontend import (
     PreparedRequest,
 )
 from tensorray.cluster.guard import Guard
+from tensorray.cluster.judge import Judge
 from tensorray.cluster.key_digests import read_keys
 from tensorray.cluster.lora_api import LoadAdapterRequest, Models, UnloadAdapterRequest
 from tensorray.cluster.metrics import CONTENT_TYPE
@@ -147,9 +148,13 @@ def create_app(
         route("POST", "/sleep", sleeping.sleep, answer=Sleeping, errors=[409, 503])
         route("POST", "/wake_up", sleeping.wake_up, answer=Sleeping, errors=[503])
         route("GET", "/is_sleeping", sleeping.is_sleeping, answer=Sleeping, errors=[503])
-    EmbeddingService(frontend, client, service.read, models.chosen, service.explain).add_routes(
-        route
+    judge = None
+    if config.score_template is not None:
+        judge = Judge(frontend, config.score_template, config.score_tokens)
+    embeddings = EmbeddingService(
+        frontend, client, service.read, models.chosen, service.explain, judge
     )
+    embeddings.add_routes(route)
     chats = ChatService(frontend, client, service.read, models.chosen, service.explain)
     responses_api.add_routes(route, chats)
     messages_api.add_routes(route, chats)

@@ -486,3 +486,40 @@ def test_files_of_requests_embed(llm: LLM) -> None:
     np.testing.assert_allclose(
         json.loads(body)["data"][0]["embedding"], wanted.outputs.data, atol=1e-5
     )
+
+
+# --- judged by a model ---
+
+JUDGED = "{{ query }}: {{ document }}? "
+
+
+def test_a_judge_s_scores_are_its_odds_of_yes(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the tiny vocabulary "in" and " on" are single tokens; "yes" is not."""
+    monkeypatch.setattr(llm.frontend, "_max_logprobs", -1)
+    settings = {"score_template": JUDGED, "score_tokens": ["in", " on"]}
+    backend: Any = LLMBackend(llm)
+    config = llm.config.model_copy(update=settings)
+    app = create_app(llm.frontend, backend, config)
+    greedy = SamplingParams(temperature=0, max_tokens=1, logprobs=-1)
+    scores = []
+    for document in TEXTS:
+        prompt = llm.frontend.tokenizer.encode(f"then: {document}? ", add_special_tokens=False)
+        (answer,) = llm.generate(prompt, greedy)
+        entries: Any = answer.outputs[0].logprobs
+        found = {each.text: each.logprob for each in entries[0].top}
+        odds = np.exp([found["in"], found[" on"]])
+        scores.append(odds[0] / odds.sum())
+    assert max(scores) - min(scores) > 1e-3
+    body = json.dumps({"text_1": "then", "text_2": TEXTS}).encode()
+    status, told = llm.run(call(app, "/v1/score", body))
+    assert status == 200, told
+    assert [each["score"] for each in json.loads(told)["data"]] == pytest.approx(scores, abs=1e-4)
+    body = json.dumps({"query": "then", "documents": TEXTS}).encode()
+    _, told = llm.run(call(app, "/v1/rerank", body))
+    best = json.loads(told)["results"][0]
+    assert best["index"] == int(np.argmax(scores))
+    assert best["relevance_score"] == pytest.approx(max(scores), abs=1e-4)
+    with pytest.raises(ValueError, match="it is 3 tokens of this model, not one"):
+        create_app(
+            llm.frontend, backend, config.model_copy(update={"score_tokens": ["yes", " on"]})
+        )
