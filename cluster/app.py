@@ -161,7 +161,7 @@ def build_app(args: EngineConfig) -> serve.Application:
             if scaling is None
             else {"autoscaling_config": scaling}
         ),
-        request_router_config=RequestRouterConfig(request_router_class=REQUEST_ROUTER),
+        request_router_config=RequestRouterConfig(request_router_class=cast(Any, REQUEST_ROUTER)),
         health_check_period_s=2,
         health_check_timeout_s=10,
         **common,

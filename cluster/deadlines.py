@@ -79,6 +79,7 @@ class Deadlines:
         kind: str | None = None  # the answer's content type, once it has begun
         unread = asyncio.Event()
         sending: float | None = None  # since when the client is waited for
+        alarm: asyncio.TimerHandle
         loop = asyncio.get_running_loop()
 
         async def watched(message: Message) -> None:

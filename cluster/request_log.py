@@ -94,7 +94,7 @@ class JsonFormat(_Format):
     """One JSON object a line: time (RFC 3339, UTC), level, logger, message, and, where there are,
     request_id, status, seconds, exception."""
 
-    converter = time.gmtime
+    converter = time.gmtime  # type: ignore[assignment]
 
     def format(self, record: logging.LogRecord) -> str:
         line: dict[str, object] = {
