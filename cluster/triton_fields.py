@@ -69,7 +69,7 @@ _JSON_TYPES: dict[Kind, Any] = {
     "text": str,
     "words": str | list[str],
     "integer": int,
-    "integers": list[int] | list[list[int]],
+    "integers": list[int | list[int]],
     "number": float,
     "numbers": float | list[float],
     "flag": bool,

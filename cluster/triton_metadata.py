@@ -37,14 +37,14 @@ class ModelMetadata(msgspec.Struct):
     platform: str = "tensorray"
 
 
-class InputConfig(msgspec.Struct):
+class ModelInput(msgspec.Struct):
     name: str
     data_type: str
     dims: list[int]
     optional: bool
 
 
-class OutputConfig(msgspec.Struct):
+class ModelOutput(msgspec.Struct):
     name: str
     data_type: str
     dims: list[int]
@@ -58,8 +58,8 @@ class ModelConfig(msgspec.Struct):
     """The model in the terms of Triton's model configuration; dims are without the batch."""
 
     name: str
-    input: list[InputConfig]
-    output: list[OutputConfig]
+    input: list[ModelInput]
+    output: list[ModelOutput]
     platform: str = "tensorray"
     backend: str = "tensorray"
     max_batch_size: int = MAX_BATCH
@@ -79,7 +79,7 @@ def model(name: str, version: str) -> ModelMetadata:
 def model_config(name: str) -> ModelConfig:
     """The same as a configuration."""
     inputs = [
-        InputConfig(
+        ModelInput(
             each,
             _config_type(DATATYPES[kind]),
             [-1 if kind in LISTS else 1],
@@ -88,7 +88,7 @@ def model_config(name: str) -> ModelConfig:
         for each, kind in INPUTS.items()
     ]
     outputs = [
-        OutputConfig(each, _config_type(datatype), shape[1:] or [-1])
+        ModelOutput(each, _config_type(datatype), shape[1:] or [-1])
         for each, (datatype, shape) in OUTPUTS.items()
     ]
     return ModelConfig(name, inputs, outputs)
