@@ -293,11 +293,18 @@ class Frontend:
         prompt = self.render(conversation)
         prepared = self.request(prompt, params, **settings)
         sampling = prepared.request.sampling
-        reply = self.replies.format(prompt, conversation.tools, sampling.grammar)
+        if not params.detokenize and conversation.tools.mode == "none":
+            return prepared  # there is no text to take apart
+        reply = self.replies.format(
+            prompt,
+            conversation.tools,
+            sampling.grammar,
+            continues=conversation.continue_final_message,
+        )
         if reply is None:
             return prepared
         if not params.detokenize:
-            raise BadRequest("reasoning and calls are read from text; leave detokenize on")
+            raise BadRequest("calls are read from text; leave detokenize on", param="tools")
         if reply.grammar and (params.ignore_eos or params.min_tokens):
             given = "ignore_eos" if params.ignore_eos else "min_tokens"
             raise BadRequest(f"{given} can't go with calls that have to be made", param=given)

@@ -148,6 +148,8 @@ def _parsed(arguments: str) -> dict[str, Any]:
     """A call's arguments; none of those that were cut short."""
     try:
         value = json.loads(arguments or "{}")
+        # An escape may stand for half a character, which no text can hold.
+        value = json.loads(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"))
     except ValueError:
         return {}
     return value if isinstance(value, dict) else {}

@@ -23,11 +23,18 @@ class ReasoningFormat:
     end: str
     implied: bool = False
 
-    def state(self, tokenizer: Tokenizer, prompt: Sequence[int]) -> bool | None:
-        """Whether an answer to the prompt begins inside reasoning; None: there will be none."""
+    def state(
+        self, tokenizer: Tokenizer, prompt: Sequence[int], *, continues: bool = False
+    ) -> bool | None:
+        """Whether an answer to the prompt begins inside reasoning; None: there will be none.
+
+        `continues` says that the prompt ends in the midst of an answer.
+        """
         text = tokenizer.decode(prompt[-_TAIL:], skip_special_tokens=False).rstrip()
         if text.endswith(self.end):
             return None
+        if continues:
+            return True if text.endswith(self.begin) else None
         return self.implied or text.endswith(self.begin)
 
 

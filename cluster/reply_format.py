@@ -98,12 +98,20 @@ class ReplyFormats:
                 param="tool_choice",
             )
 
-    def format(self, prompt: Sequence[int], use: ToolUse, answer: str = "") -> ReplyFormat | None:
-        """How the answer to a prompt is read; None: it is text alone. `answer` is the grammar
-        that the text itself must follow. Raises BadRequest."""
+    def format(
+        self,
+        prompt: Sequence[int],
+        use: ToolUse,
+        answer: str = "",
+        *,
+        continues: bool = False,
+    ) -> ReplyFormat | None:
+        """How the answer to a prompt is read, or the rest of one that the prompt `continues`;
+        None: it is text alone. `answer` is the grammar that the text itself must follow. Raises
+        BadRequest."""
         thinks, inside = self.reasoning, False
         if thinks is not None:
-            state = thinks.state(self._tokenizer, prompt)
+            state = thinks.state(self._tokenizer, prompt, continues=continues)
             thinks, inside = (None, False) if state is None else (thinks, state)
         tools = self.tools if use.mode != "none" else None
         if thinks is None and tools is None:

@@ -295,6 +295,24 @@ async def test_auto_can_be_turned_off(model: Path) -> None:
         assert len(answer.choices[0].message.tool_calls) == 1
 
 
+def test_without_text_there_is_nothing_to_take_apart(model: Path) -> None:
+    frontend = Frontend.load(EngineConfig(model=str(model)))
+    silent = SamplingParams(detokenize=False)
+    assert frontend.converse(Conversation(HELLO), silent, request_id="x").reply is None
+    with pytest.raises(BadRequest, match="detokenize"):
+        frontend.converse(Conversation(HELLO, ToolUse.read([TIME])), silent, request_id="x")
+
+
+def test_what_continues_an_answer_does_not_reason_again() -> None:
+    tokenizer = byte_level()
+    formats = ReplyFormats(tokenizer, "", reasoning_parser="deepseek_r1")
+    assert formats.format(tokenizer.encode("user"), ToolUse()) is not None
+    assert formats.format(tokenizer.encode("user the"), ToolUse(), continues=True) is None
+    within = formats.format(tokenizer.encode("user<think>"), ToolUse(), continues=True)
+    assert within is not None
+    assert within.inside
+
+
 # --- formats of models ---
 
 

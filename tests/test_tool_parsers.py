@@ -111,6 +111,8 @@ def test_calls_are_found(
         "[TOOL_CALLS][TOOL",
         '{"city": "Paris"}',
         "[add(a=",
+        '[add(a="\\ud800")]',
+        '<tool_call>{"name": "add", "arguments": "{\\"a\\": \\"\\ud800\\"}"}',
     ],
 )
 def test_what_is_no_call_is_text(kind: str, text: str) -> None:

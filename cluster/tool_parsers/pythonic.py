@@ -35,16 +35,14 @@ class Pythonic(ToolFormat):
         if calls:
             for name, arguments in calls:
                 self.begin(source, name)
-                source.add(Arguments(json.dumps(arguments, ensure_ascii=False)))
+                source.add(Arguments(arguments))
             source.drop()
             yield from source.literal(_END)
         else:
             source.at = 0
         yield from source.rest()
 
-    def _list(
-        self, source: Source, names: Collection[str]
-    ) -> Reading[list[tuple[str, dict[str, Any]]]]:
+    def _list(self, source: Source, names: Collection[str]) -> Reading[list[tuple[str, str]]]:
         """Skip a list of calls, and return it; empty if it is none."""
         start = source.at
         if not (yield from source.literal("[")):
@@ -86,7 +84,8 @@ class Pythonic(ToolFormat):
         return "mixed: calls | text\ntext: /(?s:[^\\[\\s].*)?/\n" + calls
 
 
-def _parsed(text: str, names: Collection[str]) -> list[tuple[str, dict[str, Any]]]:
+def _parsed(text: str, names: Collection[str]) -> list[tuple[str, str]]:
+    """Names and arguments, as JSON; empty if these are no calls."""
     try:
         tree = ast.parse(text, mode="eval").body
         if not isinstance(tree, ast.List):
@@ -98,9 +97,9 @@ def _parsed(text: str, names: Collection[str]) -> list[tuple[str, dict[str, Any]
             name = ast.unparse(call.func)
             if name not in names:
                 return []
-            calls.append(
-                (name, {each.arg or "": _value(text, each.value) for each in call.keywords})
-            )
+            arguments = {each.arg or "": _value(text, each.value) for each in call.keywords}
+            calls.append((name, json.dumps(arguments, ensure_ascii=False)))
+            calls[-1][1].encode()  # an escape may stand for half a character
     except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
         return []
     return calls

@@ -217,6 +217,7 @@ def _as_object(text: str) -> str | None:
     if isinstance(value, str):
         text = value
         try:
+            text.encode()  # an escape may stand for half a character
             value = json.loads(text)
         except ValueError:
             return None
