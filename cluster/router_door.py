@@ -1,4 +1,4 @@
-"""A router's adapters as an ingress reaches them: by calls through Serve, which are few and slow."""
+"""A router's adapters as an ingress reaches them: by calls through Serve, few and slow."""
 
 from __future__ import annotations
 

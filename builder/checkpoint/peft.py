@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import sqrt
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tensorray.builder.checkpoint import pickles
 from tensorray.builder.checkpoint.base import CheckpointError
@@ -26,6 +26,8 @@ from tensorray.builder.checkpoint.tensor import DataFile, FileTensor
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
+
+T = TypeVar("T")
 
 _MOST_CONFIG_BYTES = 1 << 20
 _MODULE = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
@@ -198,7 +200,8 @@ def read_adapter_config(directory: Path) -> AdapterConfig:
             "it changes the base's weights as well; convert the adapter for the plain base "
             "(PEFT's path_initial_model_for_weight_conversion)",
         )
-    rank, alpha = config.get("r"), config.get("lora_alpha")
+    rank: Any = config.get("r")
+    alpha: Any = config.get("lora_alpha")
     if type(rank) is not int or rank < 1:
         raise refuse("r", "the rank is an integer from 1 on")
     if not _is_number(alpha):
@@ -225,8 +228,8 @@ def read_adapter_config(directory: Path) -> AdapterConfig:
     )
 
 
-def _is_number(value: object) -> bool:
-    return type(value) in (int, float) and -1e9 < value < 1e9  # type: ignore[operator]
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and -1e9 < value < 1e9
 
 
 def _is_simple(pattern: str) -> bool:
@@ -241,7 +244,7 @@ def _is_simple(pattern: str) -> bool:
     return True
 
 
-def _by_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
+def _by_pattern(patterns: Mapping[str, T], module: str, default: T) -> T:
     """As PEFT looks a module up: the first pattern that its name, or the end of it, matches."""
     for pattern, value in patterns.items():
         if re.fullmatch(rf"(.*\.)?({pattern})", module):
