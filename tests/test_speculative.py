@@ -153,8 +153,8 @@ def test_preemption_and_prefix_reuse_change_no_token_either(how: dict[str, Any])
     assert scheduler.stats().prefix_hits > 0
 
 
-class SlowShard:
-    """A shard through whose results plain and speculative steps are compared."""
+class KeepingShard:
+    """A shard whose results are kept."""
 
     def __init__(self, shard: Shard) -> None:
         self._shard = shard
@@ -167,7 +167,7 @@ class SlowShard:
 
 def logprobs_of(how: dict[str, Any] | None) -> tuple[list[int], list[Logprobs]]:
     shard, scheduler = start("llama3", how)
-    slow = SlowShard(shard)
+    kept = KeepingShard(shard)
     sampling = Sampling(temperature=0.8, seed=3, logprobs=3, prompt_logprobs=1)
     arrival = Arrival(0, [20, 21, 22, 23] * 5, sampling, 30)
     tokens: list[int] = []
@@ -175,14 +175,14 @@ def logprobs_of(how: dict[str, Any] | None) -> tuple[list[int], list[Logprobs]]:
     scheduler.add(sequence(0, arrival))
     prompt: list[Logprobs] = []
     while scheduler.unfinished:
-        for gain in scheduler.update(slow.execute(scheduler.schedule())):
+        for gain in scheduler.update(kept.execute(scheduler.schedule())):
             prompt += gain.prompt_logprobs or []
             if gain.token is not None:
                 assert gain.logprobs is not None
                 tokens.append(gain.token)
                 entries.append(gain.logprobs)
     if how is not None:
-        assert any(result.further_logprobs for result in slow.results)
+        assert any(result.further_logprobs for result in kept.results)
     return tokens, prompt + entries
 
 
