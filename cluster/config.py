@@ -200,6 +200,12 @@ class EngineConfig(BaseModel):
     max_waiting: int = Field(
         4096, ge=0, description="When serving: sequences that may wait before new ones get 429"
     )
+    max_waiting_tokens: int = Field(
+        1 << 23,
+        ge=1,
+        description="When serving: prompt tokens that may wait before new ones get 429; each takes "
+        "about 50 bytes",
+    )
     enable_prefix_caching: bool = Field(True, description="Reuse KV blocks of equal prefixes")
     scheduling_policy: Literal["fcfs", "priority"] = "fcfs"
     logits_processors: list[str] = Field(
@@ -434,6 +440,7 @@ class EngineConfig(BaseModel):
             enable_prefix_caching=self.enable_prefix_caching,
             policy=self.scheduling_policy,
             max_waiting=self.max_waiting,
+            max_waiting_tokens=self.max_waiting_tokens,
             micro_batches=self.pipeline_parallel_size,
             drafting=info.drafting,
             max_adapters=self.max_loras,

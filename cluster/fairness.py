@@ -38,6 +38,7 @@ class AdmissionQueue:
         self._last_admitted = ""
         self._size = 0
         self.tokens = 0  # that are to be computed of those who wait, as far as is known
+        self.known_tokens = 0  # all that those who wait have: what they take of memory
 
     def __len__(self) -> int:
         return self._size
@@ -54,6 +55,7 @@ class AdmissionQueue:
         queues[user][s.seq] = s
         self._size += 1
         self.tokens += _to_compute(s)
+        self.known_tokens += len(s.tokens)
 
     def put_back(self, s: Sequence) -> None:
         """Queue a sequence that was at the head before, or running: ahead of the new ones."""
@@ -66,6 +68,7 @@ class AdmissionQueue:
             queue.move_to_end(s.seq, last=False)
         self._size += 1
         self.tokens += _to_compute(s)
+        self.known_tokens += len(s.tokens)
 
     def head(self) -> Sequence | None:
         """The sequence to admit next; it stays in the queue."""
@@ -91,6 +94,7 @@ class AdmissionQueue:
             del self._levels[s.level]
         self._size -= 1
         self.tokens -= _to_compute(s)
+        self.known_tokens -= len(s.tokens)
 
     def charge_admission(self, s: Sequence, tokens: int) -> None:
         """The sequence was admitted, with that many prompt tokens to compute."""

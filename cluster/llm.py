@@ -75,7 +75,8 @@ class LLM:
         known = partial(vocabulary, self.frontend.tokenizer, self.frontend.eos_token_ids)
         shards = [_Shards(self.config, known, i) for i in range(self.config.data_parallel_size)]
         # The queue's limit is for servers, who can turn clients away: a batch here may be any size.
-        endless = self.config.model_copy(update={"max_waiting": sys.maxsize})
+        limits = dict.fromkeys(("max_waiting", "max_waiting_tokens"), sys.maxsize)
+        endless = self.config.model_copy(update=limits)
         self._ids = itertools.count()
         self._embedder = Embedder(self.frontend, self.frontend.pooling_type)
         self._loop = asyncio.new_event_loop()

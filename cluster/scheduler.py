@@ -94,7 +94,8 @@ class Scheduler:
 
     `max_num_batched_tokens` bounds a plan's tokens, `max_num_seqs` the sequences running at once.
     `policy` "fcfs" ignores requests' priorities; "priority" lets a lower value run first, and
-    preempt. `max_waiting` bounds the sequences that wait beyond the free slots.
+    preempt. `max_waiting` bounds the sequences that wait beyond the free slots,
+    `max_waiting_tokens` the tokens they have, which take memory; a sequence alone may have more.
 
     At most `max_adapters` different LoRA adapters run at once; who needs another one waits.
 
@@ -114,6 +115,7 @@ class Scheduler:
         enable_prefix_caching: bool = True,
         policy: Literal["fcfs", "priority"] = "fcfs",
         max_waiting: int = 4096,
+        max_waiting_tokens: int = 1 << 23,
         micro_batches: int = 1,
         max_adapters: int = 8,
         drafting: Drafting | None = None,
@@ -130,6 +132,7 @@ class Scheduler:
         self._max_adapters = max_adapters
         self._priorities = policy == "priority"
         self._max_waiting = max_waiting
+        self._max_waiting_tokens = max_waiting_tokens
         self._micro_batches = micro_batches
         self._drafts = None if drafting is None else DraftLength(drafting)
 
@@ -171,6 +174,13 @@ class Scheduler:
             raise QueueFull(
                 f"{len(self._waiting)} sequences wait already and {count} more would "
                 f"exceed max_waiting ({self._max_waiting}); try again later"
+            )
+        known = self._waiting.known_tokens
+        added = sum(len(s.tokens) for s in sequences)
+        if known and known + added > self._max_waiting_tokens and not always:
+            raise QueueFull(
+                f"{known} tokens wait already and {added} more would exceed max_waiting_tokens "
+                f"({self._max_waiting_tokens}); try again later"
             )
         for s in sequences:
             s.max_len = min(s.max_len, self._limit(s))

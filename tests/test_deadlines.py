@@ -11,10 +11,12 @@ from typing import Any
 import httpx
 import pytest
 
+from tensorray.actors.protocol import Sampling
 from tensorray.cluster.config import EngineConfig
 from tensorray.cluster.frontend import Frontend
 from tensorray.cluster.ingress import create_app
-from tests.helpers.null_engine import LocalBackend, serving, write_model
+from tensorray.cluster.request import GenerationRequest, QueueFull
+from tests.helpers.null_engine import LocalBackend, null_engine, serving, write_model
 
 STREAM = {"prompt": "Hello", "max_tokens": 200, "stream": True}
 
@@ -68,6 +70,22 @@ async def test_the_wait_in_the_queue_counts(
     assert answer.status_code == 504
     assert backend.engine.scheduler.unfinished == 1
     first.cancel()
+
+
+async def test_a_queue_is_bounded_by_what_it_takes_of_memory() -> None:
+    engine = null_engine(max_num_seqs=1, max_waiting=1000)  # nothing runs: it is not started
+    engine.scheduler._max_waiting_tokens = 500
+
+    def ask(name: str, tokens: int) -> None:
+        engine.generate(GenerationRequest(name, [1] * tokens, Sampling(), 8))
+
+    ask("a", 200)
+    ask("b", 200)
+    with pytest.raises(QueueFull, match="400 tokens wait already and 200 more"):
+        ask("c", 200)
+    ask("d", 100)
+    await engine.cancel("a")
+    ask("e", 200)
 
 
 @pytest.mark.parametrize("asked", ["0", "-1", "soon", "nan", "inf"])
