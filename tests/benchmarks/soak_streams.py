@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -145,13 +146,11 @@ class Memory:
         now = time.perf_counter()
         sums: dict[str, int] = defaultdict(int)
         for process in self._server.children(recursive=True):
-            try:
+            with suppress(psutil.Error):  # it has just ended
                 title = " ".join(process.cmdline())
                 kind = next((name for part, name in _KINDS.items() if part in title), None)
                 if kind is not None and title.startswith("ray::"):
                     sums[kind] += process.memory_info().rss
-            except psutil.Error:
-                continue
         for kind, total in sums.items():
             self.samples[kind].append((now, total))
 
