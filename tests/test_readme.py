@@ -205,7 +205,8 @@ def machine() -> Iterator[Machine]:
         "HF_HUB_OFFLINE": "1",
         "TENSORRAY_STORE": str(place / "store"),
         "OMP_NUM_THREADS": "1",
-        "RAY_raylet_start_wait_time_s": "120",
+        "RAY_raylet_start_wait_time_s": "300",
+        "RAY_DASHBOARD_STARTUP_TIMEOUT_S": "300",
         "RAY_TMPDIR": str(place),
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
         "MAKEFLAGS": f"VENV={venv} ONCE=1 PORT={port}",
@@ -251,7 +252,9 @@ def cluster(machine: Machine) -> Iterator[Machine]:
             case "$1" in start) ;; *) command ray "$@"; return;; esac
             command ray "$@" {flags} >{log} 2>&1 & echo $! >{machine.place}/ray.pid
             for i in $(seq {int(PATIENCE)}); do
-                command curl -s {url}/api/version >/dev/null && return; sleep 1
+                command curl -s {url}/api/version >/dev/null && return
+                kill -0 $! || break
+                sleep 1
             done
             cat {log}; return 1
         }}
