@@ -22,7 +22,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import inf
+from math import inf, pow
 from typing import Literal
 
 from tensorray.actors.protocol import Logprobs
@@ -131,7 +131,7 @@ class Search:
         rules = self._rules
         ranked = self._ranked(group, found, taken)
         length = group.beams[0].length + 1
-        divisor = float(length) ** rules.length_penalty
+        divisor = pow(length, rules.length_penalty)
         live: list[Beam] = []
         finished = group.finished.copy()
         for place, each in enumerate(ranked):
@@ -183,7 +183,7 @@ class Search:
             return True
         if rules.early_stopping == "never" and rules.length_penalty > 0:
             length = self._max_tokens
-        best = live[0].score / float(length) ** rules.length_penalty
+        best = live[0].score / pow(length, rules.length_penalty)
         return best <= group.finished[-1].score
 
 
