@@ -27,7 +27,7 @@ from tensorray.cluster.responses_answer import (
 )
 
 _OFF: tuple[object, ...] = (None, False, [], {}, "")
-_TEXT_PARTS = ("input_text", "output_text", "text")
+_TEXT_PARTS = ("input_text", "output_text", "text", "reasoning_text")
 
 
 class TextOptions(BaseModel):
@@ -157,9 +157,7 @@ class ResponseRequest(ChatLikeRequest):
                         "content": _text(item.get("output"), f"{place}.output"),
                     }
                 case "reasoning":
-                    reasoning = "".join(
-                        str(part.get("text", "")) for part in item.get("content") or []
-                    )
+                    reasoning = _text(item.get("content") or [], f"{place}.content")
                     continue
                 case other:
                     raise BadRequest(
@@ -188,8 +186,8 @@ def _text(content: object, place: str) -> str:
     texts = []
     for i, part in enumerate(content):
         kind = part.get("type") if isinstance(part, Mapping) else None
-        if kind == "refusal":
-            texts.append(str(part.get("refusal", "")))
+        if kind == "refusal" and isinstance(part.get("refusal"), str):
+            texts.append(part["refusal"])
         elif kind in _TEXT_PARTS and isinstance(part.get("text"), str):
             texts.append(part["text"])
         else:
@@ -211,13 +209,14 @@ def _tool(tool: Mapping[str, Any], number: int) -> dict[str, Any]:
     return {"type": "function", "function": {name: tool[name] for name in known if name in tool}}
 
 
-def _choice(choice: str | Mapping[str, Any] | None) -> Any:
-    if choice is None or isinstance(choice, str):
-        return choice
+def _choice(choice: object) -> Any:
+    if not isinstance(choice, Mapping):
+        return choice  # a string, or refused with the chat
     if choice.get("type") == "function":
         return {"type": "function", "function": {"name": choice.get("name")}}
     if choice.get("type") == "allowed_tools":
-        tools = [_choice(tool) for tool in choice.get("tools", [])]
+        listed = choice.get("tools")
+        tools = [_choice(tool) for tool in listed] if isinstance(listed, list) else listed
         allowed = {"mode": choice.get("mode"), "tools": tools}
         return {"type": "allowed_tools", "allowed_tools": allowed}
     raise BadRequest(
