@@ -168,13 +168,17 @@ def prefix_keys(request: GenerationRequest) -> list[tuple[int, bytes]]:
     digest.update(b"\0" + request.lora.encode() + b"\0")
     keys: list[tuple[int, bytes]] = []
     begin = 0
+    places = _places(len(prompt))
+    if not places:
+        return []
     try:
-        for end in _places(len(prompt)):
-            digest.update(array("Q", prompt[begin:end]))
-            keys.append((end, digest.digest()))
-            begin = end
+        tokens = memoryview(array("Q", prompt))
     except OverflowError:  # no token ids; whoever gets the request says so
         return []
+    for end in places:
+        digest.update(tokens[begin:end])
+        keys.append((end, digest.digest()))
+        begin = end
     return keys
 
 
