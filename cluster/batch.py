@@ -194,8 +194,8 @@ async def answer(
                 output.flush()
             except OSError as error:
                 raise BatchFailed(
-                    f"{output.name} can't be written ({error.strerror}); make room. The same command "
-                    "goes on from here."
+                    f"{output.name} can't be written ({error.strerror}); make room. The same "
+                    "command goes on from here."
                 ) from error
             done += 1
             failed += result["error"] is not None or result["response"]["status_code"] != 200
