@@ -15,7 +15,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import cupy
 import numpy as np
 
 from tensorray.actors.communicator import Communicator
@@ -81,6 +80,8 @@ class _Region:
     """This rank's memory for sums, and its mapping of the others'."""
 
     def __init__(self, own: int, device: int) -> None:
+        import cupy
+
         self._own = own
         self._device = device
         self._opened: list[int] = []
@@ -92,6 +93,8 @@ class _Region:
 
     def map(self, rank: int, tickets: Sequence[_Ticket]) -> None:
         """Raises CUDARuntimeError if a peer's memory can't be reached."""
+        import cupy
+
         runtime = cupy.cuda.runtime
         addresses = []
         for other, ticket in enumerate(tickets):
@@ -117,6 +120,8 @@ class _Region:
         self._flag[0] = 1
 
     def __del__(self) -> None:
+        import cupy
+
         with cupy.cuda.Device(self._device):
             for address in self._opened:
                 cupy.cuda.runtime.ipcCloseMemHandle(address)
@@ -134,6 +139,8 @@ class _Ticket:
 
     @staticmethod
     def pack(device: int, address: int) -> np.ndarray:
+        import cupy
+
         handle = cupy.cuda.runtime.ipcGetMemHandle(address)
         numbers = np.array([os.getpid(), device, address], np.int64)
         boot = Path("/proc/sys/kernel/random/boot_id").read_bytes()[:36]
@@ -142,6 +149,8 @@ class _Ticket:
 
 def _open_region(host: Communicator) -> _Region | None:
     """Memory that all ranks have mapped; None if one could not."""
+    import cupy
+
     runtime = cupy.cuda.runtime
     device = runtime.getDevice()
     size = bytes_needed(host.size)
@@ -170,6 +179,8 @@ def _open_region(host: Communicator) -> _Region | None:
 
 def _trial(host: Communicator, region: _Region, nccl: NcclCommunicator) -> int:
     """The bytes up to which the kernel's sums are right and come sooner than NCCL's."""
+    import cupy
+
     most = 0
     for nbytes in _TRIAL_BYTES:
         x = cupy.random.default_rng(host.rank).standard_normal(nbytes // 2, cupy.float32)
@@ -197,6 +208,8 @@ def _trial(host: Communicator, region: _Region, nccl: NcclCommunicator) -> int:
 
 def _seconds(work: Callable[[], Any], region: _Region) -> float | None:
     """What a call takes in a recorded graph; None if it does not end."""
+    import cupy
+
     stream = cupy.cuda.get_current_stream()
     stream.begin_capture()
     try:
