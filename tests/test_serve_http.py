@@ -334,3 +334,18 @@ def test_two_replicas_share_the_requests(client: openai.OpenAI, port: int, model
     assert sorted(generated) == ["0", "1"]
     assert sum(generated.values()) == 240
     assert get(port, "/health")[0] == 200
+
+    # One prompt again and again goes where it is cached.
+    for number in range(5):
+        prompt = [token % 200 for token in range(150)] + [number]
+        assert completion(client, prompt=prompt, max_tokens=3).usage.completion_tokens == 3
+    scraped = get(port, "/metrics")[1]
+    totals = {
+        name: sum(
+            float(line.rpartition(" ")[2])
+            for line in scraped.splitlines()
+            if line.startswith(f"tensorray:{name}_total{{")
+        )
+        for name in ("prefix_routed_requests", "prefix_cache_hits")
+    }
+    assert totals == {"prefix_routed_requests": 4, "prefix_cache_hits": 4 * 144}
