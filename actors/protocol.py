@@ -54,7 +54,8 @@ class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
     no_repeat_ngram_size: int = 0  # 0: any
     logits_processors: list[ProcessorCall] = []  # of the user's (logits_processors.py)
     # A beam: its `logprobs` are its candidates, scored after all that edits logits. As in
-    # transformers' beam search the edits apply to log-probabilities, which are not normalized again.
+    # transformers' beam search the edits apply to log-probabilities, which then are not
+    # normalized again.
     beam: bool = False
 
 

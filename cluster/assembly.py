@@ -64,7 +64,8 @@ class Assembler:
     @property
     def finished(self) -> bool:
         """Whether every sequence has ended."""
-        return all([sequence.finished for sequence in self._sequences])
+        # Asked with each token, and a list takes half the time that a generator does.
+        return all([sequence.finished for sequence in self._sequences])  # noqa: C419
 
     def add(self, deltas: Sequence[Delta]) -> tuple[RequestOutputDelta, list[int]]:
         """What these deltas add, and the sequences that a stop string has ended just now.

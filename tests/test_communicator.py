@@ -162,7 +162,7 @@ def test_a_peer_that_is_silent_is_named_after_the_time_out(count: int) -> None:
         with pytest.raises(CommunicatorError, match=r"rank 1 at .* not answered for 0.2 s") as e:
             ranks[0].all_reduce(np.zeros(count))
         assert e.value.peer == 1
-        assert 0.2 <= time.monotonic() - began
+        assert time.monotonic() - began >= 0.2
         with pytest.raises(CommunicatorError, match="gone"):  # the other hears of it at once
             ranks[1].recv(np.zeros(count + 1), 0)
 
