@@ -21,27 +21,32 @@ PROMPTS, TOKENS = 6, 24
 
 
 @pytest.mark.parametrize(
-    "layout",
+    ("layout", "prompts", "tokens"),
     [
-        {"tensor_parallel_size": 2, "pipeline_parallel_size": 2},
-        {"tensor_parallel_size": 4},  # one KV head: each rank holds it
+        ({"tensor_parallel_size": 2, "pipeline_parallel_size": 2}, PROMPTS, TOKENS),
+        ({"tensor_parallel_size": 4}, PROMPTS, TOKENS),  # one KV head: each rank holds it
+        # And what those are made of, shortly.
+        ({"tensor_parallel_size": 2}, 2, 8),
+        ({"pipeline_parallel_size": 2}, 2, 8),
+        ({"pipeline_parallel_size": 3}, 3, 8),
+        ({"data_parallel_size": 2}, 2, 8),
     ],
-    ids=["TP2xPP2", "TP4"],
+    ids=["TP2xPP2", "TP4", "TP2", "PP2", "PP3", "DP2"],
 )
-def test_greedy_tokens_are_the_recorded_ones(layout: Any) -> None:
-    records = GOLDEN["records"][:PROMPTS]
+def test_greedy_tokens_are_the_recorded_ones(layout: Any, prompts: int, tokens: int) -> None:
+    records = GOLDEN["records"][:prompts]
     settings = {"max_model_len": 512, "num_kv_blocks": 512, "device": "cpu"}
     with LLM(str(model_path()), **settings, **layout) as llm:
         outputs = llm.generate(
             [record["prompt_token_ids"] for record in records],
-            SamplingParams(temperature=0.0, max_tokens=TOKENS),
+            SamplingParams(temperature=0.0, max_tokens=tokens),
         )
     compared = 0
     for record, output in zip(records, outputs, strict=True):
-        recorded = record["token_ids"][:TOKENS]
+        recorded = record["token_ids"][:tokens]
         for place, token in enumerate(output.outputs[0].token_ids):
             if token != recorded[place]:
                 assert record["margins"][place] < NEAR_TIE, (record["prompt"][:30], place)
                 break
             compared += 1
-    assert compared > PROMPTS * TOKENS * 2 // 3  # hardly any meets a near-tie
+    assert compared > prompts * tokens // 2  # hardly any meets a near-tie
