@@ -132,7 +132,6 @@ class KVCache:
             windows=plan.windows, num_blocks=num_blocks, block_size=plan.block_size
         )
 
-
     def copy_blocks(self, copies: Any) -> None:
         """Have blocks hold what others do: (from, to) pairs, int `[n, 2]` of `xp`. All of them are
         read before any is written; no block is written twice."""
