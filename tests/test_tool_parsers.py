@@ -119,6 +119,31 @@ def test_what_is_no_call_is_text(kind: str, text: str) -> None:
     assert read(kind, [text]) == ([Text(text)] if text else [])
 
 
+DIGITS = "1" * 5000  # more than Python reads
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        ("hermes", f'<tool_call>{{"name": {DIGITS}}}</tool_call>'),
+        ("hermes", f'<tool_call>{{"arguments": {{"a": {DIGITS}}}, "name": "add"}}</tool_call>'),
+        ("pythonic", f"[add(a={DIGITS})]"),
+        ("pythonic", "[add(a=NaN)]"),
+        ("pythonic", "[add(a=1e999)]"),
+        ("pythonic", '[add(**{"a": 1})]'),
+    ],
+)
+def test_what_json_can_not_say_is_text(kind: str, text: str) -> None:
+    assert reply(kind, text) == (text, [])
+
+
+def test_many_arguments_on_many_lines_are_each_their_own() -> None:
+    arguments = {f"a{i}": {"é": [f"“{i}”\n", None, i]} for i in range(2000)}
+    pairs = (f"{name}={json.dumps(each, ensure_ascii=False)}" for name, each in arguments.items())
+    text = "[add(" + ",\r\n ".join(pairs) + ")]"
+    assert reply("pythonic", text) == ("", [("add", arguments)])
+
+
 def test_arguments_come_as_they_are_written() -> None:
     source = Source()
     reader = FORMATS["hermes"]("").read(source, NAMES)

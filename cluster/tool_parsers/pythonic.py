@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import ast
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
+from itertools import accumulate
 from typing import Any
 
 from tensorray.cluster.bad_request import BadRequest
@@ -91,24 +92,44 @@ def _parsed(text: str, names: Collection[str]) -> list[tuple[str, str]]:
         if not isinstance(tree, ast.List):
             return []
         calls = []
+        segment = _segments(text)
         for call in tree.elts:
             if not isinstance(call, ast.Call) or call.args:
+                return []
+            if any(each.arg is None for each in call.keywords):  # f(**{...})
                 return []
             name = ast.unparse(call.func)
             if name not in names:
                 return []
-            arguments = {each.arg or "": _value(text, each.value) for each in call.keywords}
-            calls.append((name, json.dumps(arguments, ensure_ascii=False)))
+            arguments = {
+                each.arg: _value(segment(each.value), each.value) for each in call.keywords
+            }
+            calls.append((name, json.dumps(arguments, ensure_ascii=False, allow_nan=False)))
             calls[-1][1].encode()  # an escape may stand for half a character
     except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
         return []
     return calls
 
 
+def _segments(text: str) -> Callable[[ast.expr], str]:
+    """What gives an expression's own text: `ast.get_source_segment`, but that one looks through the
+    whole text each time."""
+    data = text.encode()
+    starts = [0, *accumulate(len(line) for line in data.splitlines(keepends=True))]
+
+    def segment(node: ast.expr) -> str:
+        assert node.end_lineno is not None and node.end_col_offset is not None
+        begin = starts[node.lineno - 1] + node.col_offset
+        end = starts[node.end_lineno - 1] + node.end_col_offset
+        return data[begin:end].decode()
+
+    return segment
+
+
 def _value(text: str, node: ast.expr) -> Any:
     """A literal of JSON or, where it is none, of Python."""
     try:
-        return json.loads(ast.get_source_segment(text, node) or "")
+        return json.loads(text)
     except ValueError:
         value = ast.literal_eval(node)
         json.dumps(value)  # sets and bytes are no arguments: a TypeError

@@ -105,8 +105,8 @@ class ToolFormat(ABC):
             if begun:
                 continue
             if key == "name":
-                name = json.loads(text)
-                if not isinstance(name, str) or name not in names:
+                name = json.loads(text) if text.startswith('"') else None
+                if name is None or name not in names:
                     return False
             elif key in arguments:
                 early = _as_object(text)
@@ -213,14 +213,14 @@ def arguments_rules(functions: Sequence[Callee]) -> str:
 
 def _as_object(text: str) -> str | None:
     """Arguments as the text of an object: some models write that text as a string, or null."""
-    value = json.loads(text)
-    if isinstance(value, str):
-        text = value
-        try:
+    try:
+        value = json.loads(text)
+        if isinstance(value, str):
+            text = value
             text.encode()  # an escape may stand for half a character
             value = json.loads(text)
-        except ValueError:
-            return None
+    except (ValueError, RecursionError):  # a number may have more digits than Python reads
+        return None
     if value is None:
         return "{}"
     return text if isinstance(value, dict) else None
