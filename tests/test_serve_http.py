@@ -142,11 +142,11 @@ def test_errors_have_their_status(client: openai.OpenAI) -> None:
         completion(client, prompt="x" * 300)
     with pytest.raises(openai.BadRequestError, match="temperature"):
         completion(client, temperature=-1)
-    with pytest.raises(openai.BadRequestError, match="tool calls are not supported"):
+    with pytest.raises(openai.BadRequestError, match="modalities"):
         client.chat.completions.create(
             model="tiny",
             messages=[{"role": "user", "content": "Hi"}],
-            tools=[{"type": "function", "function": {"name": "f", "parameters": {}}}],
+            modalities=["audio"],
         )
 
 
