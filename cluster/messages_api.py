@@ -104,6 +104,7 @@ class CountTokensRequest(ChatLikeRequest):
 
     def _chat_messages(self) -> list[dict[str, Any]]:
         found: list[dict[str, Any]] = []
+        turn: list[str] = []  # texts of the user's turn that is last in `found`
         if self.system is not None:
             found.append({"role": "system", "content": _text(self.system, "system")})
         for i, message in enumerate(self.messages):
@@ -121,12 +122,23 @@ class CountTokensRequest(ChatLikeRequest):
                     f"{place}.content must be a string or a list of blocks",
                     param=f"{place}.content",
                 )
+            if role == "user" and not blocks:
+                raise BadRequest(
+                    f"{place}.content has no blocks; leave the message out",
+                    param=f"{place}.content",
+                )
             read = _assistant if role == "assistant" else _user
             for each in read(blocks, f"{place}.content"):
-                if each["role"] == "user" and found and found[-1]["role"] == "user":
-                    found[-1]["content"] += "\n" + each["content"]  # one turn in two messages
-                else:
+                if each["role"] != "user":
                     found.append(each)
+                elif found and found[-1]["role"] == "user":
+                    turn.append(each["content"])  # one turn in two messages
+                else:
+                    turn = [each["content"]]
+                    found.append({"role": "user", "content": turn})
+        for each in found:
+            if each["role"] == "user":
+                each["content"] = "\n".join(each["content"])
         return found
 
 

@@ -147,7 +147,7 @@ class ResponseRequest(ChatLikeRequest):
                     }
                     last = messages[-1] if messages else {}
                     if last.get("role") == "assistant" and not reasoning:
-                        last["tool_calls"] = [*last.get("tool_calls", []), call]
+                        last.setdefault("tool_calls", []).append(call)
                         continue
                     message = {"role": "assistant", "content": None, "tool_calls": [call]}
                 case "function_call_output":

@@ -218,6 +218,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
         {"messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}]},
         r"messages\[0\].content\[0\].*'image'.*text only",
     ),
+    ({"messages": [{"role": "user", "content": []}]}, r"messages\[0\].content has no blocks"),
     ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "no built-in tools"),
     ({"extra_body": {"temperature": 1.5}}, "temperature"),
     ({"extra_body": {"mcp_servers": [{"url": "x"}]}}, "mcp_servers"),
