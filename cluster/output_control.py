@@ -6,6 +6,8 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import msgspec
+
 from tensorray.actors.logits_processors import UNKNOWN
 from tensorray.actors.protocol import ProcessorCall, Sampling
 from tensorray.cluster.bad_request import BadRequest
@@ -76,10 +78,10 @@ def _forced(
     else:
         tokens = _checked(prefix or [], "forced_prefix", vocab_size)
     excluded = {*banned, *sampling.stop_token_ids}
+    allowed = sampling.allowed_token_ids
+    possible = set(tokens if allowed is None else allowed) - excluded
     for token in tokens:
-        if token in excluded or not (
-            sampling.allowed_token_ids is None or token in sampling.allowed_token_ids
-        ):
+        if token not in possible:
             raise BadRequest(
                 f"forced_prefix has token {token} ({tokenizer.id_to_token(token)!r}), which "
                 "allowed_token_ids, banned_token_ids or bad_words exclude or which ends the output",
@@ -97,6 +99,13 @@ def _call(spec: LogitsProcessorSpec, registry: Registry) -> ProcessorCall:
     found = registry.get(spec.name)
     if found is None:
         raise BadRequest(UNKNOWN.format(name=spec.name[:100]), param="logits_processors")
+    try:
+        msgspec.msgpack.encode(spec.arguments)
+    except (TypeError, OverflowError, RecursionError) as error:
+        raise BadRequest(
+            f"logits processor {spec.name}: its arguments can't be sent to it: {error}",
+            param="logits_processors",
+        ) from None
     try:
         signature = inspect.signature(found)
     except ValueError:  # a class of C's that does not tell

@@ -30,6 +30,8 @@ _DRAW_FIELDS: dict[str, tuple[object, ...]] = {
     "min_p": (0.0,),
 }
 
+_MOST_BEAM_STOPS = 64  # stop tokens that a beam search takes
+
 FiniteFloat = Annotated[float, Field(allow_inf_nan=False)]
 
 
@@ -166,7 +168,10 @@ class SamplingParams(BaseModel):
         description="Words, or lists of token ids, that are never completed",
     )
     no_repeat_ngram_size: int = Field(
-        0, ge=0, description="No run of this many tokens comes twice, prompt included; 0: any may"
+        0,
+        ge=0,
+        le=64,
+        description="No run of this many tokens comes twice, prompt included; 0: any may",
     )
     forced_prefix: Annotated[str, Field(min_length=1)] | _TokenIds | None = Field(
         None, description="Text, or token ids, that the output begins with"
@@ -217,6 +222,11 @@ class SamplingParams(BaseModel):
                 raise ValueError(f"{name} ({value}) has no meaning in a beam search; leave it out")
         if self.stop:
             raise ValueError("stop can't go with use_beam_search; use stop_token_ids")
+        if len(self.stop_token_ids) > _MOST_BEAM_STOPS:
+            raise ValueError(
+                f"stop_token_ids has {len(self.stop_token_ids)} tokens; with use_beam_search "
+                f"{_MOST_BEAM_STOPS} is the most, as each is one more to rank for every beam"
+            )
         groups, rate = self.num_beam_groups, self.beam_search_diversity_rate
         if groups is not None and width % groups:
             raise ValueError(f"num_beam_groups ({groups}) must divide beam_width ({width})")

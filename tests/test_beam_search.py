@@ -318,6 +318,7 @@ def test_prompts_are_scored_and_echoed(llm: LLM) -> None:
         ({"top_p": 0.5}, "top_p .* has no meaning"),
         ({"min_p": 0.1}, "min_p .* has no meaning"),
         ({"stop": ["x"]}, "use stop_token_ids"),
+        ({"stop_token_ids": [*range(65)]}, "64 is the most"),
         ({"beam_width": 4, "best_of": 5}, "both say"),
         ({"beam_width": 2, "n": 3}, "at least n"),
         ({"beam_width": 4, "num_beam_groups": 3, "beam_search_diversity_rate": 1.0}, "divide"),
