@@ -291,6 +291,7 @@ class EmbeddingService:
         answer: Callable[[str, str, Sequence[float], InputUsage], msgspec.Struct],
     ) -> Response:
         """Answer with the score of each pair."""
+        _check_count(len(pairs))
         if self._judge is not None:
             return await self._respond_judged(
                 self._judge, kind, request, pairs, headers, large, answer
@@ -315,7 +316,6 @@ class EmbeddingService:
         large: bool,
         answer: Callable[[str, str, Sequence[float], InputUsage], msgspec.Struct],
     ) -> Response:
-        _check_count(len(pairs))
         name, lora = self._chosen(request.model)
         id = f"{kind}-{uuid.uuid4().hex}"
 

@@ -422,6 +422,8 @@ def test_scores_and_rankings_agree_with_embeddings(llm: LLM, http: httpx.AsyncCl
         ("/v1/score", {"text_1": "a"}, "text_2", "required|missing"),
         ("/v1/score", {"text_1": [], "text_2": "a"}, "text_1", "text_1 must be"),
         ("/v1/score", {"text_1": ["a", "b"], "text_2": ["a", "b", "c"]}, "text_2", "2 texts and 3"),
+        ("/v1/score", {"text_1": "a", "text_2": ["a"] * 2049}, "input", "more than 2048"),
+        ("/v1/rerank", {"query": "a", "documents": ["a"] * 2049}, "input", "more than 2048"),
         ("/v1/rerank", {"query": "", "documents": ["a"]}, "query", "at least 1"),
         ("/v1/rerank", {"query": "a", "documents": [1]}, "documents", "documents must be"),
         ("/v1/rerank", {"query": "a", "documents": ["a"], "top_n": -1}, "top_n", "greater"),
