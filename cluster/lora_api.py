@@ -125,9 +125,13 @@ class Models:
         """The path as shards get it. Raises ApiError for one outside what is allowed."""
         if "\0" in path:
             raise bad_request("lora_path has a zero byte.", "lora_path")
-        local = Path(path).expanduser().resolve()
+        try:
+            local = Path(path).expanduser().resolve()
+            exists = local.exists()
+        except (OSError, RuntimeError) as error:  # nobody's home, too long a name, a loop of links
+            raise bad_request(f"lora_path is no path: {error}.", "lora_path") from None
         if not self._allowed:
-            return str(local) if local.exists() else path
+            return str(local) if exists else path
         if not any(local.is_relative_to(root) for root in self._allowed):
             raise bad_request(
                 "lora_path is not below a directory that this server loads adapters from "

@@ -350,6 +350,8 @@ def test_an_adapter_that_does_not_fit_is_refused(
         ("org/name", "not below a directory"),
         ("{root}/nothing", "no such directory"),
         ("{root}/a\0b", "zero byte"),
+        ("~nobody-of-this-name/a", "no path"),
+        ("{root}/" + 300 * "a", "no path"),
         ("", "at least 1 character"),
     ],
 )
