@@ -118,7 +118,8 @@ def _segments(text: str) -> Callable[[ast.expr], str]:
     starts = [0, *accumulate(len(line) for line in data.splitlines(keepends=True))]
 
     def segment(node: ast.expr) -> str:
-        assert node.end_lineno is not None and node.end_col_offset is not None
+        assert node.end_lineno is not None
+        assert node.end_col_offset is not None
         begin = starts[node.lineno - 1] + node.col_offset
         end = starts[node.end_lineno - 1] + node.end_col_offset
         return data[begin:end].decode()
