@@ -17,6 +17,7 @@ from tensorray.actors.link import ShardError
 from tensorray.cluster.adapters import AdapterRefused, EngineAdapters
 from tensorray.cluster.engine import EngineFailed
 from tensorray.cluster.frontend import EngineClient
+from tensorray.cluster.replicas import UnderWay
 from tensorray.cluster.request import Delta, GenerationRequest, UnknownAdapter
 
 
@@ -137,6 +138,7 @@ class AdapterClient:
     def __init__(self, client: EngineClient, fleet: Fleet) -> None:
         self._client = client
         self._fleet = fleet
+        self._running: dict[str, UnderWay] = {}  # those with an adapter, by request id
 
     def generate(self, request: GenerationRequest) -> AsyncIterator[list[Delta]]:
         """See EngineClient."""
@@ -144,24 +146,38 @@ class AdapterClient:
 
     async def cancel(self, request_id: str, index: int | None = None) -> None:
         """See EngineClient."""
-        await self._client.cancel(request_id, index)
+        under_way = self._running.get(request_id)
+        if under_way is not None:
+            await under_way.cancel(index)
+        else:
+            await self._client.cancel(request_id, index)
 
     async def _with_adapter(self, request: GenerationRequest) -> AsyncGenerator[list[Delta], None]:
+        under_way = self._running[request.request_id] = UnderWay(request)
         try:
-            async with aclosing(self._arriving(request)) as items:
+            try:
+                async with aclosing(self._arriving(under_way)) as items:
+                    async for deltas in items:
+                        yield deltas
+                return
+            except UnknownAdapter:
+                if not await self._fleet.spread(request.lora):
+                    raise
+                under_way.refused()
+            if under_way.finished:
+                return
+            # Some of it may have come already, from a replica that is gone.
+            async with aclosing(self._arriving(under_way)) as items:
                 async for deltas in items:
                     yield deltas
-            return
-        except UnknownAdapter:
-            if not await self._fleet.spread(request.lora):
-                raise
-        async with aclosing(self._arriving(request)) as items:
-            async for deltas in items:
-                yield deltas
+        finally:
+            del self._running[request.request_id]
 
-    async def _arriving(self, request: GenerationRequest) -> AsyncGenerator[list[Delta], None]:
+    async def _arriving(self, under_way: UnderWay) -> AsyncGenerator[list[Delta], None]:
         # An engine of this process refuses at once, a far one when it is read.
-        arriving = cast("AsyncGenerator[list[Delta], None]", self._client.generate(request))
+        asked = under_way.request(self._client)
+        arriving = cast("AsyncGenerator[list[Delta], None]", self._client.generate(asked))
         async with aclosing(arriving) as items:
             async for deltas in items:
+                under_way.take(deltas)
                 yield deltas

@@ -63,7 +63,13 @@ class UnderWay:
         self._attempts = 0
         self._ended: set[int] = set()  # sequences
         self._cancelled: set[int] = set()
-        self._begun = False  # a replica has had it, so the next one may not turn it away
+        # A replica has had it, so the next one may not turn it away.
+        self._begun = request.resumed is not None
+        if request.resumed is not None:
+            self._ended = set(range(request.n)) - {each.index for each in request.resumed}
+            for each in request.resumed:
+                self._tokens[each.index] += each.tokens
+                self._prompt_rows[each.index] = each.prompt_rows
         self.client: EngineClient | None = None  # who runs it now
         self.request_id = request.request_id  # by which it runs there
 
@@ -84,13 +90,14 @@ class UnderWay:
         resumed = None
         if self._begun:
             resumed = [
-                Resumed(index, self._tokens[index], self._prompt_rows[index])
+                Resumed(index, [*self._tokens[index]], self._prompt_rows[index])
                 for index in range(self._request.n)
                 if index not in self._ended
             ]
         return msgspec.structs.replace(self._request, request_id=self.request_id, resumed=resumed)
 
     def take(self, deltas: list[Delta]) -> None:
+        self._begun = True
         for delta in deltas:
             self._tokens[delta.index] += delta.tokens
             self._prompt_rows[delta.index] += len(delta.prompt_logprobs)

@@ -23,8 +23,10 @@ from tensorray.builder.checkpoint import CheckpointError
 from tensorray.cluster.adapters import AdapterRefused, EngineAdapters, LocalHost
 from tensorray.cluster.config import EngineConfig
 from tensorray.cluster.engine import Engine
+from tensorray.cluster.fleet import AdapterClient, Fleet
 from tensorray.cluster.lora_module import LoraModule, check_modules
-from tensorray.cluster.request import GenerationRequest, UnknownAdapter
+from tensorray.cluster.replicas import UnderWay
+from tensorray.cluster.request import Delta, GenerationRequest, Resumed, UnknownAdapter
 from tensorray.cluster.scheduler import Scheduler
 
 INFO = ShardInfo(
@@ -258,3 +260,68 @@ def test_modules_are_spelled_as_vllm_does() -> None:
     spelled = ["a=/x", '{"name": "b", "path": "/y", "base_model_name": "m"}']
     config = EngineConfig(model="m", enable_lora=True, lora_modules=spelled)  # type: ignore[arg-type]
     assert [(each.name, each.path) for each in config.lora_modules] == [("a", "/x"), ("b", "/y")]
+
+
+# --- a replica that lacks an adapter ---
+
+
+class Scripted:
+    """A client whose first replica is lost in the midst of a request, and whose next one has to be
+    given the adapter first."""
+
+    def __init__(self, told: list[int]) -> None:
+        self.told = told
+        self.seen: list[GenerationRequest] = []
+        self.cancelled: list[tuple[str, int | None]] = []
+
+    async def generate(self, request: GenerationRequest) -> AsyncIterator[list[Delta]]:
+        self.seen.append(request)
+        if len(self.seen) == 1:
+            if self.told:
+                yield [Delta(0, self.told), Delta(1, [7], finish_reason="stop")]
+            raise UnknownAdapter("there is no adapter here")
+        wanted = request.resumed or [Resumed(0, []), Resumed(1, [])]
+        yield [Delta(each.index, [9], finish_reason="length") for each in wanted]
+
+    async def cancel(self, request_id: str, index: int | None = None) -> None:
+        self.cancelled.append((request_id, index))
+
+
+class Spreading(Fleet):
+    def __init__(self) -> None:
+        super().__init__(list)
+
+    async def spread(self, name: str) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("told", [[], [1, 2]])
+async def test_what_was_told_is_not_told_again(told: list[int]) -> None:
+    scripted = Scripted(told)
+    client = AdapterClient(scripted, Spreading())
+    request = GenerationRequest("r", [5], Sampling(), 8, n=2, lora="a")
+    found: dict[int, list[int]] = {0: [], 1: []}
+    async for deltas in client.generate(request):
+        for delta in deltas:
+            found[delta.index] += delta.tokens
+    assert found == ({0: [1, 2, 9], 1: [7]} if told else {0: [9], 1: [9]})
+    assert scripted.seen[1].resumed == ([Resumed(0, [1, 2])] if told else None)
+
+
+async def test_a_request_is_cancelled_where_it_runs() -> None:
+    scripted = Scripted([])
+    client = AdapterClient(scripted, Spreading())
+    request = GenerationRequest("r", [5], Sampling(), 8, n=2, lora="a")
+    async for _ in client.generate(request):
+        await client.cancel("r", 1)
+    await client.cancel("other")
+    assert scripted.cancelled == [(scripted.seen[1].request_id, 1), ("other", None)]
+
+
+def test_a_resumed_request_that_is_lost_again_keeps_what_it_had() -> None:
+    resumed = [Resumed(1, [3, 4], 2)]
+    under_way = UnderWay(GenerationRequest("r", [5], Sampling(), 8, n=2, resumed=resumed))
+    assert under_way.request(Scripted([])).resumed == resumed
+    under_way.take([Delta(1, [6])])
+    under_way.lose()
+    assert under_way.request(Scripted([])).resumed == [Resumed(1, [3, 4, 6], 2)]
