@@ -159,7 +159,7 @@ def test_a_swap_during_traffic_drops_nothing(
     for name, path in (("stays", adapters[0]), ("changes", adapters[1]), ("goes", adapters[2])):
         assert load(client, name, path).status_code == 200
     stop = threading.Event()
-    gone = threading.Event()
+    going, gone = threading.Event(), threading.Event()  # before it is unloaded, and after
     answers: dict[str, list[httpx.Response]] = {
         "base": [],
         "stays": [],
@@ -172,7 +172,7 @@ def test_a_swap_during_traffic_drops_nothing(
             was_gone = gone.is_set()
             answer = ask(client, model)
             if model == "goes" and answer.status_code == 404:
-                assert gone.is_set(), "not found while it was loaded"
+                assert going.is_set(), "not found while it was loaded"
                 return
             assert not (model == "goes" and was_gone), "found after it was unloaded"
             answers[model].append(answer)
@@ -183,7 +183,7 @@ def test_a_swap_during_traffic_drops_nothing(
         for _ in range(600):
             if all(len(answers[model]) > count for model, count in before.items()):
                 return
-            assert not any(each.done() for each in asking if not gone.is_set())
+            assert not any(each.done() for each in asking if not going.is_set())
             stop.wait(0.1)
         raise AssertionError("clients get no answers")
 
@@ -196,8 +196,9 @@ def test_a_swap_during_traffic_drops_nothing(
                 more_of("changes", "stays")
             assert load(client, "new", adapters[2]).status_code == 200
             assert_answer(ask(client, "new"), merged[2])
-            gone.set()
+            going.set()
             assert unload(client, "goes").status_code == 200
+            gone.set()
             more_of("base", "stays", "changes")
         finally:
             stop.set()
