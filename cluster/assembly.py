@@ -106,10 +106,11 @@ class Assembler:
     def result(self, deltas: Sequence[RequestOutputDelta]) -> RequestOutput:
         """The whole answer from all its deltas; of more sequences than asked for, the best."""
         prepared = self._prepared
-        merged = [
-            _merge(i, [out for delta in deltas for out in delta.outputs if out.index == i])
-            for i in range(prepared.request.n)
-        ]
+        parts: list[list[CompletionOutput]] = [[] for _ in range(prepared.request.n)]
+        for delta in deltas:
+            for output in delta.outputs:
+                parts[output.index].append(output)
+        merged = [_merge(i, each) for i, each in enumerate(parts)]
         if prepared.ranks:
             echoed = len(prepared.request.prompt) if prepared.echo else 0
             merged.sort(key=lambda output: _mean_logprob(output, echoed), reverse=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 
 
 @dataclass(frozen=True)
@@ -74,11 +75,10 @@ class Reply:
 def joined(parts: Sequence[Part]) -> list[Part]:
     """The parts with neighbours of one kind made one."""
     found: list[Part] = []
-    for part in parts:
-        last = found[-1] if found else None
-        if type(last) is type(part) and not isinstance(last, CallBegins | None):
-            assert not isinstance(part, CallBegins)
-            found[-1] = type(part)(last.text + part.text)
+    for kind, run in groupby(parts, key=type):
+        if issubclass(kind, CallBegins):
+            found += run
         else:
-            found.append(part)
+            texts = [part.text for part in run if not isinstance(part, CallBegins)]
+            found.append(kind("".join(texts)))
     return found
