@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ _WORD = 32  # tokens whose bits one word of a mask holds
 
 # Seconds without a step after which a shard has time for its vocabulary.
 _QUIET = 2.0
+
+_KEPT = 16  # grammars that are ready to be followed again
 
 NO_VOCABULARY = "guided output needs the model's vocabulary, which this shard was not given"
 
@@ -85,6 +88,7 @@ class Guidance:
         self._lock = threading.Lock()
         self._tokenizer: LLTokenizer | None = None
         self._executor: LLExecutor | None = None
+        self._fresh: OrderedDict[str, LLMatcher] = OrderedDict()  # by grammar, at its beginning
 
     def step(self) -> None:
         """A step runs: who has no grammar must not wait for what `prepare` does."""
@@ -132,13 +136,24 @@ class Guidance:
         return masks
 
     def _match(self, grammar: str, outputs: list[int]) -> LLMatcher:
-        from llguidance import LLMatcher
-
-        matcher = LLMatcher(self._compiled(), grammar, log_level=0)
+        matcher = self._begun(grammar).deep_copy()
         for token in outputs:
             if not matcher.is_stopped():
                 matcher.consume_token(token)
         return matcher
+
+    def _begun(self, grammar: str) -> LLMatcher:
+        """A matcher to copy: beams start anew with every token, and a request may have many
+        sequences."""
+        from llguidance import LLMatcher
+
+        found = self._fresh.pop(grammar, None)
+        if found is None:
+            found = LLMatcher(self._compiled(), grammar, log_level=0)
+        self._fresh[grammar] = found
+        if len(self._fresh) > _KEPT:
+            self._fresh.popitem(last=False)
+        return found
 
     def _compiled(self) -> LLTokenizer:
         with self._lock:

@@ -244,6 +244,21 @@ def test_the_vocabulary_is_there_before_the_first_grammar(known: Vocabulary) -> 
     assert len(loads) == 2
 
 
+def test_sequences_of_one_grammar_are_each_at_a_place_of_their_own(known: Vocabulary) -> None:
+    guidance = Guidance(lambda: known, 272)
+    grammar = StructuredOutputs(choice=["ab", "ac"]).compiled()
+    begun = known.encode(b"a")
+    for _ in range(2):
+        ahead, behind = guidance.guide(grammar, begun), guidance.guide(grammar, [])
+        after, before = guidance.masks([ahead, behind])
+        assert (after != before).any()
+        assert (guidance.masks([guidance.guide(grammar, [])]) == before).all()
+    for number in range(40):  # more than are kept
+        other = StructuredOutputs(choice=[f"{number}"]).compiled()
+        assert (guidance.masks([guidance.guide(other, [])]) != before).any()
+    assert (guidance.masks([guidance.guide(grammar, begun)]) == after).all()
+
+
 def test_a_vocabulary_that_does_not_load_fails_its_sequences_only() -> None:
     def load() -> Vocabulary:
         raise OSError("no such file")
