@@ -109,12 +109,12 @@ _REFUSED: dict[str, tuple[tuple[object, ...], str]] = {
     "lora_task_id": (_OFF, "adapters are models of their own; ask /v1/completions for one by name"),
     "lora_weights": ((None,), "adapters are loaded by the server, not sent with requests"),
     "lora_config": ((None,), "adapters are loaded by the server, not sent with requests"),
-    "num_draft_tokens": (_OFF, "speculative decoding is not supported"),
-    "use_draft_logits": (_OFF, "speculative decoding is not supported"),
+    "num_draft_tokens": (_OFF, "guesses are the server's own (--speculative-config)"),
+    "use_draft_logits": (_OFF, "guesses are the server's own (--speculative-config)"),
     "sequence_id": (_OFF, "requests have no state; send the whole prompt"),
     "sequence_start": ((None, False, True), "requests have no state"),
     "sequence_end": ((None, False, True), "requests have no state"),
-    "timeout": (_OFF, "there is no server-side limit; the client may hang up at any time"),
+    "timeout": (_OFF, "send it as the header X-Request-Timeout, in seconds"),
 }
 
 
