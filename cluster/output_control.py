@@ -14,6 +14,8 @@ from tensorray.cluster.bad_request import BadRequest
 from tensorray.cluster.sampling_params import LogitsProcessorSpec, SamplingParams
 from tensorray.cluster.tokenizer import InvalidText, Tokenizer
 
+_MOST_WORD = 256  # tokens of a bad word: each length is looked for with each token
+
 #: A user's logits processors, by name.
 Registry = Mapping[str, Callable[..., Any]]
 
@@ -51,6 +53,11 @@ def _bad_words(
     seen: set[tuple[int, ...]] = set()
     for word in words:
         for tokens in _spellings(word, tokenizer, vocab_size):
+            if len(tokens) > _MOST_WORD:
+                raise BadRequest(
+                    f"bad_words has a word of {len(tokens)} tokens; {_MOST_WORD} is the most",
+                    param="bad_words",
+                )
             if tokens and tuple(tokens) not in seen:
                 seen.add(tuple(tokens))
                 yield tokens

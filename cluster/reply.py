@@ -75,10 +75,11 @@ class Reply:
 def joined(parts: Sequence[Part]) -> list[Part]:
     """The parts with neighbours of one kind made one."""
     found: list[Part] = []
-    for kind, run in groupby(parts, key=type):
-        if issubclass(kind, CallBegins):
-            found += run
+    for _, run in groupby(parts, key=type):
+        first, *others = run
+        if isinstance(first, CallBegins):
+            found += [first, *others]
         else:
-            texts = [part.text for part in run if not isinstance(part, CallBegins)]
-            found.append(kind("".join(texts)))
+            texts = [part.text for part in others if not isinstance(part, CallBegins)]
+            found.append(type(first)("".join([first.text, *texts])))
     return found

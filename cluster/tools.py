@@ -16,6 +16,8 @@ from tensorray.cluster.errors import explain
 from tensorray.cluster.structured_outputs import JSON_OPTIONS, StructuredOutputs
 from tensorray.cluster.tool_parsers.tool_format import Callee
 
+_MOST_TOOLS = 1024
+
 
 class Function(BaseModel):
     """A function's name, what it is for, and the JSON schema of its arguments."""
@@ -85,6 +87,10 @@ class ToolUse:
     ) -> ToolUse:
         """Raises BadRequest where the choice does not go with the tools."""
         tools = tuple(tools or ())
+        if len(tools) > _MOST_TOOLS:
+            raise BadRequest(
+                f"{len(tools)} tools are too many; {_MOST_TOOLS} is the most", param="tools"
+            )
         known = [tool.function.name for tool in tools]
         if len(set(known)) < len(known):
             raise BadRequest("tools: two functions have the same name", param="tools")

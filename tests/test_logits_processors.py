@@ -412,6 +412,7 @@ def test_a_processor_is_chosen_by_name_and_fails_alone(llm: LLM) -> None:
         ({"bad_words": [""]}, "bad_words", "at least 1 character"),
         ({"bad_words": [[]]}, "bad_words", "at least 1 item"),
         ({"bad_words": [[5, 999]]}, "bad_words", "names token 999"),
+        ({"bad_words": [[5] * 257]}, "bad_words", "256 is the most"),
         ({"bad_words": ["\ud800"]}, "bad_words", "valid|encoded|surrogate"),
         ({"no_repeat_ngram_size": -1}, "no_repeat_ngram_size", "greater than or equal to 0"),
         ({"no_repeat_ngram_size": 65}, "no_repeat_ngram_size", "less than or equal to 64"),

@@ -240,6 +240,7 @@ async def test_what_a_client_says_of_itself_comes_back_or_counts(model: Path) ->
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"tools": [{"type": "custom", "custom": {"name": "x"}}]}, r"tools\[0\].type"),
     ({"tools": [WEATHER, WEATHER]}, "same name"),
+    ({"tools": [WEATHER] * 1025}, "1024 is the most"),
     ({"tool_choice": "required"}, "needs tools"),
     ({"tools": [WEATHER], "tool_choice": {"type": "function", "function": {"name": "g"}}}, "'g'"),
     ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, r"tools\[0\].function.name"),
