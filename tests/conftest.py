@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -13,6 +15,23 @@ settings.register_profile("tensorray", deadline=None)
 # CI tries the same examples every time: a change fails on its own merits.
 settings.register_profile("ci", deadline=None, derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "tensorray")
+
+
+@pytest.fixture(autouse=True)
+def logs_as_they_were(request: pytest.FixtureRequest) -> Iterator[None]:
+    """What a test does to the process's logging, which `caplog` stands on, ends with it."""
+    plugin: Any = request.config.pluginmanager.get_plugin("logging-plugin")
+    handlers = (plugin.caplog_handler, plugin.report_handler)
+    formatters = [handler.formatter for handler in handlers]
+    loggers = [logging.getLogger(name) for name in ("tensorray", "ray.serve")]
+    states = [(log.level, log.propagate, list(log.handlers)) for log in loggers]
+    yield
+    for handler, formatter in zip(handlers, formatters, strict=True):
+        handler.setFormatter(formatter)
+    for log, (level, propagate, attached) in zip(loggers, states, strict=True):
+        log.setLevel(level)
+        log.propagate = propagate
+        log.handlers[:] = attached
 
 
 @pytest.fixture(scope="session")

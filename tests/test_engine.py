@@ -220,7 +220,7 @@ async def test_a_link_that_breaks_at_send_is_a_failure_not_a_hang():
 
 
 async def test_a_shard_that_hangs_is_found_by_the_health_check():
-    engine = make_engine(inline=False, step_ms=300)
+    engine = make_engine(inline=False, step_ms=3000)
     await engine.start()
     engine.check(0.05)  # idle for any time is fine
     stream = engine.generate(request("a"))

@@ -233,7 +233,7 @@ def test_tensor_parallel_sizes_that_do_not_divide_are_refused() -> None:
         ("qwen2", "sliding_window", None, "sliding_window: is missing"),
         ("qwen3-moe", "mlp_only_layers", "1", "mlp_only_layers: must be a list of whole numbers"),
         ("gemma2", "hidden_activation", "gelu", "hidden_activation: 'gelu' is not supported"),
-        ("gemma2", "use_bidirectional_attention", True, "use_bidirectional_attention: True is not"),
+        ("gemma2", "use_bidirectional_attention", True, "use_bidirectional_attention: true is not"),
         ("gemma3", "attn_logit_softcapping", 50.0, "attn_logit_softcapping: 50.0 is not supp"),
         ("gpt2", "n_embd", 30, "n_head: 4 does not divide n_embd, 30"),
         ("gpt2", "add_cross_attention", True, "add_cross_attention: True is not supported"),

@@ -260,7 +260,7 @@ async def test_a_failed_engine_is_unavailable(model: Path) -> None:
         fields = {"prompt": "Hi", "max_tokens": 50}
         whole = asyncio.create_task(http.post(COMPLETIONS, json=fields))
         stream = asyncio.create_task(http.post(COMPLETIONS, json={**fields, "stream": True}))
-        while not backend.engine._tracked or backend.engine._tracked[1].generated < 2:
+        while not backend.engine._tracked or backend.engine._tracked[1].generated < 10:
             await asyncio.sleep(0.001)
         assert (await http.get("/health")).status_code == 200
         backend.engine.fail("the shard failed: out of luck")

@@ -158,7 +158,7 @@ def open_adapter(directory: Path, model_type: str | None = None) -> AdapterFiles
                 f"{path}: {module}: lora_A is {list(a.shape)} and lora_B {list(b.shape)}, but by "
                 f"{CONFIG} its rank is {rank}"
             )
-        name = canonical_name(module, model_type)
+        name = canonical_name(module, model_type, headless=True)
         modules[name] = AdapterModule(a, b, config.scale_of(module))
     return AdapterFiles(directory, config, modules)
 
