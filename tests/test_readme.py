@@ -298,7 +298,7 @@ def test_offline(machine: Machine) -> None:
     assert machine.run(marked("with LLM(")).strip()
     (machine.place / "prompts.jsonl").write_text('{"prompt": "Once upon a time"}\n')
     (answer,) = machine.run(marked("tensorray generate")).splitlines()
-    assert json.loads(answer)["outputs"][0]["text"].strip()
+    assert json.loads(answer)["text"].strip()
 
 
 def answers(path: Path) -> list[str]:
