@@ -25,7 +25,7 @@ from tensorray.builder.checkpoint import (
     resolve_path,
 )
 from tensorray.builder.checkpoint.config import flatten_config
-from tensorray.builder.checkpoint.names import canonical_name
+from tensorray.builder.checkpoint.names import canonical_name, canonical_names
 from tensorray.builder.checkpoint.tensor import DataFile, FileTensor
 from tensorray.builder.load import load_weights
 from tensorray.builder.model import ModelConfigError
@@ -161,10 +161,22 @@ def test_shards_are_one_checkpoint(model: Path) -> None:
 
 def test_names_as_other_classes_saved_them(tmp_path: Path) -> None:
     """A headless GPT-2, as the Hub has it, and both spellings of a wrapped text model."""
-    assert canonical_name("h.0.ln_1.weight", "gpt2") == "transformer.h.0.ln_1.weight"
-    assert canonical_name("h.0.ln_1.weight", "own") == "h.0.ln_1.weight"
+    assert canonical_name("h.0.ln_1.weight", "gpt2", False) == "transformer.h.0.ln_1.weight"
+    assert canonical_name("h.0.ln_1.weight", "own", False) == "h.0.ln_1.weight"
     for name in ("language_model.model.norm.weight", "model.language_model.norm.weight"):
-        assert canonical_name(name, None) == "model.norm.weight"
+        assert canonical_name(name, None, False) == "model.norm.weight"
+
+
+def test_a_model_saved_without_its_head_is_told_by_its_embedding() -> None:
+    """One of another author may well call a layer `layers.0`: its names stay as they are."""
+    names = ("layers.0.mlp.up_proj.weight", "norm.weight")
+    headless = dict.fromkeys(("embed_tokens.weight", *names))
+    assert set(canonical_names(headless, "qwen3")) == {f"model.{name}" for name in headless}
+    own = dict.fromkeys(("embed.weight", *names))
+    assert set(canonical_names(own, "toy")) == set(own)
+
+
+def test_a_headless_gpt2_is_read(tmp_path: Path) -> None:
     directory = Path(shutil.copytree(tiny_models.directory("gpt2"), tmp_path / "gpt2"))
     tensors = load_file(directory / "model.safetensors")
     bare = {name.removeprefix("transformer."): array for name, array in tensors.items()}
