@@ -159,7 +159,7 @@ def test_shards_are_one_checkpoint(model: Path) -> None:
     checkpoint.close()
 
 
-def test_names_as_other_classes_saved_them(tmp_path: Path) -> None:
+def test_names_as_other_classes_saved_them() -> None:
     """A headless GPT-2, as the Hub has it, and both spellings of a wrapped text model."""
     assert canonical_name("h.0.ln_1.weight", "gpt2", False) == "transformer.h.0.ln_1.weight"
     assert canonical_name("h.0.ln_1.weight", "own", False) == "h.0.ln_1.weight"
