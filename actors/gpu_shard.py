@@ -37,10 +37,10 @@ from tensorray.actors.device_sampler import DeviceSampler, HostRows, PromptScore
 from tensorray.actors.device_weights import DevicePlacement
 from tensorray.actors.forward import Forward
 from tensorray.actors.guidance import Guidance, Vocabulary
-from tensorray.actors.kv_cache import KVCache, KVPlan, choose_num_blocks, plan_groups
+from tensorray.actors.kv_cache import KVCache, KVPlan, choose_num_blocks, plan_stage
 from tensorray.actors.link import PendingStep
 from tensorray.actors.logits_processors import Registry, load_registry
-from tensorray.actors.pooling import NO_STATES, PooledChunk, Pooler, has_states
+from tensorray.actors.pooling import PooledChunk, Pooler, has_states
 from tensorray.actors.program import ProgramRunner
 from tensorray.actors.protocol import Logprobs, SegmentInfo, ShardInfo, StepPlan, StepResult
 from tensorray.actors.sampler import SamplingError
@@ -51,7 +51,7 @@ from tensorray.builder.checkpoint import open_checkpoint
 from tensorray.builder.graph import DTypes, Program, Segment, trace
 from tensorray.builder.joining import join_rope
 from tensorray.builder.load import load_weights, plan_bytes
-from tensorray.builder.model import Model, ShardWeights, stage_layers
+from tensorray.builder.model import Model, ShardWeights
 from tensorray.builder.precision import choose_dtypes, numpy_dtype
 from tensorray.builder.registry import resolve
 
@@ -262,13 +262,7 @@ class GpuShard:
                     f"--max-model-len {max_model_len} is more than the {model.max_positions} "
                     "positions the model was made for"
                 )
-            stages = [
-                stage_layers(model.num_layers, layout.pp_size, stage)
-                for stage in range(layout.pp_size)
-            ]
-            specs = [model.kv_spec(layer) for layer in range(model.num_layers)]
-            groups = plan_groups(specs, config.block_size, stages, layout.pp_rank)
-            layers = stages[layout.pp_rank]
+            groups, layers = plan_stage(model, config.block_size)
             compute = numpy_dtype(dtypes.compute)
             weights = load_weights(
                 model, checkpoint, layers=layers, dtype=compute, place=DevicePlacement(device)
@@ -491,30 +485,17 @@ class GpuShard:
             self._model.final_norm(self._ops, self._head_weights, stream)
         )
 
-    def _pool(
+    def _brought(
         self, pending: _Pending, sampler: DeviceSampler
-    ) -> tuple[dict[int, bytes], dict[int, str]]:
-        """The vectors of the pooled sequences that the step completed, and those that have none,
-        with the reason."""
-        found: dict[int, bytes] = {}
-        failed: dict[int, str] = {}
+    ) -> Iterator[tuple[PooledChunk, NDArray[np.floating]]]:
+        """The step's pooled chunks with the hidden states that have come from the device, but for
+        those of sequences that have ended meanwhile."""
         for chunk, brought in zip(pending.step.pooled, pending.states, strict=True):
-            seq = chunk.start.seq
             states = np.empty((0, 0), np.float32)
             if brought is not None:
                 states = sampler.collect_rows(brought)
-            if seq not in self._running.rows:
-                continue  # ended meanwhile
-            try:
-                if not has_states(self._model):
-                    raise ValueError(NO_STATES)
-                vector = self._pooler.add(chunk, states)
-            except ValueError as error:
-                failed[seq] = str(error)
-            else:
-                if vector is not None:
-                    found[seq] = vector
-        return found, failed
+            if chunk.start.seq in self._running.rows:
+                yield chunk, states
 
     def _collect(self, pending: _Pending) -> StepResult:
         with self._interrupting():
@@ -544,7 +525,8 @@ class GpuShard:
                     failed[seq] = str(error)
                 else:
                     prompt_logprobs[seq] = [row for piece in rows for row in piece]
-            pooled, unpooled = self._pool(pending, sampler)
+            brought = self._brought(pending, sampler)
+            pooled, unpooled = self._pooler.pool(self._model, brought)
         if failed := failed | unpooled:
             kept = [index for index, seq in enumerate(seqs) if seq not in failed]
             seqs, tokens = [seqs[i] for i in kept], [tokens[i] for i in kept]

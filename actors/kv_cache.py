@@ -15,7 +15,7 @@ from typing import Any
 
 from tensorray.actors.protocol import KVGroups
 from tensorray.builder.array_ops import LayerKV
-from tensorray.builder.model import KVSpec
+from tensorray.builder.model import KVSpec, Model, stage_layers
 
 # More groups mean more block tables a sequence, which costs the scheduler time.
 _MAX_GROUPS = 8
@@ -96,6 +96,16 @@ def plan_groups(
             groups.append(own[group * size : (group + 1) * size])
             windows.append(window)
     return KVPlan(groups, windows, size, kv_heads, head_dim, block_size)
+
+
+def plan_stage(model: Model, block_size: int) -> tuple[KVPlan, range]:
+    """The groups of the model's stage of the pipeline, and its layers."""
+    layout = model.layout
+    stages = [
+        stage_layers(model.num_layers, layout.pp_size, stage) for stage in range(layout.pp_size)
+    ]
+    specs = [model.kv_spec(layer) for layer in range(model.num_layers)]
+    return plan_groups(specs, block_size, stages, layout.pp_rank), stages[layout.pp_rank]
 
 
 class KVCache:

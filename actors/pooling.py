@@ -7,6 +7,7 @@ first token, or from where its pooling needs no row before.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -59,6 +60,26 @@ class Pooler:
     def end(self, seq: int) -> None:
         """Forgets a sequence; one that is not known is fine."""
         self._sums.pop(seq, None)
+
+    def pool(
+        self, model: Model, chunks: Iterable[tuple[PooledChunk, NDArray[np.floating]]]
+    ) -> tuple[dict[int, bytes], dict[int, str]]:
+        """Take in a step's chunks with their states: the vectors of the sequences that it
+        completes, and those that have none, with the reason."""
+        found: dict[int, bytes] = {}
+        failed: dict[int, str] = {}
+        for chunk, states in chunks:
+            seq = chunk.start.seq
+            try:
+                if not has_states(model):
+                    raise ValueError(NO_STATES)
+                vector = self.add(chunk, states)
+            except ValueError as error:
+                failed[seq] = str(error)
+            else:
+                if vector is not None:
+                    found[seq] = vector
+        return found, failed
 
     def add(self, chunk: PooledChunk, states: NDArray[np.floating]) -> bytes | None:
         """Take in the states of a chunk's `rows`, [rows, hidden]; the sequence's vector, float32

@@ -14,13 +14,14 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 
 from tensorray.actors.adapter import Adapter, AdapterSource
 from tensorray.actors.adapters import AdapterOps, ShardAdapters
@@ -29,11 +30,11 @@ from tensorray.actors.communicator import Communicator
 from tensorray.actors.config import DEFAULT_STEP_TOKENS, ShardConfig
 from tensorray.actors.drafters import OpenSpeculation
 from tensorray.actors.guidance import Guidance, Vocabulary
-from tensorray.actors.kv_cache import KVCache, choose_num_blocks, plan_groups
+from tensorray.actors.kv_cache import KVCache, choose_num_blocks, plan_stage
 from tensorray.actors.link import PendingStep
 from tensorray.actors.logits_processors import Registry, load_registry
 from tensorray.actors.memory import available_bytes
-from tensorray.actors.pooling import NO_STATES, PooledChunk, Pooler, has_states
+from tensorray.actors.pooling import PooledChunk, Pooler
 from tensorray.actors.protocol import (
     Logprobs,
     SequenceStart,
@@ -47,7 +48,7 @@ from tensorray.actors.speculation import Speculation, pad, rows_up_to, unpad
 from tensorray.builder.array_ops import ArrayOps
 from tensorray.builder.checkpoint import open_checkpoint
 from tensorray.builder.load import load_weights, plan_bytes
-from tensorray.builder.model import Model, ShardWeights, stage_layers
+from tensorray.builder.model import Model, ShardWeights
 from tensorray.builder.registry import resolve
 from tensorray.kernels import set_num_threads
 from tensorray.kernels.batch import Batch
@@ -203,13 +204,7 @@ class Shard:
                     f"--max-model-len {max_model_len} is more than the {model.max_positions} "
                     "positions the model was made for"
                 )
-            stages = [
-                stage_layers(model.num_layers, layout.pp_size, stage)
-                for stage in range(layout.pp_size)
-            ]
-            specs = [model.kv_spec(layer) for layer in range(model.num_layers)]
-            groups = plan_groups(specs, config.block_size, stages, layout.pp_rank)
-            layers = stages[layout.pp_rank]
+            groups, layers = plan_stage(model, config.block_size)
             weights = load_weights(model, checkpoint, layers=layers, dtype=np.float32)
         finally:
             checkpoint.close()
@@ -365,7 +360,8 @@ class Shard:
             if self._adapters is not None:
                 unscored |= self._adapters.missing(plan.seqs)
             if chunks and self.info.answers:
-                pooled, unpooled = self._pool(batch, hidden, chunks)
+                states = self._states(batch, hidden, chunks)
+                pooled, unpooled = self._pooler.pool(self._model, states)
             batch.logit_rows = batch.query_starts[1:][sampling] - 1
             if drafts:
                 batch.logit_rows = rows_up_to(batch.logit_rows, [drafts.get(s, ()) for s in seqs])
@@ -543,29 +539,16 @@ class Shard:
         """float32 `[R, vocab]` for the batch's logit rows."""
         return self._model.head(self._ops, self._weights.head, self._ops.select_rows(hidden))
 
-    def _pool(
+    def _states(
         self, batch: Batch, hidden: Any, chunks: list[PooledChunk]
-    ) -> tuple[dict[int, bytes], dict[int, str]]:
-        """The vectors of the pooled sequences that this step completes, and those that have none,
-        with the reason."""
-        found: dict[int, bytes] = {}
-        failed: dict[int, str] = {}
+    ) -> Iterator[tuple[PooledChunk, NDArray[np.floating]]]:
+        """Pooled chunks with the hidden states that they are made of."""
         for chunk in chunks:
             batch.logit_rows = np.array(chunk.rows, np.int32)
             states = self._ops.select_rows(hidden)
             if len(states):
                 states = self._model.final_norm(self._ops, self._weights.head, states)
-            seq = chunk.start.seq
-            try:
-                if not has_states(self._model):
-                    raise ValueError(NO_STATES)
-                vector = self._pooler.add(chunk, states)
-            except ValueError as error:
-                failed[seq] = str(error)
-            else:
-                if vector is not None:
-                    found[seq] = vector
-        return found, failed
+            yield chunk, states
 
     def _score_prompts(
         self, batch: Batch, hidden: Any, scored: list[tuple[int, _Prefill, int, int]]

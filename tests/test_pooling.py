@@ -192,7 +192,7 @@ def test_what_can_not_be_pooled_fails_alone(make: Any, monkeypatch: pytest.Monke
     told, _ = drive(shard, sequences)
     assert [(each.finish_reason, each.error) for each in told[0]] == [("error", NOT_FINITE)]
     assert told[1][-1].finish_reason == "length"
-    for where in ("shard", "gpu_shard"):
+    for where in ("pooling", "gpu_shard"):
         monkeypatch.setattr(f"tensorray.actors.{where}.has_states", lambda model: False)
     shard.reset()
     told, _ = drive(shard, [_again(each) for each in sequences])

@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bench_table import WORK, Requests
+from bench_table import WORK, Requests, engine_settings
 from helpers.dummy_models import make_dummy_model
 
 from tensorray.cluster.llm import LLM
@@ -60,14 +60,7 @@ def main() -> None:
     parser.add_argument("settings", nargs="*", help="NAME=VALUE")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(relativeCreated)7.0f %(message)s")
-    settings: dict[str, Any] = {
-        "load_format": "dummy",
-        "dtype": arguments.dtype,
-        "max_model_len": 4096,
-        "max_num_seqs": 256,
-        "enable_prefix_caching": False,
-        **dict(each.split("=", 1) for each in arguments.settings),
-    }
+    settings = engine_settings(arguments)
     model = make_dummy_model(arguments.model, Path(tempfile.mkdtemp()))
     works = arguments.work.split(",")
     first: dict[str, float] = {}

@@ -71,6 +71,18 @@ WORK = {
 }
 
 
+def engine_settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """EngineConfig's fields: those of every measurement, and those that were asked for."""
+    return {
+        "load_format": "dummy",
+        "dtype": arguments.dtype,
+        "max_model_len": 4096,
+        "max_num_seqs": 256,
+        "enable_prefix_caching": False,
+        **dict(each.split("=", 1) for each in arguments.settings),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--models", default=",".join(VLLM))
@@ -80,14 +92,7 @@ def main() -> None:
     parser.add_argument("settings", nargs="*", help="NAME=VALUE")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(relativeCreated)7.0f %(message)s")
-    settings: dict[str, Any] = {
-        "load_format": "dummy",
-        "dtype": arguments.dtype,
-        "max_model_len": 4096,
-        "max_num_seqs": 256,
-        "enable_prefix_caching": False,
-        **dict(each.split("=", 1) for each in arguments.settings),
-    }
+    settings = engine_settings(arguments)
     parent = Path(tempfile.mkdtemp())
     found: dict[str, dict[str, float]] = {}
     for name in arguments.models.split(","):

@@ -10,12 +10,12 @@ import numpy as np
 
 from tensorray.actors.array_segment import ArraySegment, Runner
 from tensorray.actors.gpu_shard import GpuShard, GraphSizes, Limits
-from tensorray.actors.kv_cache import plan_groups
+from tensorray.actors.kv_cache import plan_stage
 from tensorray.actors.protocol import SegmentInfo, StepPlan, StepResult
 from tensorray.builder.graph import DTypes, Segment, trace
 from tensorray.builder.joining import join_rope
 from tensorray.builder.load import plan_bytes
-from tensorray.builder.model import Layout, stage_layers
+from tensorray.builder.model import Layout
 
 from .host_device import HostDevice
 from .running import load
@@ -64,25 +64,21 @@ def make_gpu_shard(
     layout: Layout | None = None,
 ) -> StepwiseShard:
     model, weights = load(path, layout)
-    layout = model.layout
-    stages = [
-        stage_layers(model.num_layers, layout.pp_size, stage) for stage in range(layout.pp_size)
-    ]
-    specs = [model.kv_spec(i) for i in range(model.num_layers)]
+    groups, layers = plan_stage(model, block_size)
     limits = limits or Limits(max_model_len=64, max_num_seqs=16, step_tokens=64)
     return kind(
         device or HostDevice(),
         model,
-        join_rope(trace(model, stages[layout.pp_rank])),
+        join_rope(trace(model, layers)),
         weights,
         runners or ArrayRunners(),
-        plan_groups(specs, block_size, stages, layout.pp_rank),
+        groups,
         DTypes("float32", "float32"),
         limits,
         graphs or GraphSizes.choose(limits, (), eager=False),
         choose_blocks=lambda free: num_blocks,
         kv_dtype=kv_dtype,
-        weight_bytes=plan_bytes(model, layers=stages[layout.pp_rank]),
+        weight_bytes=plan_bytes(model, layers=layers),
         vocabulary=vocabulary,
         processors=processors,
     )
