@@ -44,14 +44,14 @@ class NcclCommunicator:
         self._xp = xp
         self._timeout = connect_timeout
         self._aborted: str | None = None
-        mine = nccl.get_unique_id() if host.rank == 0 else (0,) * nccl.NCCL_UNIQUE_ID_BYTES
-        unique_id = host.broadcast(np.array(mine, np.int8), 0)  # where all ranks meet
+        mine = nccl.get_unique_id() if host.rank == 0 else bytes(nccl.NCCL_UNIQUE_ID_BYTES)
+        unique_id = host.broadcast(np.frombuffer(mine, np.int8), 0).tobytes()  # where all meet
         pool = ThreadPoolExecutor(1, "nccl-init")
         device = xp.cuda.runtime.getDevice()
 
         def connect() -> Any:
             xp.cuda.runtime.setDevice(device)  # a thread starts on device 0
-            return nccl.NcclCommunicator(self.size, tuple(unique_id.tolist()), self.rank)
+            return nccl.NcclCommunicator(self.size, unique_id, self.rank)
 
         try:
             self._comm: Any = pool.submit(connect).result(connect_timeout)

@@ -47,7 +47,7 @@ class FakeComm:
     groups: ClassVar[dict[Any, Any]] = {}
     lock = threading.Lock()
 
-    def __init__(self, size: int, unique_id: tuple[int, ...], rank: int) -> None:
+    def __init__(self, size: int, unique_id: bytes, rank: int) -> None:
         with self.lock:
             group = self.groups.setdefault(
                 unique_id, SimpleNamespace(barrier=threading.Barrier(size), inbox={})
@@ -113,7 +113,7 @@ def fakes() -> dict[str, Any]:
         NCCL_INT8=1,
         NCCL_INT32=2,
         NCCL_FLOAT32=3,
-        get_unique_id=lambda: (next(count), *np.random.default_rng().integers(-9, 9, 7).tolist()),
+        get_unique_id=lambda: bytes([next(count), *np.random.default_rng().bytes(7)]),
         **{f"NCCL_{name}": value for name, value in names.items()},
     )
     runtime = SimpleNamespace(getDevice=lambda: 0, setDevice=lambda device: None)
