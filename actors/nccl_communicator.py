@@ -44,8 +44,10 @@ class NcclCommunicator:
         self._xp = xp
         self._timeout = connect_timeout
         self._aborted: str | None = None
-        mine = nccl.get_unique_id() if host.rank == 0 else bytes(nccl.NCCL_UNIQUE_ID_BYTES)
-        unique_id = host.broadcast(np.frombuffer(mine, np.int8), 0).tobytes()  # where all meet
+        meeting = np.zeros(nccl.NCCL_UNIQUE_ID_BYTES, np.uint8)
+        if host.rank == 0:
+            meeting[:] = np.frombuffer(nccl.get_unique_id(), np.uint8)
+        unique_id = host.broadcast(meeting, 0).tobytes()
         pool = ThreadPoolExecutor(1, "nccl-init")
         device = xp.cuda.runtime.getDevice()
 
