@@ -20,6 +20,9 @@ import numpy as np
 
 from tensorray.actors.communicator import Communicator, CommunicatorError
 
+# nccl.h's NCCL_UNIQUE_ID_BYTES, which CuPy does not hand on.
+_UNIQUE_ID_BYTES = 128
+
 
 class NcclCommunicator:
     """A group of ranks, one GPU each. See Communicator.
@@ -44,7 +47,7 @@ class NcclCommunicator:
         self._xp = xp
         self._timeout = connect_timeout
         self._aborted: str | None = None
-        meeting = np.zeros(nccl.NCCL_UNIQUE_ID_BYTES, np.uint8)
+        meeting = np.zeros(_UNIQUE_ID_BYTES, np.uint8)
         if host.rank == 0:
             meeting[:] = np.frombuffer(nccl.get_unique_id(), np.uint8)
         unique_id = host.broadcast(meeting, 0).tobytes()

@@ -108,12 +108,11 @@ def fakes() -> dict[str, Any]:
     nccl = SimpleNamespace(
         NcclCommunicator=FakeComm,
         NcclError=FakeNcclError,
-        NCCL_UNIQUE_ID_BYTES=8,
         NCCL_SUM=0,
         NCCL_INT8=1,
         NCCL_INT32=2,
         NCCL_FLOAT32=3,
-        get_unique_id=lambda: bytes([next(count), *np.random.default_rng().bytes(7)]),
+        get_unique_id=lambda: bytes([next(count), *np.random.default_rng().bytes(127)]),
         **{f"NCCL_{name}": value for name, value in names.items()},
     )
     runtime = SimpleNamespace(getDevice=lambda: 0, setDevice=lambda device: None)
