@@ -43,7 +43,7 @@ from tensorray.actors.logits_processors import Registry, load_registry
 from tensorray.actors.pooling import PooledChunk, Pooler, has_states
 from tensorray.actors.program import ProgramRunner
 from tensorray.actors.protocol import Logprobs, SegmentInfo, ShardInfo, StepPlan, StepResult
-from tensorray.actors.sampler import SamplingError
+from tensorray.actors.sampler import SamplingError, refused
 from tensorray.actors.segment_runners import open_runners
 from tensorray.actors.step_buffers import RunningSequences, Scored, Step, StepBuffers
 from tensorray.builder.array_ops import ArrayOps
@@ -542,6 +542,7 @@ class GpuShard:
             failed=failed,
             pooled=pooled,
             seconds=now - began,
+            refused=refused(failed),
         )
 
 

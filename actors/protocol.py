@@ -133,6 +133,7 @@ class StepResult(msgspec.Struct, frozen=True, omit_defaults=True):
     drafted: dict[int, int] = {}  # tokens guessed, for the sequences that had any
     # Of the tokens after a sequence's first in this step, whose own are in `logprobs`.
     further_logprobs: dict[int, list[Logprobs]] = {}
+    refused: list[int] = []  # of `failed`, those whose requests ask for what can't be
 
 
 class KVGroups(msgspec.Struct, frozen=True):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +31,15 @@ STUCK = "the structured output's grammar can't be followed any further: {reason}
 OVERFLOW = (
     "penalties drove a logit beyond float32: bring repetition_penalty ({repetition}) closer to 1"
 )
+
+
+# Those of them that a request brings about by what it asks for, as far as they are always the same.
+_OF_THE_REQUEST = tuple(reason.partition("{")[0] for reason in (NONE_LEFT, STUCK, OVERFLOW))
+
+
+def refused(failed: Mapping[int, str]) -> list[int]:
+    """Of sequences that failed, with their reasons, those whose requests are to blame for it."""
+    return [seq for seq, reason in failed.items() if reason.startswith(_OF_THE_REQUEST)]
 
 
 class SamplingError(ValueError):

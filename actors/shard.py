@@ -43,7 +43,7 @@ from tensorray.actors.protocol import (
     StepResult,
 )
 from tensorray.actors.ranks import Ranks
-from tensorray.actors.sampler import Sampler, SamplingError
+from tensorray.actors.sampler import Sampler, SamplingError, refused
 from tensorray.actors.speculation import Speculation, pad, rows_up_to, unpad
 from tensorray.builder.array_ops import ArrayOps
 from tensorray.builder.checkpoint import open_checkpoint
@@ -397,6 +397,7 @@ class Shard:
             seconds=time.perf_counter() - began,
             drafted={seq: len(draft) for seq, draft in drafts.items()},
             further_logprobs=drawn.further_logprobs,
+            refused=refused(failed),
         )
 
     def _sample(self, seqs: list[int], rows: np.ndarray, logits: Any) -> _Drawn:

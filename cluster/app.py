@@ -103,7 +103,7 @@ class Ingress:
         messages: list[dict[str, Any]] | None = None,
         **sampling: Any,
     ) -> dict[str, Any]:
-        """The whole answer. Raises BadRequest, QueueFull, EngineFailed or GenerationFailed."""
+        """The whole answer. Raises BadRequest, RequestRefused, EngineFailed or GenerationFailed."""
         prepared = self._prepare(prompt, messages, sampling)
         return asdict(await self._frontend.collect(self._client, prepared))
 

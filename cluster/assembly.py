@@ -20,7 +20,7 @@ from tensorray.cluster.outputs import (
 )
 from tensorray.cluster.reply import joined
 from tensorray.cluster.reply_format import ReplyFormat, ReplyReader
-from tensorray.cluster.request import Delta, GenerationRequest
+from tensorray.cluster.request import Delta, GenerationRequest, RequestRefused
 from tensorray.cluster.sampling_params import SamplingParams
 from tensorray.cluster.tokenizer import Tokenizer
 
@@ -71,10 +71,12 @@ class Assembler:
         """What these deltas add, and the sequences that a stop string has ended just now.
 
         The engine does not know about the latter yet. Raises GenerationFailed for a delta that
-        reports an error.
+        reports an error, RequestRefused if it is of the request's own making.
         """
         outputs, stopped = [], []
         for delta in deltas:
+            if delta.refused:
+                raise RequestRefused(delta.error)
             if delta.finish_reason == "error":
                 raise GenerationFailed(delta.error or "the engine failed on this request")
             self._cached_tokens = max(self._cached_tokens, delta.cached_tokens)

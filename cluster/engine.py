@@ -157,6 +157,7 @@ class TokenStream(AsyncIterator[list[Delta]]):
             waiting.finish_reason = delta.finish_reason
             waiting.stop_token = delta.stop_token
             waiting.error = delta.error
+            waiting.refused = delta.refused
             if delta.drafted:
                 waiting.drafted, waiting.accepted = delta.drafted, delta.accepted
             waiting.pooled = delta.pooled
@@ -457,6 +458,7 @@ class Engine:
             finish_reason=item.finish_reason,
             stop_token=item.stop_token,
             error=item.error,
+            refused=item.refused,
             pooled=item.pooled,
         )
         if item.sequence.drafted:

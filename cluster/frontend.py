@@ -431,8 +431,8 @@ class Frontend:
         """The answer as it comes: one item for each the engine sends, so nothing waits here.
 
         Close the iterator to cancel the request. Raises BadRequest at once if best_of exceeds n
-        (the best is known at the end only), and while iterating GenerationFailed or whatever the
-        client raises.
+        (the best is known at the end only), and while iterating GenerationFailed, RequestRefused
+        or whatever the client raises.
         """
         if prepared.ranks:
             raise BadRequest(

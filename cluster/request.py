@@ -67,6 +67,7 @@ class Delta(msgspec.Struct, omit_defaults=True):
     finish_reason: FinishReason | None = None
     stop_token: int | None = None  # the stop token id that ended it (also last in `tokens`)
     error: str = ""  # with finish_reason "error"
+    refused: bool = False  # with `error`: it is what the request asks for that can't be
     pooled: bytes = b""  # float32 [hidden], little-endian: all that a pooled request is told
     cached_tokens: int = 0  # prompt tokens served from the prefix cache; on the first delta
     queued: float = 0.0  # seconds it waited before its first step; on the first delta

@@ -65,6 +65,7 @@ class Progress(msgspec.Struct, gc=False):
     finish_reason: FinishReason | None = None
     stop_token: int | None = None  # the stop token id that ended it (equal to `token`)
     error: str = ""  # with finish_reason "error"
+    refused: bool = False  # with `error`: by what the request asks for
     pooled: bytes = b""  # all that a pooled sequence brings, when it ends
     # Of a beam search, whose `sequence` is its leader: what it has found, when it has ended.
     hypotheses: list[Hypothesis] | None = None
@@ -314,7 +315,8 @@ class Scheduler:
                 else:
                     ended.append(s)
                     self._finish(s, forget=True)
-                progress.append(Progress(s, finish_reason="error", error=reason))
+                refused = seq in result.refused
+                progress.append(Progress(s, finish_reason="error", error=reason, refused=refused))
         for s, confirmed in reached:
             if step >= s.first_step:
                 self.blocks.register(s, confirmed)

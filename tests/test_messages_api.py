@@ -20,6 +20,8 @@ from anthropic import (
 from helpers.null_engine import write_model
 from helpers.scripted_backend import THINKING_TEMPLATE, ScriptedBackend, scripted_app
 
+from tensorray.cluster.request import Delta
+
 CALL = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris"}}\n</tool_call>'
 ANSWER = f"<think>\nHm…\n</think>\n\nLet me look.\n{CALL}"
 WEATHER: Any = {
@@ -259,3 +261,16 @@ async def test_a_failure_in_a_stream_is_an_error_event(model: Path) -> None:
         with pytest.raises(APIStatusError) as caught:
             _ = [event async for event in stream]
         assert caught.value.body["error"]["type"] == "api_error"  # type: ignore[index]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_what_the_request_makes_impossible_is_its_fault(model: Path, stream: bool) -> None:
+    async with client_of(model, "abc") as (client, backend, _):
+
+        async def failing(request: Any) -> Any:
+            yield [Delta(0, [], finish_reason="error", error="no token is left", refused=True)]
+
+        backend.generate = failing  # type: ignore[method-assign]
+        with pytest.raises(BadRequestError, match="no token is left") as caught:
+            await create(client, stream=stream)
+        assert caught.value.body["error"]["type"] == "invalid_request_error"  # type: ignore[index]
