@@ -106,13 +106,24 @@ def edit_words(state: RowState, index: Any, edits: Any) -> None:
     np.add.at(words, index[counts], edits[counts])
 
 
+def keep_right(index: Any, tokens: Any, drafts: Any) -> None:
+    """Leave out, of the rows that go on after a draft, those whose token is another: index[i]
+    becomes -1 where tokens[i] is not drafts[i]. All int32 [n]."""
+    if is_cuda(index):
+        from tensorray.kernels.cuda import sampling as cuda
+
+        cuda.keep_right(index, tokens, drafts)
+    else:
+        index[tokens != drafts] = -1
+
+
 def greedy_rows(logits: Any, index: Any, state: RowState, out: Any) -> None:
     """Each row's best token, for sequences that neither draw nor edit.
 
     logits [>= n, vocab], float32, float16 or bfloat16, the last axis dense; index int32 [n], the
-    rows of the state that the logits belong to, distinct. out int32 [2, n] gets the tokens, -1 for
-    a row without one, and what became of each row (`OK`, …). Where a token was chosen it becomes
-    the row's newest, and the row's count of outputs goes up by one.
+    rows of the state that the logits belong to, distinct, or below 0: to be left out. out int32
+    [2, n] gets the tokens, -1 for a row without one, and what became of each row (`OK`, …). Where a
+    token was chosen it becomes the row's newest, and the row's count of outputs goes up by one.
     """
     if is_cuda(logits):
         from tensorray.kernels.cuda import sampling as cuda
@@ -120,6 +131,9 @@ def greedy_rows(logits: Any, index: Any, state: RowState, out: Any) -> None:
         cuda.greedy_rows(logits, index, state, out)
         return
     for i, row in enumerate(index):
+        if row < 0:
+            out[:, i] = -1, OK
+            continue
         scores = logits[i].astype(np.float32)
         status = _status(scores.max())
         out[:, i] = (-1 if status else scores.argmax()), status
@@ -146,6 +160,9 @@ def sample_rows(
         cuda.sample_rows(logits, index, state, out, masks, mask_rows)
         return
     for i, row in enumerate(index):
+        if row < 0:
+            out[:, i] = -1, OK
+            continue
         mask = None
         if mask_rows is not None and mask_rows[i] >= 0:
             bits = np.ascontiguousarray(masks[mask_rows[i]]).view(np.uint8)

@@ -1034,6 +1034,16 @@ struct Worker {
 
 // --- kernels ----------------------------------------------------------------------------------
 
+// Whether a row is left out. All blocks that share it leave then, so that none waits for another.
+__device__ __forceinline__ bool left_out(int index, int* out) {
+  if (index >= 0) return false;
+  if (blockIdx.x == 0 && threadIdx.x == 0) {
+    out[blockIdx.y] = -1;
+    out[gridDim.y + blockIdx.y] = OK;
+  }
+  return true;
+}
+
 // Grid (parts, rows). In `workspace`, `stride` bytes a row.
 extern "C" __global__ void __launch_bounds__(kThreads, 2)
     sample_rows(const LOGIT* logits, long long pitch, int vocab, int wide, const int* index,
@@ -1043,6 +1053,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 2)
   __shared__ Worker worker;
   wait_for_previous_kernel();
   const int i = blockIdx.y;
+  if (left_out(index[i], out)) return;
   RowParameters& state = rows[index[i]];
   const RowParameters row = state;
   const bool draws = row.temperature != 0;
@@ -1170,6 +1181,7 @@ extern "C" __global__ void __launch_bounds__(kGreedyThreads)
   __shared__ u64 shared[kGreedyThreads / 32];
   wait_for_previous_kernel();
   const int i = blockIdx.y;
+  if (left_out(index[i], out)) return;
   const Scores scores{logits + i * pitch, vocab, wide != 0};
   float top = minus_infinity();
   int where = 0;

@@ -44,7 +44,7 @@ _GREEDY_BLOCKS_PER_PROCESSOR = 4
 def prepare(state: RowState, dtype: Any) -> None:
     for name in ("greedy_rows", "sample_rows", "score_rows"):
         _function(name, ctype(np.empty(0, dtype)))
-    for name in ("set_rows", "edit_words"):
+    for name in ("set_rows", "edit_words", "keep_right"):
         _function(name)
     rows, vocab = len(state.rows), state.words.shape[1]
     _workspace(rows, vocab)
@@ -59,6 +59,11 @@ def set_rows(state: RowState, index: Any, records: Any) -> None:
 def edit_words(state: RowState, index: Any, edits: Any) -> None:
     blocks = min(-(-len(index) // 256), 256)
     _function("edit_words")((blocks,), (256,), state.words, index, edits, len(index), overlap=True)
+
+
+def keep_right(index: Any, tokens: Any, drafts: Any) -> None:
+    blocks = -(-len(index) // 256)
+    _function("keep_right")((blocks,), (256,), index, tokens, drafts, len(index), overlap=True)
 
 
 def greedy_rows(logits: Any, index: Any, state: RowState, out: Any) -> None:

@@ -23,3 +23,9 @@ extern "C" __global__ void edit_words(u32* words, const u32* index, const u32* e
     else atomicAdd(words + index[i], edit);
   }
 }
+
+extern "C" __global__ void keep_right(int* index, const int* tokens, const int* drafts, int count) {
+  wait_for_previous_kernel();
+  const int i = blockIdx.x * blockDim.x + threadIdx.x;
+  if (i < count && tokens[i] != drafts[i]) index[i] = -1;
+}
