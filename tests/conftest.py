@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from typing import Any
 
@@ -32,6 +34,16 @@ def logs_as_they_were(request: pytest.FixtureRequest) -> Iterator[None]:
         log.setLevel(level)
         log.propagate = propagate
         log.handlers[:] = attached
+
+
+@pytest.fixture(scope="session", autouse=True)
+def a_place_for_ray() -> Iterator[None]:
+    """Each process that runs tests, and what they start, sees no other's Ray."""
+    place = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # paths of sockets have to be short
+    os.environ["RAY_TMPDIR"] = place
+    os.environ.pop("RAY_ADDRESS", None)
+    yield
+    shutil.rmtree(place, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import socket
 import ssl
 import subprocess
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ from tensorray.cluster.errors import ApiError
 from tensorray.cluster.guard import HEADER_BYTES, Allowance
 from tensorray.cluster.key_digests import add_key, digest, read_keys
 from tests.helpers.null_engine import serving, write_model
+from tests.helpers.ports import free_port
 
 COMPLETIONS = "/v1/completions"
 HI = {"prompt": "Hi", "max_tokens": 2}
@@ -241,32 +241,27 @@ def test_tls_needs_files_that_exist(certificate: app.Tls) -> None:
 
 
 @pytest.fixture
-def free_port() -> Iterator[int]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    yield port
+def port() -> Iterator[int]:
+    yield free_port()
     serve.shutdown()
 
 
 @pytest.mark.ray
-def test_https_with_a_key(
-    model: Path, certificate: app.Tls, ray_cluster: None, free_port: int
-) -> None:
+def test_https_with_a_key(model: Path, certificate: app.Tls, ray_cluster: None, port: int) -> None:
     config = EngineConfig(model=str(model), device="null", api_key=["secret"])
-    app.run(config, port=free_port, blocking=False, tls=certificate)
+    app.run(config, port=port, blocking=False, tls=certificate)
     trusting = ssl.create_default_context(cafile=certificate.certfile)
-    with httpx.Client(base_url=f"https://127.0.0.1:{free_port}", verify=trusting) as client:
+    with httpx.Client(base_url=f"https://127.0.0.1:{port}", verify=trusting) as client:
         assert client.get("/v1/models").status_code == 401
         answer = client.post(COMPLETIONS, json=HI, headers=bearer("secret"))
         assert answer.status_code == 200
     with pytest.raises(httpx.TransportError):
-        httpx.get(f"http://127.0.0.1:{free_port}/health")
+        httpx.get(f"http://127.0.0.1:{port}/health")
 
 
 @pytest.mark.ray
-def test_a_serve_without_tls_is_noticed(model: Path, ray_cluster: None, free_port: int) -> None:
+def test_a_serve_without_tls_is_noticed(model: Path, ray_cluster: None, port: int) -> None:
     config = EngineConfig(model=str(model), device="null")
-    app.run(config, port=free_port, blocking=False)
+    app.run(config, port=port, blocking=False)
     with pytest.raises(RuntimeError, match="without TLS"):
-        app._check_tls("127.0.0.1", free_port)
+        app._check_tls("127.0.0.1", port)

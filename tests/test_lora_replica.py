@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import socket
 import time
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import httpx
 import pytest
 from helpers.lora_files import write_adapter
+from helpers.ports import free_port
 from helpers.tiny_models import directory
 from ray import serve
 
@@ -104,9 +104,7 @@ def test_all_replicas_have_an_adapter_before_and_after_a_shard_died(
 ) -> None:
     """Through Serve: two routers, two ingresses."""
     paths = [write_adapter(MODEL, tmp_path / f"{i}", seed=i, spread=0.5) for i in range(2)]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = int(probe.getsockname()[1])
+    port = free_port()
     config = EngineConfig(
         model=str(MODEL),
         device="cpu",

@@ -10,7 +10,6 @@ import asyncio
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -23,6 +22,7 @@ import numpy as np
 import openai
 import pytest
 from helpers.equality import assert_same_tokens
+from helpers.ports import free_port
 from helpers.ray_nodes import RayNodes, ray_nodes
 from helpers.serve_process import Service, service
 from helpers.tiny_models import directory, references
@@ -97,9 +97,6 @@ def test_shards_on_nodes_of_their_own_choose_the_tokens_of_one(
 
 @pytest.fixture(scope="module")
 def running(nodes: RayNodes) -> Iterator[Service]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     settings = {
         "model": str(directory("gemma3")),
         "served_model_name": ["tiny"],
@@ -111,7 +108,7 @@ def running(nodes: RayNodes) -> Iterator[Service]:
         "max_num_seqs": STREAMS,
         "shard_lease_seconds": 30,
     }
-    with service(nodes, port, **settings) as started:
+    with service(nodes, free_port(), **settings) as started:
         yield started
 
 

@@ -15,7 +15,6 @@ import re
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -29,6 +28,7 @@ from typing import Any
 
 import pytest
 from helpers.null_engine import serving, write_model
+from helpers.ports import free_port
 from helpers.tiny_models import directory
 from typer.main import get_command
 
@@ -226,12 +226,6 @@ def publish(home: Path) -> None:
     (snapshot / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 8192}))
     (folder / "refs").mkdir()
     (folder / "refs" / "main").write_text(revision)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ from ray.serve.context import _get_global_client
 from ray.serve.schema import ServeDeploySchema
 
 from tests.helpers.null_engine import write_model
-from tests.test_serve_http import free_port
+from tests.helpers.ports import free_port
 
 pytestmark = pytest.mark.ray
 

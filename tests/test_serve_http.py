@@ -21,16 +21,11 @@ from ray import serve
 from tensorray.cluster import app
 from tensorray.cluster.config import EngineConfig
 from tests.helpers.null_engine import write_model
+from tests.helpers.ports import free_port
 
 pytestmark = pytest.mark.ray
 
 STEP_MS = 20.0
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def config(model: Path, step_ms: float = STEP_MS) -> EngineConfig:

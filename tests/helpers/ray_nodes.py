@@ -11,13 +11,14 @@ import contextlib
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from helpers.ports import free_port
 
 # A killed node is noticed within seconds rather than a quarter of a minute.
 _HEALTH_CHECKS = {
@@ -66,7 +67,13 @@ def ray_nodes(count: int) -> Iterator[RayNodes]:
     directory = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # paths of sockets have to be short
     # Jobs run what is on the path: the commands of this very environment.
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = {**os.environ, "RAY_TMPDIR": directory, "PATH": path, "OMP_NUM_THREADS": "1"}
+    environment = {
+        **os.environ,
+        "RAY_TMPDIR": directory,
+        "PATH": path,
+        "PYTHONPATH": str(Path(__file__).parents[1]),  # where it finds `helpers`
+        "OMP_NUM_THREADS": "1",
+    }
     environment.pop("RAY_ADDRESS", None)
     process = subprocess.Popen(
         [sys.executable, __file__, str(count)],
@@ -87,26 +94,19 @@ def ray_nodes(count: int) -> Iterator[RayNodes]:
         shutil.rmtree(directory, ignore_errors=True)
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
 def _main(count: int) -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # Ray prints to stdout too
     from ray.cluster_utils import Cluster
 
-    port = _free_port()
+    port = free_port()
     cluster = Cluster(
         initialize_head=True,
         head_node_args={
             "num_cpus": 1,
             "include_dashboard": True,
             "dashboard_port": port,
-            "dashboard_agent_listen_port": _free_port(),
+            "dashboard_agent_listen_port": free_port(),
             "_system_config": _HEALTH_CHECKS,
         },
     )
@@ -143,7 +143,7 @@ def _main(count: int) -> None:
 
 def _add(cluster: Any, **options: Any) -> Any:
     # Jobs are submitted through a node's agent, whose usual port another cluster may have.
-    return cluster.add_node(num_cpus=1, dashboard_agent_listen_port=_free_port(), **options)
+    return cluster.add_node(num_cpus=1, dashboard_agent_listen_port=free_port(), **options)
 
 
 if __name__ == "__main__":

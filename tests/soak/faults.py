@@ -33,6 +33,7 @@ from ray.serve.context import _get_global_client
 from tensorray.cluster import app
 from tensorray.cluster.config import EngineConfig
 from tests.helpers.null_engine import write_model
+from tests.helpers.ports import free_port
 
 TOKENS = 150
 
@@ -337,9 +338,7 @@ def show(row: Row) -> None:
 
 def run(readers: int, names: list[str], count: int) -> list[Row]:
     """On Ray as it is connected to."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = int(probe.getsockname()[1])
+    port = free_port()
     with tempfile.TemporaryDirectory() as directory:
         config = EngineConfig(
             model=str(write_model(Path(directory) / "tiny")),
