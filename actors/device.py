@@ -212,14 +212,18 @@ class _CudaMark:
 
 def find_device(index: int = 0) -> CudaDevice | None:
     """The machine's GPU; None where there is none, or none that CuPy can use, which is logged."""
+    return CudaDevice(index) if has_devices() else None
+
+
+def has_devices() -> bool:
+    """Whether there are GPUs that CuPy can use; takes none of their memory."""
     try:
         import cupy
 
-        count = cupy.cuda.runtime.getDeviceCount()
+        return bool(cupy.cuda.runtime.getDeviceCount())
     except Exception as error:  # no CuPy, no driver, no GPU: what is raised differs
         if _DRIVER.exists():
             logger.warning(
                 "this machine's GPU is not used, as CuPy can't be (%s): %s", error, _HINT
             )
-        return None
-    return CudaDevice(index) if count else None
+        return False

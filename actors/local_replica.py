@@ -1,4 +1,8 @@
-"""A replica's shards in this process, each on threads of its own: what LLM runs a layout on."""
+"""A replica's shards on this machine, without Ray: what LLM runs a layout on.
+
+On CPUs they are threads of this process; on GPUs each has a process of its own (shard_process.py
+says why).
+"""
 
 from __future__ import annotations
 
@@ -9,18 +13,22 @@ from concurrent.futures import ThreadPoolExecutor
 from tensorray.actors.config import ShardConfig
 from tensorray.actors.group_link import GroupLink
 from tensorray.actors.shard_host import ShardHost
+from tensorray.actors.shard_process import ShardProcess
 from tensorray.actors.tcp_link import TcpLink
 
 
 class LocalReplica:
-    """All shards of a layout, loaded and joined, on the GPUs from `first_gpu` on if they want any.
-    Raises what loading a shard raises."""
+    """All shards of a layout, loaded and joined, on the GPUs from `first_gpu` on if they want any;
+    in `processes` of their own, or as threads. Raises what loading a shard raises."""
 
-    def __init__(self, configs: Sequence[ShardConfig], first_gpu: int = 0) -> None:
-        self._hosts: list[ShardHost] = []
+    def __init__(
+        self, configs: Sequence[ShardConfig], first_gpu: int = 0, *, processes: bool = False
+    ) -> None:
+        self._hosts: list[ShardHost | ShardProcess] = []
+        kind = ShardProcess if processes else ShardHost
         try:
             for gpu, config in enumerate(configs, first_gpu):
-                self._hosts.append(ShardHost(config, gpu=gpu))
+                self._hosts.append(kind(config, gpu=gpu))
             loaded = [host.loaded for host in self._hosts]
             members = [each.peers for each in loaded]
             num_blocks = min(each.info.kv.num_blocks for each in loaded)
@@ -31,7 +39,7 @@ class LocalReplica:
             raise
 
     @property
-    def hosts(self) -> Sequence[ShardHost]:
+    def hosts(self) -> Sequence[ShardHost | ShardProcess]:
         return self._hosts
 
     async def connect(self) -> GroupLink:

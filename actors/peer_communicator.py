@@ -1,5 +1,7 @@
 """NCCL, with small sums made by a kernel of our own where GPUs reach each other's memory.
 
+Each rank is a process, which maps the others' memory by CUDA's handles.
+
 Whether they do, whether the sums are right, and which is faster, is found out when the ranks meet:
 by a few sums of random numbers, made both ways. Whatever speaks against it, NCCL makes all sums;
 all ranks decide alike.
@@ -8,7 +10,6 @@ all ranks decide alike.
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -24,6 +25,7 @@ from tensorray.kernels.cuda.all_reduce import PeerMemory, all_reduce, bytes_need
 logger = logging.getLogger(__name__)
 
 _HANDLE_BYTES = 64
+_BOOT_BYTES = 36
 # A trial of a group that works takes milliseconds.
 _TRIAL_SECONDS = 10.0
 # A decoded token's residual stream, and that of more and more of them.
@@ -41,6 +43,11 @@ class PeerCommunicator:
         self._region = _open_region(host)
         #: The largest array, in bytes, whose sum the kernel makes; 0: NCCL makes all.
         self.most = 0 if self._region is None else _trial(host, self._region, self._nccl)
+
+    @property
+    def reaches_peers(self) -> bool:
+        """Whether the ranks' GPUs have mapped each other's memory."""
+        return self._region is not None
 
     def all_reduce(self, x: Any) -> Any:
         if x.nbytes <= self.most and takes(x, self.size):
@@ -100,15 +107,6 @@ class _Region:
         for other, ticket in enumerate(tickets):
             if other == rank:
                 addresses.append(self._own)
-            elif ticket.pid == os.getpid():
-                if not runtime.deviceCanAccessPeer(self._device, ticket.device):
-                    raise OSError(f"GPU {self._device} does not reach GPU {ticket.device}")
-                try:
-                    runtime.deviceEnablePeerAccess(ticket.device)
-                except runtime.CUDARuntimeError as error:
-                    if "AlreadyEnabled" not in str(error):
-                        raise
-                addresses.append(ticket.address)
             else:
                 lazily = 1  # cudaIpcMemLazyEnablePeerAccess, the only flag there is
                 addresses.append(runtime.ipcOpenMemHandle(ticket.handle, lazily))
@@ -132,19 +130,16 @@ class _Ticket:
     """What a rank tells the others of its memory, as bytes of one length."""
 
     def __init__(self, packed: np.ndarray) -> None:
-        numbers = packed[:24].view(np.int64)
-        self.pid, self.device, self.address = (int(each) for each in numbers)
-        self.handle = packed[24 : 24 + _HANDLE_BYTES].tobytes()
-        self.machine = packed[24 + _HANDLE_BYTES :].tobytes()
+        self.handle = packed[:_HANDLE_BYTES].tobytes()
+        self.machine = packed[_HANDLE_BYTES:].tobytes()
 
     @staticmethod
-    def pack(device: int, address: int) -> np.ndarray:
+    def pack(address: int) -> np.ndarray:
         import cupy
 
         handle = cupy.cuda.runtime.ipcGetMemHandle(address)
-        numbers = np.array([os.getpid(), device, address], np.int64)
-        boot = Path("/proc/sys/kernel/random/boot_id").read_bytes()[:36]
-        return np.frombuffer(numbers.tobytes() + handle + boot.ljust(36), np.uint8)
+        boot = Path("/proc/sys/kernel/random/boot_id").read_bytes()[:_BOOT_BYTES]
+        return np.frombuffer(handle + boot.ljust(_BOOT_BYTES), np.uint8)
 
 
 def _open_region(host: Communicator) -> _Region | None:
@@ -160,13 +155,13 @@ def _open_region(host: Communicator) -> _Region | None:
     region = _Region(own, device)
     why = ""
     try:
-        ticket = _Ticket.pack(device, own)
+        ticket = _Ticket.pack(own)
     except (runtime.CUDARuntimeError, OSError) as error:
-        why, ticket = str(error), np.zeros(24 + _HANDLE_BYTES + 36, np.uint8)
+        why, ticket = str(error), np.zeros(_HANDLE_BYTES + _BOOT_BYTES, np.uint8)
     tickets = [_Ticket(each) for each in host.all_gather(ticket)]
-    if len({each.machine for each in tickets}) > 1:
+    if not why and len({each.machine for each in tickets}) > 1:
         why = "the ranks are on several machines"
-    elif not why:
+    if not why:
         try:
             region.map(host.rank, tickets)
         except (runtime.CUDARuntimeError, OSError) as error:
@@ -183,8 +178,8 @@ def _trial(host: Communicator, region: _Region, nccl: NcclCommunicator) -> int:
 
     most = 0
     for nbytes in _TRIAL_BYTES:
-        x = cupy.random.default_rng(host.rank).standard_normal(nbytes // 2, cupy.float32)
-        x = x.astype(cupy.float16)
+        drawn = np.random.default_rng(host.rank).standard_normal(nbytes // 2, np.float32)
+        x = cupy.asarray(drawn.astype(np.float16))
         if not takes(x, host.size):
             break
         sums = all_reduce(x, region.memory)
@@ -193,7 +188,8 @@ def _trial(host: Communicator, region: _Region, nccl: NcclCommunicator) -> int:
             logger.error("GPUs that map each other's memory do not hear each other; NCCL sums")
             return 0
         expected = nccl.all_reduce(x)
-        if not _all(host, bool(cupy.allclose(sums, expected, rtol=1e-2, atol=3e-2))):
+        close = np.allclose(cupy.asnumpy(sums), cupy.asnumpy(expected), rtol=1e-2, atol=3e-2)
+        if not _all(host, close):
             logger.error("sums over peers' memory are wrong; NCCL makes all sums")
             return 0
         theirs = _seconds(partial(nccl.all_reduce, x), region)

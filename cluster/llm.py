@@ -19,11 +19,13 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar, cast
 
+from tensorray.actors.device import has_devices
 from tensorray.actors.guidance import Vocabulary
 from tensorray.actors.link import LocalLink, ShardLink, StepExecutor
 from tensorray.actors.local_replica import LocalReplica
 from tensorray.actors.logits_processors import spell
 from tensorray.actors.shard_host import ShardHost, load_executor
+from tensorray.actors.shard_process import ShardProcess
 from tensorray.cluster.adapters import EngineAdapters, LocalHost
 from tensorray.cluster.bad_request import BadRequest
 from tensorray.cluster.beam_answers import (
@@ -59,7 +61,8 @@ Prompt = str | list[int]
 
 class LLM:
     """One engine on one thread of its own; `generate`, `chat` and `stream` may be called from any.
-    With data parallelism there are several, on the same thread. A layout's shards are threads here.
+    With data parallelism there are several, on the same thread. A layout's shards are threads here,
+    and processes where they have GPUs.
 
     Keyword arguments are EngineConfig's fields; `logits_processors` may hold classes, too. Raises
     pydantic's ValidationError for a bad setting and the loader's own errors (CheckpointError,
@@ -355,17 +358,18 @@ class _Shards:
     def __init__(
         self, config: EngineConfig, vocabulary: Callable[[], Vocabulary], replica: int
     ) -> None:
-        configs = [
-            replace(config.shard(rank), vocabulary=vocabulary) for rank in range(config.num_shards)
-        ]
+        configs = [config.shard(rank) for rank in range(config.num_shards)]
         first = replica * len(configs)
+        apart = len(configs) > 1 and _on_gpus(config)
+        if not apart:  # so they can share what this process knows of the vocabulary
+            configs = [replace(each, vocabulary=vocabulary) for each in configs]
         self._executor = load_executor(configs[0], first) if len(configs) == 1 else None
         self._replica = None
         if self._executor is None:
-            self._replica = LocalReplica(configs, first)
+            self._replica = LocalReplica(configs, first, processes=apart)
 
     @property
-    def holders(self) -> Sequence[StepExecutor | ShardHost]:
+    def holders(self) -> Sequence[StepExecutor | ShardHost | ShardProcess]:
         """Who each shard's adapters are given to."""
         if self._replica is not None:
             return self._replica.hosts
@@ -381,6 +385,10 @@ class _Shards:
     def close(self) -> None:
         if self._replica is not None:
             self._replica.close()
+
+
+def _on_gpus(config: EngineConfig) -> bool:
+    return config.device == "cuda" or (config.device == "auto" and has_devices())
 
 
 def _prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

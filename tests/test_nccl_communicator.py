@@ -206,7 +206,7 @@ def test_a_peer_that_does_not_come_to_nccl_is_not_waited_for_without_end() -> No
         host = points[rank].join(rank, members)
         modules = fakes()
         if rank == 1:  # comes to the meeting, and no further
-            host.broadcast(np.zeros(8, np.int8), 0)
+            host.broadcast(np.zeros(128, np.uint8), 0)
             return
         with pytest.raises(CommunicatorError, match=r"not connected 2 ranks within 0.1 s"):
             NcclCommunicator(host, connect_timeout=0.1, **modules)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import ml_dtypes
+import numpy as np
 import pytest
+from helpers import gpu_ranks
 from helpers.equality import assert_same_tokens
+from helpers.gpu_ranks import on_gpus
 from helpers.tiny_models import directory
 
-from tensorray.actors.host_communicator import MeetingPoint
 from tensorray.cluster.llm import LLM, SamplingParams
 
 cupy = pytest.importorskip("cupy", reason="CuPy is not installed")
@@ -30,66 +31,41 @@ pytestmark = [
 
 SMALL: dict[str, Any] = {"num_kv_blocks": 512, "block_size": 16, "max_num_batched_tokens": 64}
 SMALL |= {"max_num_seqs": 8, "max_model_len": 64, "device": "cuda", "dtype": "float32"}
+DTYPES = (np.float16, np.float32, np.int32)
 TP2 = {"tensor_parallel_size": 2}
 PP2 = {"pipeline_parallel_size": 2}
 EP2 = TP2 | {"enable_expert_parallel": True}
 
 
-def on_two(work: Callable[[Any, int], Any]) -> list[Any]:
-    """What `work(communicator, rank)` gives on each of two GPUs, a thread each."""
-    from tensorray.actors.peer_communicator import PeerCommunicator
-
-    points = [MeetingPoint() for _ in range(2)]
-    members = [point.endpoint for point in points]
-
-    def run(rank: int) -> Any:
-        with cupy.cuda.Device(rank), cupy.cuda.Stream(non_blocking=True):
-            host = points[rank].join(rank, members)
-            group = PeerCommunicator(host)
-            try:
-                return work(group, rank)
-            finally:
-                cupy.cuda.get_current_stream().synchronize()
-                group.abort("done")
-                host.close()
-
-    with ThreadPoolExecutor(2) as pool:
-        return list(pool.map(run, range(2)))
-
-
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_sums_over_peers_memory(dtype: str) -> None:
     """Sizes from one pack of 16 bytes up, in turn, so that turns and shares all change."""
-    import ml_dtypes
-    import numpy as np
-
     kind = np.dtype(getattr(ml_dtypes, dtype, dtype))
     rng = np.random.default_rng(0)
     sizes = [16 // kind.itemsize * n for n in (1, 7, 64, 513, 5000, 1, 40000, 3, 100000)] * 5
     parts = [[rng.standard_normal(n).astype(kind) for n in sizes] for _ in range(2)]
 
-    def work(group: Any, rank: int) -> Any:
-        assert group.most > 0, "the kernel was refused"
-        group.most = 4 << 20
-        return [group.all_reduce(cupy.asarray(x)).get() for x in parts[rank]]
-
-    ours, theirs = on_two(work)
+    ours, theirs = on_gpus(2, gpu_ranks.sums, parts)
     for a, b, x, y in zip(ours, theirs, *parts, strict=True):
         assert a.tobytes() == b.tobytes()
         expected = (x.astype(np.float32) + y.astype(np.float32)).astype(kind)
         assert a.tobytes() == expected.tobytes()
 
 
-def test_a_group_that_is_aborted_waits_no_more() -> None:
-    def work(group: Any, rank: int) -> float:
-        x = cupy.ones(4096, cupy.float16)
-        if rank == 0:
-            group.all_reduce(x)  # nobody answers
-            group.abort("the other is gone")
-            cupy.cuda.get_current_stream().synchronize()
-        return float(x.sum())
+def test_what_nccl_does() -> None:
+    for ours, theirs, dtype in zip(*on_gpus(2, gpu_ranks.collectives), DTYPES, strict=True):
+        x = np.arange(1000, dtype=dtype) % 100
+        for rank, found in enumerate((ours, theirs)):
+            gathered, both, total, sent, told = found
+            assert (gathered == np.stack([x, x + 1])).all()
+            assert (both == 2 * (x + rank)).all()
+            assert (total == 2 * x + 1).all()
+            assert (sent == x).all()
+            assert (told == np.arange(10) + 5).all()
 
-    assert on_two(work) == [4096.0, 4096.0]
+
+def test_a_group_that_is_aborted_waits_no_more() -> None:
+    assert on_gpus(2, gpu_ranks.unanswered) == [4096.0, 4096.0]
 
 
 @pytest.mark.parametrize(
