@@ -1,9 +1,10 @@
 """A step's work on a device: from its uploaded metadata to logits, eagerly or from graphs.
 
-A step of decodes alone is one graph, for as many sequences as its bucket has. Any other step is
-two: the layers over its packed tokens, padded to a bucket of those, leave the residual stream in a
-buffer; the head runs over the rows that are wanted, padded to a bucket of sequences. So buckets of
-tokens and of rows add up, and don't multiply.
+A step of decodes alone is one graph, for as many sequences as its bucket has; one of decodes and
+drafts is another, whose attention waits for all keys of the step. Any other step is two: the layers
+over its packed tokens, padded to a bucket of those, leave the residual stream in a buffer; the head
+runs over the rows that are wanted, padded to a bucket of sequences. So buckets of tokens and of
+rows add up, and don't multiply.
 
 A stage of a pipeline takes that stream from the stage before and hands it to the stage after, as
 many rows as the step has tokens, between the graphs.
@@ -34,9 +35,9 @@ _SCORED_ROWS = 64
 class Forward:
     """Runs steps whose metadata is in `buffers`. All calls belong inside `device.current()`.
 
-    `max_seqs` sequences and `max_tokens` packed tokens are the most a step has; the residual
-    stream is `[tokens, width]` of dtype `residual`. With `is_first` unset it comes from the stage
-    before.
+    `max_seqs` sequences, drafts included, and `max_tokens` packed tokens are the most a step has;
+    the residual stream is `[tokens, width]` of dtype `residual`. With `is_first` unset it comes
+    from the stage before.
     """
 
     #: The other shards of the replica, once they have met; None: there are none.
@@ -64,9 +65,11 @@ class Forward:
         self._hidden = device.xp.zeros((max_tokens, width), residual)
         self._received = None if is_first else device.xp.zeros((max_tokens, width), residual)
         self._decodes: dict[int, Callable[[], Any]] = {}
+        self._chains: dict[int, Callable[[], Any]] = {}  # decodes with drafts
         self._bodies: dict[int, Callable[[], None]] = {}
         self._heads: dict[int, Callable[[], Any]] = {}
         self._decode_sizes = Buckets([])
+        self._chain_sizes = Buckets([])
         self._body_sizes = Buckets([])
         self._head_sizes = Buckets([])
 
@@ -86,14 +89,18 @@ class Forward:
         return logits
 
     def _run(self, step: Step) -> Any:
-        if step.is_decode and (size := self._decode_sizes.fit(step.sequences)) is not None:
-            return self._decodes[size]()
+        if step.is_decode:
+            sizes, graphs = self._decode_sizes, self._decodes
+            if step.drafts:
+                sizes, graphs = self._chain_sizes, self._chains
+            if (size := sizes.fit(step.sequences)) is not None:
+                return graphs[size]()
         size = self._body_sizes.fit(step.tokens)
         if size is None:
             self._body(step.tokens)
         else:
             self._bodies[size]()
-        wanted = len(step.sampled)
+        wanted = len(step.logit_rows)
         if not wanted or not self._runner.has_head:
             return None
         size = self._head_sizes.fit(wanted)
@@ -124,8 +131,11 @@ class Forward:
                 self._head(self._max_seqs)
         self._device.mark().wait()
 
-    def record(self, decodes: Sequence[int], bodies: Sequence[int]) -> None:
-        """Make graphs of decodes of so many sequences and of layers over so many tokens.
+    def record(
+        self, decodes: Sequence[int], bodies: Sequence[int], chains: Sequence[int] = ()
+    ) -> None:
+        """Make graphs of decodes of so many sequences, of layers over so many tokens, and of
+        decodes that are so many with their drafts.
 
         What is uploaded has to be a step of padding.
         """
@@ -133,25 +143,30 @@ class Forward:
         before = self._device.free_memory()
         for size in sorted(decodes, reverse=True):  # the largest first: others fit its memory
             self._decodes[size] = self._recorded("decode", size, self._decode)
+        for size in sorted(chains, reverse=True):
+            self._chains[size] = self._recorded("drafts", size, self._chain)
         for size in sorted(bodies, reverse=True):
             self._bodies[size] = self._recorded("step", size, self._body)
-        for size in sorted(decodes, reverse=True) if bodies and self._runner.has_head else ():
+        heads = {*decodes, *chains} if bodies and self._runner.has_head else ()
+        for size in sorted(heads, reverse=True):
             self._heads[size] = self._recorded("head", size, self._head)
         self._decode_sizes = Buckets([*self._decodes])
+        self._chain_sizes = Buckets([*self._chains])
         self._body_sizes = Buckets([*self._bodies])
         self._head_sizes = Buckets([*self._heads])
         self._device.mark().wait()
         logger.info(
             "recorded %d graphs in %.1f s, %.0f MiB",
-            len(self._decodes) + len(self._bodies) + len(self._heads),
+            len(self._decodes) + len(self._chains) + len(self._bodies) + len(self._heads),
             time.perf_counter() - began,
             (before - self._device.free_memory()) / 2**20,
         )
 
     def forget(self) -> None:
         """Let go of all graphs: of the memory they write to, and of the ranks they speak to."""
-        self._decodes, self._bodies, self._heads = {}, {}, {}
-        self._decode_sizes = self._body_sizes = self._head_sizes = Buckets([])
+        self._decodes, self._chains, self._bodies, self._heads = {}, {}, {}, {}
+        self._decode_sizes = self._chain_sizes = Buckets([])
+        self._body_sizes = self._head_sizes = Buckets([])
         gc.collect()
 
     def _recorded(self, kind: str, size: int, work: Callable[[int], Any]) -> Callable[[], Any]:
@@ -160,9 +175,13 @@ class Forward:
         logger.info("recorded %s %d in %.2f s", kind, size, time.perf_counter() - began)
         return recorded
 
-    def _decode(self, size: int) -> Any:
+    def _chain(self, size: int) -> Any:
+        return self._decode(size, chained=True)
+
+    def _decode(self, size: int, chained: bool = False) -> Any:
         self._buffers.unpack(size, size)
-        batch = self._ops.batch = self._buffers.batch(size, size, max_query=1)
+        batch = self._buffers.batch(size, size, max_query=1, chained=chained)
+        self._ops.batch = batch
         hidden = self._runner.body(self._entering(batch))
         if self._runner.has_head:
             return self._runner.head(hidden)

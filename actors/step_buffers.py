@@ -57,23 +57,29 @@ class Scored:
 
 @dataclass(slots=True)
 class Step:
-    """One step, as the host sees it."""
+    """One step, as the host sees it.
+
+    A draft runs as a sequence of one token, in the row of the sequence that it is for, after all
+    others (device_drafts.py).
+    """
 
     tokens: int  # packed
     sequences: int
     rows: Ints  # [S], each sequence's row
     counts: Ints  # [S], tokens each of them runs
+    lens: Ints  # [S], tokens cached once it has run
     given: Ints | None  # [T], -1 for a sequence's newest token; None: that is what all run
     sampled: list[int]  # the sequences that sample, in order
-    logit_rows: Ints  # [R], their last packed rows
+    logit_rows: Ints  # [R], their last packed rows, and then those of drafts
     sample_rows: Ints  # [R], their table rows
     scored: list[Scored]
     pooled: list[PooledChunk]
+    drafts: int = 0  # the last ones of its sequences
 
     @property
     def is_decode(self) -> bool:
         """Whether every sequence runs one token and samples."""
-        return len(self.sampled) == self.sequences == self.tokens
+        return len(self.logit_rows) == self.sequences == self.tokens
 
 
 class RunningSequences:
@@ -129,18 +135,21 @@ class RunningSequences:
     def _step(self, seqs: list[int], counts: list[int]) -> Step:
         rows = self._rows_of(seqs)
         total = sum(counts)
-        if total == len(seqs) and not self.prefill:  # decodes alone
-            ones = np.ones(len(seqs), np.int32)
-            step = Step(total, total, rows, ones, None, seqs, _arange(total), rows, [], [])
+        decodes = total == len(seqs) and not self.prefill
+        runs = np.ones(len(seqs), np.int32) if decodes else np.array(counts, np.int32)
+        lens = self.computed[rows] + runs
+        if decodes:
+            step = Step(total, total, rows, runs, lens, None, seqs, _arange(total), rows, [], [])
         else:
-            step = self._mixed(seqs, rows, np.array(counts, np.int32), total)
-        self.computed[rows] += step.counts
+            step = self._mixed(seqs, rows, runs, lens)
+        self.computed[rows] = lens
         return step
 
-    def _mixed(self, seqs: list[int], rows: Ints, counts: Ints, total: int) -> Step:
+    def _mixed(self, seqs: list[int], rows: Ints, counts: Ints, lens: Ints) -> Step:
         """A step of prefill chunks, with or without decodes beside them."""
-        given = np.full(total, -1, np.int32)
         ends = np.cumsum(counts)
+        total = int(ends[-1])
+        given = np.full(total, -1, np.int32)
         first = self.computed[rows]
         samples = np.ones(len(seqs), bool)
         scored = []
@@ -167,6 +176,7 @@ class RunningSequences:
             sequences=len(seqs),
             rows=rows,
             counts=counts,
+            lens=lens,
             given=given,
             sampled=[seqs[index] for index in sampling],
             logit_rows=(ends[sampling] - 1).astype(np.int32),
@@ -184,7 +194,8 @@ class RunningSequences:
 
 
 class StepBuffers:
-    """The arrays of a step on the device, for up to `max_tokens` tokens and `max_seqs` sequences.
+    """The arrays of a step on the device, for up to `max_tokens` tokens and `max_seqs` sequences,
+    and `max_drafts` besides.
 
     `ring` steps may be on their way to the device at once.
     """
@@ -199,10 +210,11 @@ class StepBuffers:
         width: int,
         block_size: int,
         ring: int,
+        max_drafts: int = 0,
     ) -> None:
         xp = device.xp
         self._device = device
-        self._layout = layout = StepLayout(max_seqs)
+        self._layout = layout = StepLayout(max_seqs + max_drafts)
         self._block_size = block_size
         size = layout.rest + 2 * _MAX_UPDATES + max_tokens
         self._packed = xp.zeros(size, np.int32)
@@ -211,14 +223,16 @@ class StepBuffers:
         self._next = 0
         self.tables = xp.zeros((groups, max_seqs, width), np.int32)
         self.last_tokens = xp.zeros(max_seqs, np.int32)
-        self._tokens = xp.zeros(max_tokens, np.int32)
+        #: int32 [max_tokens], a step's tokens as they are packed.
+        self.tokens = xp.zeros(max_tokens, np.int32)
         self._positions = xp.zeros(max_tokens, np.int32)
         self._slots = xp.full((groups, max_tokens), -1, np.int64)
-        self._step_tables = xp.zeros((groups, max_seqs, width), np.int32)
+        self._step_tables = xp.zeros((groups, layout.max_seqs, width), np.int32)
 
     @property
     def sample_rows(self) -> Any:
-        """int32 on the device: the table rows of the sequences that sample in this step."""
+        """int32 on the device: the table rows of the sequences that sample in this step, and then
+        of its drafts."""
         first = self._layout.sample_rows
         return self._packed[first : first + self._layout.max_seqs]
 
@@ -245,18 +259,26 @@ class StepBuffers:
             self._layout,
             self.tables,
             self.last_tokens,
-            self._tokens[:tokens],
+            self.tokens[:tokens],
             self._positions[:tokens],
             self._slots[:, :tokens],
             self._step_tables[:, :seqs],
             self._block_size,
         )
 
-    def batch(self, tokens: int, seqs: int, *, max_query: int | None, rows: int = 0) -> Batch:
+    def batch(
+        self,
+        tokens: int,
+        seqs: int,
+        *,
+        max_query: int | None,
+        rows: int = 0,
+        chained: bool = False,
+    ) -> Batch:
         """The step's metadata, for kernels: padded to so many tokens, sequences, logit rows."""
         layout, packed = self._layout, self._packed
         return Batch(
-            tokens=self._tokens[:tokens],
+            tokens=self.tokens[:tokens],
             positions=self._positions[:tokens],
             query_starts=packed[layout.starts : layout.starts + seqs + 1],
             seq_lens=packed[layout.lens : layout.lens + seqs],
@@ -264,6 +286,7 @@ class StepBuffers:
             slots=[slots[:tokens] for slots in self._slots],
             logit_rows=packed[layout.logit_rows : layout.logit_rows + rows],
             max_query=max_query,
+            chained=chained,
         )
 
     def _send(self, step: Step | None, updates: list[int], running: RunningSequences) -> None:
@@ -277,12 +300,12 @@ class StepBuffers:
         packed[UPDATES_AT], packed[TOKENS_AT] = layout.rest, -1
         n = r = 0
         if step is not None:
-            n, r = step.sequences, len(step.sampled)
+            n, r = step.sequences, len(step.logit_rows)
             packed[TOKENS] = step.tokens
             packed[layout.rows : layout.rows + n] = step.rows
             packed[layout.starts] = 0
             np.cumsum(step.counts, out=packed[layout.starts + 1 : layout.starts + 1 + n])
-            packed[layout.lens : layout.lens + n] = running.computed[step.rows]
+            packed[layout.lens : layout.lens + n] = step.lens
             packed[layout.logit_rows : layout.logit_rows + r] = step.logit_rows
             packed[layout.sample_rows : layout.sample_rows + r] = step.sample_rows
             if step.given is not None:

@@ -197,26 +197,16 @@ class ArrayOps(Ops):
         """`rope` of q and k, each head normed before if weights for that are given, then
         `attention`. Not an op of its own: how these may run (joining.py)."""
         kv, batch = self.kv[layer], self.batch
-        return rope.rope_attention(
-            q,
-            k,
-            v,
-            self._rope_table(spec),
-            batch.positions,
-            kv.k_pages,
-            kv.v_pages,
-            batch.slots[kv.group],
-            batch.query_starts,
-            batch.seq_lens,
-            batch.block_tables[kv.group],
-            scale=scale,
-            window=kv.window,
-            softcap=softcap,
-            q_norm=q_norm,
-            k_norm=k_norm,
-            eps=eps,
-            max_query=batch.max_query,
-        )
+        new = (q, k, v, self._rope_table(spec), batch.positions)
+        pages, slots = (kv.k_pages, kv.v_pages), batch.slots[kv.group]
+        held = (batch.query_starts, batch.seq_lens, batch.block_tables[kv.group])
+        norms: dict[str, Any] = {"q_norm": q_norm, "k_norm": k_norm, "eps": eps}
+        options: dict[str, Any] = {"scale": scale, "window": kv.window, "softcap": softcap}
+        options["max_query"] = batch.max_query
+        if batch.chained:  # all of the step's keys are to be there before any query reads them
+            q = rope.rope_append(*new, *pages, slots, **norms)
+            return attention.paged_attention(q, *pages, *held, **options)
+        return rope.rope_attention(*new, *pages, slots, *held, **norms, **options)
 
     @kernel
     def select_rows(self, x: Tensor) -> Tensor:

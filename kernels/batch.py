@@ -23,3 +23,6 @@ class Batch:
     logit_rows: Any  # int32 [R], packed rows whose logits are wanted
     # Known to the host: no sequence has more queries in this step (1: decode). None: unknown.
     max_query: int | None = None
+    # Sequences of one query may read what others append in this very step: a draft's, which has the
+    # block table of the sequence that it is for.
+    chained: bool = False
