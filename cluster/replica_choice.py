@@ -8,11 +8,12 @@ takes is bounded, whatever is sent: the least recently used is forgotten first.
 A request goes where the fewest tokens have to be computed before its first one is there: those
 that the replica has to compute already, and those of the prompt that its cache does not hold. So a
 cached prefix is worth as much queue as it saves, and a prefix that everybody asks for comes to be
-held by as many replicas as it takes. Looked at are the replicas known to hold most of the prompt
-and two others, one in turn and one at random (Mitzenmacher, "The power of two choices in randomized
-load balancing", 2001), so that the choice costs the same among two replicas and among a thousand.
-Preble (Srivatsa et al., arXiv 2407.00023) and SGLang (Zheng et al., arXiv 2312.07104) weigh cached
-prefixes against load as well.
+held by as many replicas as it takes. Where there are few replicas all are looked at. Where there
+are many it is a few of those known to hold most of the prompt and two others, one in turn and one
+at random (Mitzenmacher, "The power of two choices in randomized load balancing", 2001), so that
+the choice costs the same among ten replicas and among a thousand; and ingresses whose knowledge is
+a step old do not all send to the one that is least loaded. Preble (Srivatsa et al., arXiv
+2407.00023) and SGLang (Zheng et al., arXiv 2312.07104) weigh cached prefixes against load as well.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from hashlib import blake2b
+from itertools import chain
 from typing import Generic, Literal, TypeVar
 
 from tensorray.cluster.request import GenerationRequest
@@ -39,8 +40,14 @@ SEQUENCE_TOKENS = 128
 #: Tokens between two places where prompts are told apart, at least; an eighth of a longer prompt.
 _STRIDE = 64
 
+#: Up to so many replicas are all looked at.
+_FEW = 8
+
 #: Replicas remembered for one prefix; of more it is those that were sent it last.
 _MOST_HOLDERS = 16
+
+#: Of which so many are looked at, others each time.
+_HOLDERS_TRIED = 4
 
 #: Prefixes remembered, for each replica and in all. One takes about 300 bytes.
 _PREFIXES_A_REPLICA = 4096
@@ -71,7 +78,7 @@ class ReplicaChoice(Generic[Name]):
         self._known: set[Name] = set()
         self._turn = 0
         # By key of a prefix: who was sent it, the last one last. The least recently used first.
-        self._holders: OrderedDict[bytes, list[Name]] = OrderedDict()
+        self._holders: OrderedDict[int, list[Name]] = OrderedDict()
 
     def __len__(self) -> int:
         """Prefixes remembered."""
@@ -96,92 +103,108 @@ class ReplicaChoice(Generic[Name]):
         """
         keys = prefix_keys(request) if self._by_prefix and len(self._names) > 1 else []
         cached = self._cached(keys) if request.reuse_prefix else {}
-        for other in self._others(load):
-            cached.setdefault(other, 0)
         best: Name | None = None
-        least = 0
-        for name, hit in cached.items():
-            found = load(name)
-            if found is None:
-                continue
-            cost = found - hit
-            if best is None or cost < least:
-                best, least = name, cost
+        least = hit = 0
+        for name, found in self._others(load):
+            held = cached.pop(name, 0)
+            if best is None or found - held < least:
+                best, least, hit = name, found - held, held
+        for name, held in cached.items():
+            if (known := load(name)) is not None and (best is None or known - held < least):
+                best, least, hit = name, known - held, held
         if best is None:
             return None
         self._remember(keys, best)
-        return Choice(best, cached[best])
+        return Choice(best, hit)
 
-    def _others(self, load: Callable[[Name], int | None]) -> list[Name]:
-        """The next in turn, and one at random, of those that can be used."""
+    def _others(self, load: Callable[[Name], int | None]) -> list[tuple[Name, int]]:
+        """Who is looked at whatever they hold, with their loads: the next in turn of those that
+        can be used, and one at random, or all if they are few."""
         names, count = self._names, len(self._names)
-        others: list[Name] = []
-        for step in range(count):
-            name = names[(self._turn + step) % count]
-            if load(name) is not None:
-                self._turn = (self._turn + step + 1) % count
-                others.append(name)
-                break
-        if others and count > 1:
-            start = self._random.randrange(count)
-            for step in range(count):
-                name = names[(start + step) % count]
-                if name != others[0] and load(name) is not None:
-                    others.append(name)
+        others: list[tuple[Name, int]] = []
+        for place in chain(range(self._turn, count), range(self._turn)):
+            if (found := load(names[place])) is not None:
+                others.append((names[place], found))
+                if len(others) == 1:
+                    turn = place
+                if count > _FEW:
+                    break
+        if not others:
+            return others
+        self._turn = (turn + 1) % count
+        if count > _FEW:
+            start = int(self._random.random() * count)
+            for place in chain(range(start, count), range(start)):
+                if place != turn and (found := load(names[place])) is not None:
+                    others.append((names[place], found))
                     break
         return others
 
-    def _cached(self, keys: list[tuple[int, bytes]]) -> dict[Name, int]:
-        """By replica, how much of the prompt it is thought to hold; those that hold most."""
+    def _cached(self, keys: list[tuple[int, int]]) -> dict[Name, int]:
+        """By replica, how much of the prompt it is thought to hold: some that hold most."""
         found: dict[Name, int] = {}
+        few = len(self._names) <= _FEW
         for length, key in reversed(keys):
-            for name in reversed(self._holders.get(key, ())):
+            names = self._holders.get(key)
+            if names is None:
+                continue
+            if not few and len(names) > _HOLDERS_TRIED:
+                start = int(self._random.random() * len(names)) - _HOLDERS_TRIED
+                names = [names[place] for place in range(start, start + _HOLDERS_TRIED)]
+            for name in names:
                 if name in self._known:
                     found.setdefault(name, length)
-            if len(found) >= _MOST_HOLDERS:
+            if not few and len(found) >= _HOLDERS_TRIED:
                 break
         return found
 
-    def _remember(self, keys: list[tuple[int, bytes]], replica: Name) -> None:
+    def _remember(self, keys: list[tuple[int, int]], replica: Name) -> None:
         holders = self._holders
         for _, key in reversed(keys):  # so that prefixes outlive what goes on from them
-            names = holders.setdefault(key, [])
+            names = holders.get(key)
+            if names is None:
+                holders[key] = [replica]
+                continue
+            holders.move_to_end(key)
+            if names[-1] == replica:
+                continue
             if replica in names:
                 names.remove(replica)
             elif len(names) == _MOST_HOLDERS:
                 del names[0]
             names.append(replica)
-            holders.move_to_end(key)
         most = min(_MOST_PREFIXES, _PREFIXES_A_REPLICA * len(self._names))
         while len(holders) > most:
             holders.popitem(last=False)
 
 
-def prefix_keys(request: GenerationRequest) -> list[tuple[int, bytes]]:
+def prefix_keys(request: GenerationRequest) -> list[tuple[int, int]]:
     """The prompt's leading parts, as (length in tokens, key): equal keys, equal parts.
 
     Prompts that may not share cached blocks have no key in common. A prompt of n tokens has
-    O(log n) keys beyond the first few.
+    O(log n) keys beyond the first few. Keys are this process's own: Python hashes text and bytes
+    with a secret of the process, so nobody can make two prompts look the same.
     """
     prompt = request.prompt
-    digest = blake2b(request.cache_salt.encode(), digest_size=16)
-    digest.update(b"\0" + request.lora.encode() + b"\0")
-    keys: list[tuple[int, bytes]] = []
-    begin = 0
     places = _places(len(prompt))
     if not places:
         return []
     try:
-        tokens = memoryview(array("Q", prompt))
-    except OverflowError:  # no token ids; whoever gets the request says so
+        tokens = array("I", prompt).tobytes()
+    except (OverflowError, TypeError):  # no token ids; whoever gets the request says so
         return []
-    for end in places:
-        digest.update(tokens[begin:end])
-        keys.append((end, digest.digest()))
+    keys: list[tuple[int, int]] = []
+    key = hash((request.cache_salt, request.lora))
+    begin = 0
+    for place in places:
+        end = place * _TOKEN_BYTES
+        key = hash((key, hash(tokens[begin:end])))
+        keys.append((place, key))
         begin = end
     return keys
 
 
+_TOKEN_BYTES = array("I").itemsize
 _ALL_PLACES: list[int] = [_STRIDE]
 
 

@@ -154,12 +154,12 @@ class Report:
 class _Request:
     """Where a request is, for the times it takes."""
 
-    __slots__ = ("arrival", "first", "ingress")
+    __slots__ = ("arrival", "first", "prompt")
 
-    def __init__(self, arrival: float, ingress: int) -> None:
+    def __init__(self, arrival: float, prompt: int) -> None:
         self.arrival = arrival
         self.first = 0.0
-        self.ingress = ingress
+        self.prompt = prompt  # tokens
 
 
 class _Replica:
@@ -169,6 +169,7 @@ class _Replica:
         self.scheduler = scheduler
         self.times = times
         self.requests: dict[int, _Request] = {}
+        self.doors: dict[int, int] = {}  # by sequence: the ingress that it came by
         self.told = 0  # its load, as ingresses know it
         self.unseen: dict[int, int] = {}  # by ingress: what it sent and the load does not count
         self.ends: deque[tuple[float, StepPlan]] = deque()
@@ -181,7 +182,8 @@ class _Replica:
         """Raises QueueFull."""
         sequence = Sequence(self._next, request, request.sampling)
         self.scheduler.add(sequence)
-        self.requests[self._next] = _Request(arrival, ingress)
+        self.requests[self._next] = _Request(arrival, len(request.prompt))
+        self.doors[self._next] = ingress
         self._next += 1
 
     def plan(self, now: float, report: Report) -> Iterator[float]:
@@ -210,6 +212,7 @@ class _Replica:
         for seq in plan.ends:
             left.pop(seq, None)
         seqs = plan.seqs
+        firsts: list[int] = []  # whose prompts are computed now
         if left:
             seqs = []
             for seq, count in zip(plan.seqs, plan.counts, strict=True):
@@ -218,6 +221,7 @@ class _Replica:
                     if left[seq]:
                         continue
                     del left[seq]
+                    firsts.append(seq)
                 seqs.append(seq)
         result = StepResult(plan.step, seqs, [_TOKEN] * len(seqs))
         timed = report.steps % _TIMED == 0
@@ -226,25 +230,29 @@ class _Replica:
         if timed:
             report.result_cost.add(time.process_time() - began)
         report.steps += 1
-        ingresses = set()
-        for gain in gains:
-            s = gain.sequence
-            tracked = requests[s.seq]
-            ingresses.add(tracked.ingress)
-            if not tracked.first:
+        gained = {gain.sequence.seq for gain in gains} if firsts else set()
+        for seq in firsts:
+            tracked = requests.get(seq)
+            if tracked is not None and not tracked.first and seq in gained:
                 tracked.first = now
-                self.context += s.prompt_len
+                self.context += tracked.prompt
                 report.first_token.add(now - tracked.arrival)
-            if gain.finish_reason is not None:
-                self.context -= s.prompt_len
-                report.finished += 1
-                report.prompt_tokens += s.prompt_len
-                report.cached_tokens += s.cached_tokens
-                if s.output_len > 1:
-                    report.token.add((now - tracked.first) / (s.output_len - 1))
-                del requests[s.seq]
+        # A step's news for one ingress is one frame. Those that ended a step ago gain nothing.
+        doors = self.doors
+        report.frames += len(set(map(doors.get, seqs)) - {None})
+        for gain in gains:
+            if gain.finish_reason is None:
+                continue
+            s = gain.sequence
+            tracked = requests.pop(s.seq)
+            del doors[s.seq]
+            self.context -= s.prompt_len
+            report.finished += 1
+            report.prompt_tokens += s.prompt_len
+            report.cached_tokens += s.cached_tokens
+            if s.output_len > 1:
+                report.token.add((now - tracked.first) / (s.output_len - 1))
         report.output_tokens += len(gains)
-        report.frames += len(ingresses)
         report.items += len(gains)
         self.told = weight(self.scheduler.queued_tokens, self.scheduler.unfinished)
         self.unseen.clear()
