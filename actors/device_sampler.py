@@ -324,6 +324,20 @@ class DeviceSampler:
             self._unheard.append(sampled)
         return sampled
 
+    def steers(self, seq: int) -> bool:
+        """Whether a sequence's tokens steer, on the host, which may come next."""
+        return self._sequences[seq].steering.follows
+
+    def enqueue_next(self, seqs: Sequence[int], rows: Any, drafts: Any, logits: Any) -> Sampled:
+        """Queue the choice of one token more, for those that chose their drafts when last queued.
+
+        `seqs` are the first ones of those, none of them steered; drafts int32 [n] on the device.
+        `rows`, which is written to, and logits are as `enqueue` takes them. The others' tokens are
+        -1, and their state is left as it is.
+        """
+        kernels.keep_right(rows, self._out[: len(seqs)], drafts)
+        return self.enqueue(seqs, rows, logits)
+
     def collect(self, sampled: Sampled) -> tuple[list[int], dict[int, Logprobs], dict[int, str]]:
         """Wait for a step's tokens: what `Sampler.sample` returns, in the order of its sequences.
 
@@ -344,8 +358,8 @@ class DeviceSampler:
             -1 if seq in sampled.stuck else token
             for seq, token in zip(sampled.seqs, tokens, strict=True)
         ]
-        for seq, state in zip(sampled.seqs, sampled.states, strict=True):
-            if state.outputs < state.min_tokens and seq not in failed:
+        for token, state in zip(tokens, sampled.states, strict=True):
+            if state.outputs < state.min_tokens and token >= 0:
                 state.outputs += 1
                 state.update()
         logprobs: dict[int, Logprobs] = {}

@@ -130,7 +130,9 @@ class StepResult(msgspec.Struct, frozen=True, omit_defaults=True):
     # Of the pooled sequences whose prompts have run whole: float32 [hidden], little-endian.
     pooled: dict[int, bytes] = {}
     seconds: float = 0.0  # time the step took on the shard
-    drafted: dict[int, int] = {}  # tokens guessed, for the sequences that had any
+    # Tokens guessed, for the sequences that had any; 0, from shards that plans have to wait for,
+    # where there was room in vain.
+    drafted: dict[int, int] = {}
     # Of the tokens after a sequence's first in this step, whose own are in `logprobs`.
     further_logprobs: dict[int, list[Logprobs]] = {}
     refused: list[int] = []  # of `failed`, those whose requests ask for what can't be
@@ -161,6 +163,9 @@ class Drafting(msgspec.Struct, frozen=True):
     row_cost: float  # of one more token in a step
     draft_cost: float  # of guessing one token
     max_batch: int | None = None  # no drafts where more sequences than so many decode
+    # Of planning each step after the result of the one before: what the device stands still then.
+    # 0: it does in any case.
+    wait_cost: float = 0.0
 
 
 class ShardInfo(msgspec.Struct, frozen=True):

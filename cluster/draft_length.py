@@ -8,10 +8,16 @@ little to gain, and the same rule then asks for few, or none.
 
 The chance of a guess is tracked for each sequence: a running mean over its recent drafts. One that
 has none, as they don't pay, becomes more confident with time and so tries again now and then.
+
+A shard that takes plans ahead of their results stands still for a moment where a plan has to wait
+for one; and drafts have to, as what they follow is to be known. (Sequences with drafts that take
+turns with others, each in every second plan, would cost more: a step reads all weights, whoever is
+in it.) So there all drafts together have to gain more than that costs.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from math import log
 
 from tensorray.actors.protocol import Drafting
@@ -37,6 +43,25 @@ class DraftLength:
             price = (1 + how.row_cost * (decodes - 1)) / decodes
             self._least = (how.row_cost + how.draft_cost) / price
 
+    def waits(self, decoding: Collection[Sequence]) -> bool:
+        """Whether this plan is to wait for all results, as the shard could take it ahead of them.
+        If it could and is not to wait, nobody has drafts in it."""
+        how, batch = self._drafting, len(decoding)
+        if not how.wait_cost:
+            return False
+        gained = drafts = 0.0
+        for s in decoding:
+            if length := self.length(s):
+                chance = min(s.acceptance, _SUREST)
+                gained += chance * (1 - chance**length) / (1 - chance)
+                drafts += length
+        step = 1 + how.row_cost * (batch - 1)
+        cost = how.wait_cost + drafts * (how.row_cost + how.draft_cost)
+        if gained * step > batch * cost:
+            return True
+        self._least = 1.0
+        return False
+
     def length(self, s: Sequence) -> int:
         """Drafts that pay for a sequence."""
         if s.sampling.beam:  # its tokens are chosen elsewhere
@@ -53,6 +78,10 @@ class DraftLength:
     def rest(self, s: Sequence) -> None:
         """It has no room in this plan."""
         s.acceptance += _RECOVERY * max(OPTIMISM - s.acceptance, 0)
+
+    def miss(self, s: Sequence) -> None:
+        """There was room, and nothing to guess."""
+        s.acceptance *= _MEMORY
 
     def record(self, s: Sequence, drafted: int, accepted: int) -> None:
         """So many of its drafts were right; after the first wrong one none was looked at."""

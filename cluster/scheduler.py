@@ -19,7 +19,8 @@ belongs to a sequence's present life only if its step is not before `first_step`
 shard does not hold has `first_step` NEVER, so whatever still arrives for it is dropped too.
 
 Where the shard drafts, a decode may have room in a plan for tokens that are guessed. How many of
-them were right only the result says, so that such a sequence is in one plan at a time. Room is what
+them were right only the result says, so that such a sequence is in one plan at a time; where plans
+are made ahead and guesses gain more than that does, every plan waits for the results. Room is what
 is left over: of the token budget, and of the blocks. What wrong guesses leave in the cache is
 written over by what follows.
 
@@ -216,13 +217,16 @@ class Scheduler:
         A plan's result must reach `update`, in the order of the plans. Ends of sequences travel
         with the next plan that runs something.
         """
+        if self._drafts is not None:
+            self._drafts.plan(len(self._decoding))
+            if self._drafts.waits(self._decoding) and self._in_flight:
+                return None
         self._new_blocks = {}
         self._copies = {}
         for s in self._prefilling:
             self.blocks.trim(s)
         resting = self._others_turn() if self._micro_batches > 1 else set()
         if self._drafts is not None:
-            self._drafts.plan(len(self._decoding))
             resting |= {s for s in self._decoding if self._drafts.awaits(s)}
         resting |= self._extend_decodes(resting)
         self._admit()
@@ -501,6 +505,9 @@ class Scheduler:
         for seq, drafted in result.drafted.items():
             s = self._sequences.get(seq)
             if s is None or result.step < s.first_step:
+                continue
+            if not drafted:
+                self._drafts.miss(s)
                 continue
             accepted = max(gained[seq] - 1, 0)
             s.computed += accepted

@@ -40,7 +40,9 @@ def rigs(draw: st.DrawFn) -> Rig:
         depth=draw(st.integers(1, 3)),
         policy=draw(st.sampled_from(["fcfs", "priority"])),
         enable_prefix_caching=draw(st.booleans()),
-        drafting=Drafting(draw(st.integers(1, 7)), row_cost, 0.0),
+        drafting=Drafting(
+            draw(st.integers(1, 7)), row_cost, 0.0, wait_cost=draw(st.sampled_from([0.0, 0.1, 0.6]))
+        ),
         luck=Random(draw(st.integers(0, 99))),
     )
 
@@ -233,3 +235,40 @@ def test_large_batches_and_dear_drafts_ask_for_fewer() -> None:
     assert lengths[-1] == 0
     assert length(1, draft_cost=0.3) < length(1)
     assert length(4, max_batch=3) == 0 < length(3, max_batch=3)
+
+
+WAITING = Drafting(max_tokens=4, row_cost=0.01, draft_cost=0.0, wait_cost=0.2)
+
+
+def test_plans_wait_for_results_while_drafts_gain_more_than_that_costs() -> None:
+    rule = DraftLength(WAITING)
+    sequences = [Rig().sequence([1]) for _ in range(16)]
+
+    def waits(chances: list[float]) -> bool:
+        decoding = sequences[: len(chances)]
+        for s, chance in zip(decoding, chances, strict=True):
+            s.acceptance = chance
+        rule.plan(len(decoding))
+        waiting = rule.waits(decoding)
+        assert any(rule.length(s) for s in decoding) == waiting
+        return waiting
+
+    assert waits([0.9])
+    assert waits([0.1]) is False
+    assert waits([0.9, 0.0, 0.0])
+    assert waits([0.9] + [0.0] * 15) is False  # fifteen would wait for one
+    assert waits([0.9] * 16)
+    assert waits([]) is False
+
+
+def test_nobody_waits_for_a_shard_that_finds_nothing_to_guess_for_long() -> None:
+    rig = Rig(depth=2, drafting=WAITING, luck=Random(0))
+    rig.shard._guess = lambda *_: []  # type: ignore[method-assign]
+    rig.add([1, 2, 3], max_tokens=400)
+    ahead = 0
+    while rig.scheduler.unfinished:
+        rig.step()
+        ahead += rig.in_flight == 1
+    rig.check_outputs()
+    # A result is in, and another step is on its way: as without drafts, but for some tries.
+    assert 200 < ahead < 400

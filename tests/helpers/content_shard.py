@@ -193,7 +193,7 @@ class ContentShard:
                 if stops or token != guess:
                     break
                 state.computed += 1
-        drafted = {seq: len(guesses) for seq, guesses in drafts.items() if guesses}
+        drafted = {seq: len(guesses) for seq, guesses in drafts.items()}
         return StepResult(
             step=plan.step,
             seqs=seqs,
