@@ -55,7 +55,9 @@ class ShardConfig:
     pipeline_parallel_size: int = 1
     enable_expert_parallel: bool = False
     collective_timeout_seconds: float = 300.0
+    disable_custom_all_reduce: bool = False
     enable_lora: bool = False
+    max_loras: int = 8
     max_lora_rank: int = 16
     rank: int = 0
     logits_processors: tuple[str, ...] = ()  # pkg.module:Class, or path/to/file.py:Class

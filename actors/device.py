@@ -95,6 +95,9 @@ class Device(Protocol):
 class CudaDevice:
     """An NVIDIA GPU through CuPy. Raises DeviceError if there is none that can be used."""
 
+    #: Whether small sums over GPUs may be made by a kernel of our own.
+    own_sums = True
+
     def __init__(self, index: int = 0) -> None:
         try:
             import cupy
@@ -179,9 +182,10 @@ class CudaDevice:
         return int(self._device.mem_info[1])
 
     def communicator(self, host: Communicator) -> Communicator:
+        from tensorray.actors.nccl_communicator import NcclCommunicator
         from tensorray.actors.peer_communicator import PeerCommunicator
 
-        return PeerCommunicator(host)
+        return PeerCommunicator(host) if self.own_sums else NcclCommunicator(host)
 
     def release(self) -> None:
         self._recorded.free_all_blocks()

@@ -32,6 +32,7 @@ class DeviceRanks:
     """
 
     def __init__(self, device: Device, layout: Layout, host: Communicator) -> None:
+        self._device = device
         self._layout = layout
         self._host = Ranks(layout, host, tp=False)
         self._world = device.communicator(host)
@@ -98,9 +99,10 @@ class DeviceRanks:
             )
 
     def _let_go(self, reason: str) -> None:
-        for group in (self.tp, self._world):
-            if group is not None:
-                group.abort(reason)
+        with self._device.current():
+            for group in (self.tp, self._world):
+                if group is not None:
+                    group.abort(reason)
 
 
 class Rehearsal:

@@ -37,6 +37,7 @@ def load_executor(config: ShardConfig, gpu: int = 0) -> StepExecutor:
         if device is not None:
             from tensorray.actors.gpu_shard import GpuShard
 
+            device.own_sums = not config.disable_custom_all_reduce
             return GpuShard.load(config, device)
     for flag, wanted in (
         ("--segment-backend tensorrt", config.segment_backend == "tensorrt"),

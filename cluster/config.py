@@ -154,6 +154,9 @@ class EngineConfig(BaseModel):
     collective_timeout_seconds: float = Field(
         300.0, gt=0, description="A shard that its peers wait longer for within a step is given up"
     )
+    disable_custom_all_reduce: bool = Field(
+        False, description="Have NCCL make all sums over GPUs, small ones too"
+    )
     null_step_ms: float = Field(0.0, ge=0, description="Step time of the null device")
     # --- memory and batching ---
     max_model_len: int | None = Field(
