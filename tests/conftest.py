@@ -41,6 +41,8 @@ def a_place_for_ray() -> Iterator[None]:
     """Each process that runs tests, and what they start, sees no other's Ray."""
     place = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # paths of sockets have to be short
     os.environ["RAY_TMPDIR"] = place
+    for patience in ("RAY_raylet_start_wait_time_s", "RAY_DASHBOARD_STARTUP_TIMEOUT_S"):
+        os.environ.setdefault(patience, "300")  # on a busy machine
     os.environ.pop("RAY_ADDRESS", None)
     yield
     shutil.rmtree(place, ignore_errors=True)
@@ -51,7 +53,6 @@ def ray_cluster() -> Iterator[None]:
     """A local Ray cluster for the whole run; "local" never joins one that happens to run."""
     import ray
 
-    os.environ.setdefault("RAY_raylet_start_wait_time_s", "120")  # on a busy machine
     ray.init(
         address="local",
         num_cpus=8,
