@@ -16,30 +16,45 @@ Keys and values of wrong drafts lie behind what the sequence has computed, and a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import msgspec
 import numpy as np
 
+from tensorray.actors.config import ShardConfig
 from tensorray.actors.device_sampler import DeviceSampler, Sampled
 from tensorray.actors.drafter import Drafter
+from tensorray.actors.lookup_drafter import LookupDrafter
 from tensorray.actors.protocol import Drafting, Logprobs, StepPlan
 from tensorray.actors.step_buffers import RunningSequences, Step, StepBuffers
 
 #: The most drafts of a step: more rows than this together cost what they are.
 MAX_DRAFTS = 64
 
+# Costs where steps are not timed; else those of this many rows are compared with those of one.
+ROW_COST, WAIT_COST = 0.015, 0.15
+_ROWS = 16
+_LEAST_ROW_COST = 0.002
+# From the end of a step to the start of one that is planned after its result.
+_TURN_SECONDS = 0.5e-3
+
 _NO_ROW = np.empty(0, np.float32)
 
 
 @dataclass(frozen=True, slots=True)
 class Guesses:
-    """What a step guesses."""
+    """What a step guesses, and what it chooses after its guesses."""
 
     asked: list[int]  # the sequences that had room
     tokens: dict[int, list[int]]  # of those that there were guesses for, falling in number
+    queued: list[Sampled] = field(default_factory=list)  # rounds but the first
+
+    @property
+    def counts(self) -> dict[int, int]:
+        """How many there were, for all that had room."""
+        return {seq: len(self.tokens.get(seq, ())) for seq in self.asked}
 
     @property
     def rounds(self) -> list[list[int]]:
@@ -51,13 +66,58 @@ class Guesses:
         ]
 
 
+def open_drafts(config: ShardConfig) -> DeviceDrafts | None:
+    """The drafts that a config asks for. Raises ValueError saying what can't be had on a GPU."""
+    how = config.speculative_config
+    if how is None:
+        return None
+    if how.method != "ngram":
+        raise ValueError(
+            f"--speculative-config: method {how.method!r} is for CPUs so far; on GPUs there is "
+            'prompt lookup, {"method": "ngram"}'
+        )
+    if config.layout.size > 1:
+        raise ValueError(
+            "--speculative-config: on GPUs a replica that speculates has one GPU so far; leave "
+            "--tensor-parallel-size, --pipeline-parallel-size and expert parallelism at 1, or "
+            "leave out --speculative-config"
+        )
+    if config.enable_lora:
+        raise ValueError(
+            "--speculative-config and --enable-lora do not go together on GPUs so far: leave out "
+            "one of them"
+        )
+    drafter = LookupDrafter(how.prompt_lookup_min, how.prompt_lookup_max)
+    drafting = Drafting(
+        how.num_speculative_tokens, ROW_COST, 0.0, how.disable_by_batch_size, WAIT_COST
+    )
+    return DeviceDrafts(drafter, drafting)
+
+
 class DeviceDrafts:
     """The drafts of a shard's running sequences, whose tokens it follows."""
 
-    def __init__(self, drafting: Drafting, drafter: Drafter) -> None:
+    def __init__(self, drafter: Drafter, drafting: Drafting, *, measured: bool = False) -> None:
+        """`drafting` has costs that hold where steps are not timed, or were, if `measured`."""
         self.drafting = drafting
         self._drafter = drafter
+        self._measured = measured
         self._since: dict[int, int] = {}  # the step in which each that the drafter knows began
+
+    def most(self, max_num_seqs: int) -> int:
+        """Drafts that a step has at most."""
+        return min(self.drafting.max_tokens * max_num_seqs, MAX_DRAFTS)
+
+    def price(self, seconds: Mapping[int, float]) -> None:
+        """Work out costs from the seconds that steps of so many rows take."""
+        if self._measured or not (seconds.keys() >= {1, _ROWS}):
+            return
+        one = seconds[1]
+        self.drafting = msgspec.structs.replace(
+            self.drafting,
+            row_cost=max((seconds[_ROWS] / one - 1) / (_ROWS - 1), _LEAST_ROW_COST),
+            wait_cost=_TURN_SECONDS / one,
+        )
 
     def reset(self) -> None:
         """All sequences are gone."""
@@ -108,13 +168,12 @@ class DeviceDrafts:
         sampler: DeviceSampler,
         buffers: StepBuffers,
         logits: Any,
-    ) -> list[Sampled]:
+    ) -> None:
         """Queue all rounds but the first, which is queued."""
         row, packed = len(step.sampled), step.tokens - step.drafts
-        rounds = []
         for drafts in guesses.rounds:
             count = len(drafts)
-            rounds.append(
+            guesses.queued.append(
                 sampler.enqueue_next(
                     step.sampled[:count],
                     buffers.sample_rows[row : row + count],
@@ -123,17 +182,16 @@ class DeviceDrafts:
                 )
             )
             row, packed = row + count, packed + count
-        return rounds
 
     def collect(
-        self, rounds: Sequence[Sampled], sampler: DeviceSampler
+        self, guesses: Guesses, sampler: DeviceSampler
     ) -> tuple[list[int], list[int], dict[int, list[Logprobs]]]:
-        """Wait for these rounds: the tokens they brought, with their sequences, and those tokens'
+        """Wait for these rounds: whom they brought tokens, the tokens, and those tokens'
         log-probabilities. (Where nothing could be chosen, the next step will find out.)"""
         seqs: list[int] = []
         tokens: list[int] = []
         logprobs: dict[int, list[Logprobs]] = {}
-        for sampled in rounds:
+        for sampled in guesses.queued:
             chosen, found, _ = sampler.collect(sampled)
             for seq, token in zip(sampled.seqs, chosen, strict=True):
                 if token >= 0:
@@ -160,6 +218,8 @@ class DeviceDrafts:
 def with_drafts(step: Step, guesses: Guesses, running: RunningSequences) -> Step:
     """A step that runs its guesses along, behind all else, a round's beside each other. Sequences
     that sample come in the order of the guesses, others after them."""
+    if not guesses.tokens:
+        return step
     rank = {seq: place for place, seq in enumerate(guesses.tokens)}
     order = sorted(range(len(step.sampled)), key=lambda i: rank.get(step.sampled[i], len(rank)))
     sample_rows = step.sample_rows[order]

@@ -30,6 +30,8 @@ logger = logging.getLogger(__name__)
 
 # Rows of the residual stream that prompt log-probabilities are made of at a time.
 _SCORED_ROWS = 64
+# Times that a graph is run to find out how long it takes.
+_TIMED = 3
 
 
 class Forward:
@@ -119,7 +121,7 @@ class Forward:
             rows = min(chunk, first + count - at)
             # Always as many rows, so that whatever is tuned by their number is so once.
             start = min(at, self._max_tokens - chunk)
-            logits = self._runner.head(self._hidden[start : start + chunk])
+            logits = self._runner.head_of(self._hidden, start, chunk)
             yield at, rows, logits[at - start : at - start + rows]
 
     def warm_up(self) -> None:
@@ -161,6 +163,22 @@ class Forward:
             time.perf_counter() - began,
             (before - self._device.free_memory()) / 2**20,
         )
+
+    def time_drafts(self) -> dict[int, float]:
+        """Seconds that decodes with drafts take, by the number of rows, of those with graphs.
+
+        What is uploaded has to be a step of padding.
+        """
+        found = {}
+        for size, run in self._chains.items():
+            best = float("inf")
+            for _ in range(_TIMED):
+                began = time.perf_counter()
+                run()
+                self._device.mark().wait()
+                best = min(best, time.perf_counter() - began)
+            found[size] = best
+        return found
 
     def forget(self) -> None:
         """Let go of all graphs: of the memory they write to, and of the ranks they speak to."""
