@@ -398,6 +398,40 @@ class GpuShard:
             self._buffers.upload(None, self._running)
             self._forward.record(self._graphs.decodes, self._graphs.bodies)
 
+    # What its door asks: see kv_door.Pages. Copies are queued between steps, on the one stream, so
+    # nothing has to be said about their order.
+
+    @property
+    def page_layout(self) -> str:
+        return self._cache.page_layout
+
+    @property
+    def block_bytes(self) -> int:
+        return self._cache.block_bytes
+
+    def runs(self, seq: int) -> bool:
+        return seq in self._running.rows
+
+    def read_blocks(self, blocks: NDArray[np.int32]) -> NDArray[np.uint8]:
+        with self._lock, self._device.current():
+            host = self._device.pinned(len(blocks) * self.block_bytes)
+            found = self._cache.read_blocks(self._device.xp.asarray(blocks))
+            self._device.download(found.reshape(-1).view(np.uint8), host)
+            mark = self._device.mark()
+        mark.wait()
+        return host
+
+    def write_blocks(self, blocks: NDArray[np.int32], data: NDArray[np.uint8]) -> None:
+        with self._lock, self._device.current():  # not while graphs are recorded
+            host = self._device.pinned(data.nbytes)
+        host[:] = data
+        with self._lock, self._device.current():
+            brought = self._device.xp.empty(data.nbytes, np.uint8)
+            self._device.upload(host, brought)
+            self._cache.write_blocks(self._device.xp.asarray(blocks), brought)
+            mark = self._device.mark()
+        mark.wait()
+
     def add_adapter(self, adapter: Adapter) -> None:
         raise ValueError("adapters run on CPUs only so far; use --device cpu")
 

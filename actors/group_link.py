@@ -47,6 +47,7 @@ class GroupLink:
             weight_bytes=sum(info.weight_bytes for info in infos),
             kv_cache_bytes=sum(info.kv_cache_bytes for info in infos),
             load_seconds=max(info.load_seconds for info in infos),
+            doors=[door for info in infos for door in info.doors],
         )
         self._encoder = msgspec.msgpack.Encoder()
         self._errors: dict[int, ShardError] = {}

@@ -142,6 +142,40 @@ class KVCache:
             windows=plan.windows, num_blocks=num_blocks, block_size=plan.block_size
         )
 
+    @property
+    def page_layout(self) -> str:
+        """Equal where pages are the same bytes: shapes, dtype, and which layers a group has."""
+        plan, array = self._plan, self._pages[0]
+        shape = "x".join(map(str, array.shape[1:]))
+        groups = ", ".join(
+            f"{layers} of window {window}"
+            for layers, window in zip(plan.groups, plan.windows, strict=True)
+        )
+        return f"{len(self._pages)} times {array.dtype} {shape}, for layers {groups}"
+
+    @property
+    def block_bytes(self) -> int:
+        return self._plan.block_bytes(self._pages[0].itemsize)
+
+    def read_blocks(self, blocks: Any) -> Any:
+        """A copy of what blocks `[n]` hold: `[arrays, n, kv_heads, block_size, head_dim]`."""
+        xp, pages = self._xp, self._words()
+        found = xp.empty((len(pages), len(blocks), *pages[0].shape[1:]), pages[0].dtype)
+        for place, array in enumerate(pages):
+            xp.take(array, blocks, axis=0, out=found[place])
+        return found
+
+    def write_blocks(self, blocks: Any, data: Any) -> None:
+        """Have blocks `[n]` hold what `read_blocks` gave, as bytes."""
+        pages = self._words()
+        shape = (len(pages), len(blocks), *pages[0].shape[1:])
+        for array, part in zip(pages, data.view(pages[0].dtype).reshape(shape), strict=True):
+            array[blocks] = part
+
+    def _words(self) -> list[Any]:
+        """The pages without a meaning: some libraries copy few dtypes."""
+        return [array.view(f"u{array.itemsize}") for array in self._pages]
+
     def copy_blocks(self, copies: Any) -> None:
         """Have blocks hold what others do: (from, to) pairs, int `[n, 2]` of `xp`. All of them are
         read before any is written; no block is written twice."""

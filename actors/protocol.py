@@ -14,6 +14,8 @@ from typing import Any
 
 import msgspec
 
+from tensorray.actors.wire import Endpoint
+
 
 class ProcessorCall(msgspec.Struct, frozen=True, omit_defaults=True):
     """A logits processor that a sequence asks for, as its class is registered, with arguments."""
@@ -168,6 +170,13 @@ class Drafting(msgspec.Struct, frozen=True):
     wait_cost: float = 0.0
 
 
+class Door(msgspec.Struct, frozen=True):
+    """Where a shard hands out blocks of its KV cache, and takes in others' (kv_door.py)."""
+
+    endpoint: Endpoint
+    life: int  # of the sequences it knows: another one after it has forgotten them
+
+
 class ShardInfo(msgspec.Struct, frozen=True):
     """What a shard reports once it is ready to serve."""
 
@@ -185,3 +194,5 @@ class ShardInfo(msgspec.Struct, frozen=True):
     answers: bool = True
     depth: int = 1  # steps worth having in flight: 2 if the device runs while the host prepares
     drafting: Drafting | None = None  # None: it takes no room for drafts
+    # Of the replica's shards, by rank; none where a device keeps no pages.
+    doors: list[Door] = []

@@ -248,6 +248,28 @@ class Shard:
             else opened.close(cache.groups, max_model_len, step_tokens),
         )
 
+    # --- what its door asks: see kv_door.Pages ---
+
+    @property
+    def page_layout(self) -> str:
+        return self._cache.page_layout
+
+    @property
+    def block_bytes(self) -> int:
+        return self._cache.block_bytes
+
+    def runs(self, seq: int) -> bool:
+        return seq in self._table.rows
+
+    def read_blocks(self, blocks: NDArray[np.int32]) -> NDArray[np.uint8]:
+        found: NDArray[np.uint8] = self._cache.read_blocks(blocks).reshape(-1).view(np.uint8)
+        return found
+
+    def write_blocks(self, blocks: NDArray[np.int32], data: NDArray[np.uint8]) -> None:
+        self._cache.write_blocks(blocks, data)
+
+    # --- and its replica ---
+
     def add_adapter(self, adapter: Adapter) -> None:
         if self._adapters is None:
             raise ValueError("adapters need --enable-lora")

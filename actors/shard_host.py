@@ -20,6 +20,7 @@ from tensorray.actors.wire import Endpoint
 if TYPE_CHECKING:
     from tensorray.actors.guidance import Guidance
     from tensorray.actors.host_communicator import HostCommunicator
+    from tensorray.actors.kv_door import KVDoor
 
 # How long a step may take to end once its router is gone or its peers have failed.
 _SETTLE_SECONDS = 30.0
@@ -70,6 +71,12 @@ class ShardHost:
         self._meeting = MeetingPoint(host)
         self._server = ShardServer(self._executor, host)
         self._world: HostCommunicator | None = None
+        self._door: KVDoor | None = None
+        if config.device != "null":
+            from tensorray.actors.kv_door import KVDoor, Pages
+
+            if isinstance(self._executor, Pages):
+                self._door = KVDoor(self._executor, host)
         guidance: Guidance | None = getattr(self._executor, "guidance", None)
         if guidance is not None:
             guidance.prepare()
@@ -102,7 +109,9 @@ class ShardHost:
                 epoch=epoch,
                 timeout=self._config.collective_timeout_seconds,
             )
+        doors = [] if self._door is None else [self._door.renew()]
         self._executor.join(world, num_blocks)
+        self._executor.info = msgspec.structs.replace(self._executor.info, doors=doors)
 
     def add_adapter(self, adapter: Adapter) -> None:
         """See StepExecutor.add_adapter."""
@@ -118,6 +127,8 @@ class ShardHost:
 
     def close(self) -> None:
         self._executor.interrupt("closed")
+        if self._door is not None:
+            self._door.close()
         self._server.close()
         self._meeting.close()
         if self._world is not None:

@@ -2,6 +2,8 @@
 
     HTTP proxy -> Ingress (text, HTTP) -> Router (engine, scheduler) -> shard
 
+With `prefill_replicas` there is a second deployment of routers, which prompts go to first.
+
 By name in a Serve config: `import_path: tensorray.cluster.app:build_app`, with EngineConfig's
 fields under `args`. On the command line: `serve run tensorray.cluster.app:build_app model=...`.
 """
@@ -37,7 +39,7 @@ from tensorray.cluster.ingress import create_app
 from tensorray.cluster.lora_module import check_modules
 from tensorray.cluster.router import Router
 from tensorray.cluster.router_door import RouterDoor
-from tensorray.cluster.routers import REQUEST_ROUTER, Routers
+from tensorray.cluster.routers import REQUEST_ROUTER, Routers, SplitRouters
 
 APP_NAME = "tensorray"
 
@@ -71,23 +73,25 @@ class Ingress:
     _here: "Ingress"
 
     async def __init__(  # type: ignore[misc]
-        self, config: EngineConfig, routers: "DeploymentHandle[Any]"
+        self,
+        config: EngineConfig,
+        routers: "DeploymentHandle[Any]",
+        prefill: "DeploymentHandle[Any] | None" = None,
     ) -> None:
         request_log.set_up(config.log_format)
-        self._client = Routers(
-            routers,
-            config.model_digest(),
-            config.effective_routing,
-            patience=config.router_timeout_seconds,
-        )
-        address = await self._client.start()
+        digest, routing = config.model_digest(), config.effective_routing
+        decode = Routers(routers, digest, routing, patience=config.router_timeout_seconds)
+        self._client: Routers | SplitRouters = decode
+        if prefill is not None:
+            apart = Routers(prefill, digest, routing)
+            apart.follow()
+            self._client = SplitRouters(apart, decode, config.prefill_min_tokens)
+        address = await decode.start()
         config = config.model_copy(update={"max_model_len": address.max_model_len})
         self._frontend = Frontend.load(config)
         fleet = None
         if config.enable_lora:
-            fleet = Fleet(
-                lambda: [RouterDoor(routers, each.name) for each in self._client.members()]
-            )
+            fleet = Fleet(lambda: [RouterDoor(routers, each.name) for each in decode.members()])
         traces = None
         if config.otlp_traces_endpoint is not None:
             from tensorray.cluster import tracing
@@ -153,26 +157,30 @@ def build_app(args: EngineConfig) -> serve.Application:
     }
     deployment = cast(Any, serve.deployment)
     scaling = serve_settings(config)
-    routers = deployment(
-        Router,
-        name="Router",
-        **(
-            {"num_replicas": config.data_parallel_size}
-            if scaling is None
-            else {"autoscaling_config": scaling}
+    router = {
+        "request_router_config": RequestRouterConfig(
+            request_router_class=cast(Any, REQUEST_ROUTER)
         ),
-        request_router_config=RequestRouterConfig(request_router_class=cast(Any, REQUEST_ROUTER)),
-        health_check_period_s=2,
-        health_check_timeout_s=10,
+        "health_check_period_s": 2,
+        "health_check_timeout_s": 10,
         **common,
-    ).bind(config)
+    }
+    count: dict[str, Any] = {"num_replicas": config.data_parallel_size}
+    if scaling is not None:
+        count = {"autoscaling_config": scaling}
+    routers = [deployment(Router, name="Router", **count, **router).bind(config)]
+    if config.prefill_replicas:
+        count = {"num_replicas": config.prefill_replicas}
+        routers.append(
+            deployment(Router, name="Prefill", **count, **router).bind(config, "prefill-")
+        )
     ingress = deployment(
         cast(Any, serve.ingress(_http))(Ingress),
         name="Ingress",
         num_replicas=config.num_ingress_replicas,
         **common,
     )
-    return cast(serve.Application, ingress.bind(config, routers))
+    return cast(serve.Application, ingress.bind(config, *routers))
 
 
 def build_demo(args: dict[str, Any]) -> serve.Application:

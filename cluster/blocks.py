@@ -169,30 +169,35 @@ class BlockManager:
 
     # --- a sequence's life: admit, (trim, grow, register)*, release --------------------------
 
-    def shortfall(self, s: Sequence, reserve: int) -> int:
+    def shortfall(self, s: Sequence, reserve: int, given: int = 0) -> int:
         """How many blocks are missing to admit the sequence and leave `reserve`; <= 0: none."""
-        return self._cost(s, self._match(s)) + reserve - self.available
+        hit = self._match(s)
+        return self._cost(s, hit, max(hit, given)) + reserve - self.available
 
-    def admit(self, s: Sequence, reserve: int) -> bool:
+    def admit(self, s: Sequence, reserve: int, given: int = 0) -> bool:
         """Start a sequence's tables with what the cache has, if its known tokens will fit.
 
         Takes the full-attention kind's pages for all its known tokens at once, so that a prefill
         that has begun can run out of windowed pages only. Sets `computed` to the number of reused
         tokens. False, and nothing changed, if fewer than `reserve` blocks were left.
+
+        The first `given` columns will be filled from elsewhere, so that the tables have what a
+        query after them sees; see `unfilled`.
         """
         hit = self._match(s)
-        if self._cost(s, hit) + reserve > self.available:
+        given = max(given, hit)
+        if self._cost(s, hit, given) + reserve > self.available:
             return False
         columns = -(-len(s.tokens) // self.block_size)
         for kind in self._kinds:
-            first = self._first_column(kind, hit)
+            first = self._first_column(kind, given)
             reused = [kind.found[key] for key in s.keys[first:hit]]
             for page in reused:
                 self._hold(page)
             s.tables.append(Table(kind, [None] * first + reused, first))
         for table in s.tables:
-            if table.kind.window is None:
-                table.pages += [self._take(table.kind) for _ in range(columns - hit)]
+            upto = columns if table.kind.window is None else given
+            table.pages += [self._take(table.kind) for _ in range(upto - len(table.pages))]
         s.registered = hit
         s.computed = hit * self.block_size
         if self.enable_prefix_caching:
@@ -200,6 +205,32 @@ class BlockManager:
             for key in self._keys(s, s.promised)[hit:]:
                 self._coming.setdefault(key, s)
         return True
+
+    def unfilled(self, s: Sequence, given: int) -> list[list[int]]:
+        """Of a sequence just admitted with `given` columns: per group, the blocks of those columns
+        that are to be filled from elsewhere; 0 for one that is not."""
+        ids: list[list[int]] = [[] for _ in range(self.num_groups)]
+        for table in s.tables:
+            first = max(s.registered, table.trimmed)
+            pages = [page for page in table.pages[first:given] if page]
+            for place, group in enumerate(table.kind.groups):
+                ids[group] = [0] * first + [page.blocks[place] for page in pages]
+        return ids
+
+    def lent(self, s: Sequence) -> list[list[int]]:
+        """Per group, the blocks of the sequence's full pages, for another pool to have copies of;
+        0 where nobody who goes on after them needs one. Empty lists if one is not there that would
+        be needed."""
+        ids: list[list[int]] = [[] for _ in range(self.num_groups)]
+        full = s.computed // self.block_size
+        for table in s.tables:
+            first = self._first_column(table.kind, full)
+            pages = [page for page in table.pages[first:full] if page]
+            if len(pages) < full - first:  # fallen out of the window since
+                return [[] for _ in range(self.num_groups)]
+            for place, group in enumerate(table.kind.groups):
+                ids[group] = [0] * first + [page.blocks[place] for page in pages]
+        return ids
 
     def grow(self, s: Sequence, upto: int) -> list[list[int]] | None:
         """Extend every table to hold the first `upto` tokens: the blocks added, per group.
@@ -366,13 +397,14 @@ class BlockManager:
             return 0
         return max(0, hit * self.block_size - kind.window + 1) // self.block_size
 
-    def _cost(self, s: Sequence, hit: int) -> int:
-        """How many available blocks it takes to admit a sequence with that hit."""
+    def _cost(self, s: Sequence, hit: int, given: int) -> int:
+        """How many available blocks it takes to admit a sequence with that hit, and `given` columns
+        (at least the hit's) that are filled from elsewhere."""
         columns = -(-len(s.tokens) // self.block_size)
         cost = 0
         for kind in self._kinds:
-            first = self._first_column(kind, hit)
-            new = max(0, min(columns, self._span(kind)) - (hit - first))
+            first = self._first_column(kind, given)
+            new = max(0, min(columns, self._span(kind)) - max(0, hit - first))
             revived = sum(not kind.found[key].refs for key in s.keys[first:hit])
             cost += kind.size * (new + revived)
         return cost

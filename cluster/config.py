@@ -112,6 +112,23 @@ class EngineConfig(BaseModel):
         description="Which replica a request goes to. prefix: one that holds its prompt's "
         "beginning already, unless another is that much freer; balanced: the freer of two",
     )
+    prefill_replicas: int = Field(
+        0,
+        ge=0,
+        description="When serving: replicas besides, which compute prompts and hand their KV "
+        "blocks to the others (disaggregation); 0: each computes its own",
+    )
+    prefill_min_tokens: int = Field(
+        256,
+        ge=1,
+        description="With --prefill-replicas: shorter prompts are computed where they are decoded",
+    )
+    handover_timeout_seconds: float = Field(
+        30.0,
+        gt=0,
+        description="With --prefill-replicas: how long a prompt's blocks are kept for the replica "
+        "that is to fetch them, which computes them itself after that",
+    )
     enable_expert_parallel: bool = Field(
         False, description="Share out whole experts over the tensor-parallel shards"
     )

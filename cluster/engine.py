@@ -21,6 +21,7 @@ from tensorray.actors.link import ShardError, ShardLink
 from tensorray.actors.protocol import ShardInfo, StepPlan
 from tensorray.cluster.adapters import EngineAdapters
 from tensorray.cluster.beams import Hypothesis
+from tensorray.cluster.handover import Handovers
 from tensorray.cluster.replica_choice import weight
 from tensorray.cluster.request import (
     Delta,
@@ -158,6 +159,7 @@ class TokenStream(AsyncIterator[list[Delta]]):
             waiting.stop_token = delta.stop_token
             waiting.error = delta.error
             waiting.refused = delta.refused
+            waiting.source = delta.source or waiting.source
             if delta.drafted:
                 waiting.drafted, waiting.accepted = delta.drafted, delta.accepted
             waiting.pooled = delta.pooled
@@ -195,12 +197,13 @@ class Engine:
         adapters: EngineAdapters | None = None,
         rest: Rest | None = None,
         idle_seconds: float | None = None,
+        hold_seconds: float = 30.0,
     ) -> None:
         """`depth` is how many steps may be on their way to the shard at once, by default as many
         as it asks for: 2 schedules step n+1 while step n runs. Without `recover` the engine fails
         for good when its shards do; without `adapters` requests can't ask for any. With `rest` the
         shards sleep when told to, or after `idle_seconds` without a request; the next one wakes
-        them, and waits."""
+        them, and waits. `hold_seconds` is the most that handing a prompt over may take."""
         self.info: ShardInfo = link.info
         self.scheduler = scheduler
         self.failure: str | None = None
@@ -222,6 +225,13 @@ class Engine:
         self._streams: dict[str, TokenStream] = {}
         self._next_sequence = 0
         self._wake = asyncio.Event()
+        self.handovers = Handovers(
+            scheduler,
+            hold_seconds,
+            expire=self._expire,
+            wake=self._wake.set,
+            fail=lambda error: self._link.fail(error),
+        )
         self._task: asyncio.Task[None] | None = None
         self._waits_since: float | None = None  # for the shard, by time.monotonic()
 
@@ -234,6 +244,7 @@ class Engine:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
             self._task = None
+        self.handovers.forget()
         self._end_all("abort", "the engine was closed")
         await self._link.close()
 
@@ -306,8 +317,16 @@ class Engine:
             if tracked is not None:
                 self.scheduler.cancel(seq)
                 delta = Delta(tracked.index, [], finish_reason="abort")
-                self._finish(seq, tracked, delta, outcome)
+                held = self.handovers.release(seq)  # then it has done what it was to do
+                self._finish(seq, tracked, delta, "length" if held else outcome)
         self._wake.set()  # the shard hears of it in the next plan
+
+    def _expire(self, seq: int) -> None:
+        """End a sequence that was held, or that the shards have lost meanwhile."""
+        self.scheduler.cancel(seq)
+        if (tracked := self._tracked.get(seq)) is not None:
+            self._finish(seq, tracked, Delta(tracked.index, [], finish_reason="abort"), "length")
+        self._wake.set()
 
     async def _run(self) -> None:
         in_flight: deque[StepPlan] = deque()
@@ -335,6 +354,8 @@ class Engine:
                 if (tracked := self._tracked.get(start.seq)) is not None and not tracked.began:
                     tracked.began = time.perf_counter()
             self._link.send(plan)
+        if self.scheduler.wants_fetches:
+            self.handovers.begin(self.info.doors)
         if not in_flight:
             self._wake.clear()
             if self._rest is not None and self._tired():
@@ -369,6 +390,7 @@ class Engine:
         logger.warning("nothing to do: the shards sleep")
         self.asleep = self._bedtime = True
         try:
+            self.handovers.forget()
             await rest.sleep()
             self.scheduler.restart(self.info.kv)  # nothing runs; what was cached is gone
             while self._bedtime and not self.scheduler.unfinished:
@@ -408,6 +430,7 @@ class Engine:
         began = time.perf_counter()
         self._note(str(error))
         self._observer.failed(str(error))
+        self.handovers.forget()
         for seq in {self.scheduler.leader(seq) for plan in in_flight for seq in plan.seqs}:
             tracked = self._tracked.get(seq)
             if tracked is None:
@@ -484,6 +507,8 @@ class Engine:
             tracked.last_token = now
             tracked.generated += 1
             tracked.failures = 0
+        if item.lent is not None:
+            delta.source = self.handovers.hold(seq, self.info.doors, item.lent)
         if item.finish_reason is None:
             tracked.stream.push(delta)
         else:

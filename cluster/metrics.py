@@ -229,6 +229,23 @@ class EngineMetrics(Collector):
             ),
         ):
             yield self._counter(name, help, value)
+        yield from self._handovers(engine)
+
+    def _handovers(self, engine: Engine) -> Iterator[Metric]:
+        """Nothing where no prompt is handed over."""
+        stats = engine.handovers.stats
+        if not (stats.held or stats.fetched or stats.failed):
+            return
+        for name, help, value in (
+            ("handover_held", "Sequences prefilled for other replicas", stats.held),
+            ("handover_expired", "Of these, the ones nobody fetched in time", stats.expired),
+            ("handover_fetched", "Sequences whose prompt another replica computed", stats.fetched),
+            ("handover_failed", "Prompts computed here as they did not come", stats.failed),
+            ("handover_blocks", "KV blocks fetched, over all shards", stats.blocks),
+            ("handover_bytes", "Bytes of KV blocks fetched, over all shards", stats.bytes),
+            ("handover_seconds", "Time that fetches took", stats.seconds),
+        ):
+            yield self._counter(name, help, value)
 
     def _gauge(self, name: str, help: str, value: float) -> Metric:
         family = GaugeMetricFamily(f"tensorray:{name}", help, labels=list(self._labels))

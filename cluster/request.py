@@ -9,7 +9,7 @@ from typing import Literal
 
 import msgspec
 
-from tensorray.actors.protocol import Logprobs, Sampling
+from tensorray.actors.protocol import Door, Logprobs, Sampling
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
@@ -20,6 +20,14 @@ class Resumed(msgspec.Struct, frozen=True, array_like=True):
     index: int  # which of the request's n sequences
     tokens: list[int]  # generated
     prompt_rows: int = 0  # prompt logprobs told
+
+
+class Source(msgspec.Struct, frozen=True, array_like=True):
+    """Where the blocks of a prompt's full pages are: with a sequence that another replica holds."""
+
+    doors: list[Door]  # of its shards, by rank
+    seq: int  # as those shards know it
+    blocks: list[list[int]]  # per KV group, ids by column; 0: not needed. No columns: no blocks
 
 
 class BeamSearch(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -53,6 +61,9 @@ class GenerationRequest(msgspec.Struct, frozen=True, omit_defaults=True):
     expected_hit: int = 0  # prompt tokens whose presence in its cache had this replica chosen
     prediction: list[int] = []  # what the output may be like: speeds up prompt lookup
     pooling: str = ""  # the vector to answer with in place of tokens: "last", "mean" or "cls"
+    # End each sequence at its first token, and hold the prompt's blocks until it is cancelled.
+    hand_over: bool = False
+    source: Source | None = None  # a replica that holds the prompt's blocks
     # Sequences to go on with; those of the n that are not named have ended. None: all begin.
     resumed: list[Resumed] | None = None
 
@@ -73,6 +84,7 @@ class Delta(msgspec.Struct, omit_defaults=True):
     queued: float = 0.0  # seconds it waited before its first step; on the first delta
     drafted: int = 0  # tokens guessed for it from its start, where any were
     accepted: int = 0  # of these, the ones that were right
+    source: Source | None = None  # it is held now, as its request's `hand_over` asked
 
 
 class RequestRefused(ValueError):

@@ -39,14 +39,17 @@ class Router:
     It takes over the shards that a router before it has left behind.
     """
 
-    async def __init__(self, config: EngineConfig) -> None:  # type: ignore[misc]
+    async def __init__(  # type: ignore[misc]
+        self, config: EngineConfig, role: str = ""
+    ) -> None:
+        """`role` tells its metrics from those of another deployment's routers."""
         request_log.set_up(config.log_format)
         where = Where(
             accelerator_type=config.accelerator_type,
             strategy=config.placement_strategy,
             timeout=config.placement_timeout_seconds,
             lease=config.shard_lease_seconds,
-            replicas=config.min_replicas,
+            replicas=config.min_replicas + config.prefill_replicas,
         )
         shards = [config.shard(rank) for rank in range(config.num_shards)]
         self._replica = await Replica.open(config.digest(), shards, where)
@@ -56,7 +59,7 @@ class Router:
             await self._replica.close()
             raise
         link = await self._replica.connect()
-        self._number = _rank()
+        self._number = role + _rank()
         self._metrics = EngineMetrics(config.names()[0], engine=self._number)
         self._engine = Engine(
             link,
@@ -65,6 +68,7 @@ class Router:
             recover=self._replica.recover,
             rest=self._replica if config.enable_sleep_mode else None,
             idle_seconds=config.idle_timeout_seconds,
+            hold_seconds=config.handover_timeout_seconds,
             adapters=adapters,
         )
         self._metrics.watch(self._engine)

@@ -26,6 +26,7 @@ from tensorray.cluster.backend import EngineStatus
 from tensorray.cluster.engine import EngineFailed
 from tensorray.cluster.engine_link import EngineLink
 from tensorray.cluster.metrics import join_scrapes
+from tensorray.cluster.prefill_first import PrefillFirst
 from tensorray.cluster.replica_choice import Routing
 from tensorray.cluster.replicas import ReplicaLost, Replicas
 
@@ -49,7 +50,7 @@ class RouterAddress(msgspec.Struct, frozen=True):
 
 
 class Watch:
-    """Which replicas Serve runs of the one deployment that this process watches.
+    """Which replicas Serve runs of a deployment that this process watches.
 
     Serve tells on a thread of its own; `listener` is called on the event loop that set it.
     """
@@ -71,8 +72,8 @@ class Watch:
             self._loop.call_soon_threadsafe(self._listener, names)
 
 
-#: This process's. An ingress has a handle to one deployment only.
-watch = Watch()
+#: This process's, by deployment.
+watches: dict[str, Watch] = {}
 
 
 class ToReplica(RequestRouter):
@@ -80,9 +81,10 @@ class ToReplica(RequestRouter):
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
         # Serve makes a copy of this class and its globals in each process: this is the module's.
-        from tensorray.cluster.routers import watch
+        from tensorray.cluster.routers import Watch, watches
 
         super().update_replicas(replicas)
+        watch = watches.setdefault(self._deployment_id.name, Watch())
         watch.tell([replica.replica_id.unique_id for replica in replicas])
 
     async def choose_replicas(
@@ -168,11 +170,19 @@ class Routers(Replicas[RouterClient]):
         self._address: asyncio.Future[RouterAddress] = asyncio.get_running_loop().create_future()
         self._tasks: set[asyncio.Task[None]] = set()
 
+    def follow(self) -> None:
+        """Begin to follow what Serve tells."""
+        watches.setdefault(self._handle.deployment_name, Watch()).listen(self._update)
+        self._run(self._call())
+
     async def start(self) -> RouterAddress:
-        """Begin to follow what Serve tells; the first router's address, once there is one."""
-        watch.listen(self._update)
-        await self._handle.process.remote()  # the first call has Serve tell
+        """Follow what Serve tells; the first router's address, once there is one."""
+        self.follow()
         return await asyncio.wait_for(self._address, _START_SECONDS)
+
+    async def _call(self) -> None:
+        """The first call has Serve tell."""
+        await self._handle.process.remote()
 
     async def failure(self) -> str | None:
         """Why no router can serve; None while one can."""
@@ -247,3 +257,41 @@ class Routers(Replicas[RouterClient]):
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             logger.error("following the routers failed", exc_info=error)
+
+
+class SplitRouters(PrefillFirst):
+    """A Backend of two deployments: routers that prefill, and routers that decode. It serves as
+    long as one of the latter does."""
+
+    def __init__(self, prefill: Routers, decode: Routers, min_tokens: int) -> None:
+        super().__init__(prefill, decode, min_tokens)
+        self._all = [decode, prefill]
+        self._routers = decode
+
+    async def failure(self) -> str | None:
+        return await self._routers.failure()
+
+    async def metrics(self) -> bytes:
+        scrapes = await asyncio.gather(
+            *(each.metrics() for each in self._all), return_exceptions=True
+        )
+        if isinstance(scrapes[0], BaseException):
+            raise scrapes[0]
+        return join_scrapes([each for each in scrapes if isinstance(each, bytes)])
+
+    async def status(self) -> list[EngineStatus]:
+        return [engine for each in self._all for engine in await each.status()]
+
+    async def sleep(self) -> str | None:
+        """See sleep_api.Sleeper."""
+        reasons = [await each.sleep() for each in self._all]
+        return next((reason for reason in reasons if reason), None)
+
+    async def wake_up(self) -> None:
+        """See sleep_api.Sleeper."""
+        for each in self._all:
+            await each.wake_up()
+
+    async def asleep(self) -> bool:
+        """See sleep_api.Sleeper."""
+        return all([await each.asleep() for each in self._all])

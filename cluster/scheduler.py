@@ -24,6 +24,12 @@ are made ahead and guesses gain more than that does, every plan waits for the re
 is left over: of the token budget, and of the blocks. What wrong guesses leave in the cache is
 written over by what follows.
 
+A prompt's blocks may come from another replica, which has prefilled it. Such a sequence is admitted
+with blocks that are fetched while others run. They are in nobody's plan meanwhile, and nobody may
+have them until the fetch has ended, whatever becomes of the sequence. One that fails is a
+preemption: the prompt is computed after all. The other side is a sequence that is held: off the
+plans since its first token, but on the shard's books, until it is cancelled.
+
 A beam search's sequences (beam_group.py) advance together: each of its steps is the prefill of one
 token, and they wait until all of them have told what may come next. They are admitted, preempted
 and ended together too, and take as many slots as the search is wide from its admission on.
@@ -52,7 +58,7 @@ from tensorray.cluster.beams import Hypothesis
 from tensorray.cluster.blocks import BlockManager
 from tensorray.cluster.draft_length import DraftLength
 from tensorray.cluster.fairness import AdmissionQueue
-from tensorray.cluster.request import FinishReason, QueueFull, RequestRefused
+from tensorray.cluster.request import FinishReason, QueueFull, RequestRefused, Source
 from tensorray.cluster.sequence import NEVER, Sequence, Status
 
 
@@ -70,6 +76,19 @@ class Progress(msgspec.Struct, gc=False):
     pooled: bytes = b""  # all that a pooled sequence brings, when it ends
     # Of a beam search, whose `sequence` is its leader: what it has found, when it has ended.
     hypotheses: list[Hypothesis] | None = None
+    lent: list[list[int]] | None = None  # it is held from now on, with these blocks: Source.blocks
+
+
+@dataclass(frozen=True)
+class Fetch:
+    """Blocks to be filled from another replica's, pairwise."""
+
+    sequence: Sequence
+    source: Source
+    theirs: list[int]
+    ours: list[int]
+    given: int  # columns that the sequence has then
+    after: int  # the last plan that may still use `ours` for whoever had them before
 
 
 @dataclass(frozen=True)
@@ -142,6 +161,9 @@ class Scheduler:
         self._waiting = AdmissionQueue()
         self._prefilling: list[Sequence] = []  # admitted, known tokens not all planned yet
         self._decoding: list[Sequence] = []
+        self._held: set[Sequence] = set()
+        self._fetching: dict[int, Fetch] = {}  # cancelled sequences' included
+        self._to_fetch: list[Fetch] = []  # of these, the ones that have not begun
         self._groups: dict[int, BeamGroup] = {}  # unfinished beam searches, by their leaders
         self._admitted = 0
         self._step = 0
@@ -186,6 +208,8 @@ class Scheduler:
             )
         for s in sequences:
             s.max_len = min(s.max_len, self._limit(s))
+            if s.request.hand_over:
+                s.max_len = min(s.max_len, len(s.tokens) + 1)
             s.level = s.request.priority if self._priorities else 0
             if s.request.beams is not None:
                 self._groups[s.seq] = BeamGroup(s)
@@ -204,12 +228,50 @@ class Scheduler:
             return False
         if s.status is Status.WAITING:
             self._waiting.remove(s)
+        elif s.status is Status.FETCHING:
+            s.status = Status.FINISHED
+            del self._sequences[seq]
+            return True  # `fetched` gives its blocks back
+        elif s.status is Status.HELD:
+            self._held.remove(s)
         elif s.computed < s.target:
             self._prefilling.remove(s)
         else:
             self._decoding.remove(s)
         self._finish(s)
         return True
+
+    def fetches(self) -> list[Fetch]:
+        """What is to be fetched from now on, each told once; its end must reach `fetched`."""
+        oldest = self._in_flight[0][0] if self._in_flight else self._step
+        ready = [each for each in self._to_fetch if each.after < oldest]
+        self._to_fetch = [each for each in self._to_fetch if each.after >= oldest]
+        return ready
+
+    @property
+    def wants_fetches(self) -> bool:
+        """Whether anything is still to be told by `fetches`."""
+        return bool(self._to_fetch)
+
+    def fetched(self, seq: int, came: bool) -> None:
+        """A fetch has ended, and writes no more. One from before a restart is ignored."""
+        fetch = self._fetching.pop(seq, None)
+        if fetch is None:
+            return
+        s = fetch.sequence
+        if s.status is Status.FINISHED:
+            self.blocks.release(s)
+        elif came:
+            s.computed = fetch.given * self.blocks.block_size
+            self.blocks.register(s, s.computed)
+            s.status = Status.RUNNING
+            s.last_prefill = self._step
+            self._prefilling.append(s)
+        else:
+            self.blocks.release(s)
+            s.source = None
+            s.status = Status.WAITING
+            self._waiting.put_back(s)
 
     def schedule(self) -> StepPlan | None:
         """The next plan, or None when nothing can run before the next `update` or `add`.
@@ -355,6 +417,13 @@ class Scheduler:
                 gain.finish_reason = "stop"
                 gain.stop_token = token
             elif len(tokens) >= s.max_len:
+                asked = min(s.prompt_len + s.request.max_tokens, self._limit(s))
+                if s.request.hand_over and len(tokens) < asked:
+                    gain.lent = self.blocks.lent(s)
+                    s.status = Status.HELD
+                    self._held.add(s)
+                    ended.append(s)
+                    continue
                 gain.finish_reason = "length"
             else:
                 continue
@@ -385,7 +454,11 @@ class Scheduler:
         self._copies = {}
         self.blocks = BlockManager(kv, enable_prefix_caching=self.blocks.enable_prefix_caching)
         ran = self._prefilling + self._decoding
+        ran += [each.sequence for each in self._fetching.values() if _fetches(each.sequence)]
         self._prefilling, self._decoding = [], []
+        for s in self._held:
+            del self._sequences[s.seq]
+        self._held, self._fetching, self._to_fetch = set(), {}, []
         for s in ran:
             s.tables = []
             s.computed = s.registered = s.promised = 0
@@ -543,7 +616,8 @@ class Scheduler:
     def _try_to_admit(self, s: Sequence) -> bool:
         if self._running + _slots(s) > self._max_num_seqs:
             return False
-        if not self.blocks.admit(s, self._reserve() + self._headroom(s)):
+        given = 0 if s.source is None else self._given(s, s.source)
+        if not self.blocks.admit(s, self._reserve() + self._headroom(s), given):
             return False
         self._waiting.remove(s)
         if s.group is not None:
@@ -560,8 +634,33 @@ class Scheduler:
         s.target = len(s.tokens)
         s.last_prefill = self._step
         s.prompt_rows = 0
-        self._prefilling.append(s)
+        if s.source is not None and s.registered < given:
+            self._fetch(s, s.source, given)
+        else:
+            self._prefilling.append(s)
         return True
+
+    def _given(self, s: Sequence, source: Source) -> int:
+        """The leading columns that another replica holds for the sequence."""
+        columns = {len(blocks) for blocks in source.blocks}
+        if len(source.blocks) != self.blocks.num_groups or len(columns) != 1:
+            return 0
+        (given,) = columns
+        # One token must be left to compute.
+        return given if given * self.blocks.block_size < len(s.tokens) else 0
+
+    def _fetch(self, s: Sequence, source: Source, given: int) -> None:
+        s.status = Status.FETCHING
+        pairs = [
+            (theirs, ours)
+            for there, here in zip(source.blocks, self.blocks.unfilled(s, given), strict=True)
+            for theirs, ours in zip(there, here, strict=True)
+            if ours
+        ]
+        theirs, ours = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+        fetch = Fetch(s, source, theirs, ours, given, self._step - 1)
+        self._fetching[s.seq] = fetch
+        self._to_fetch.append(fetch)
 
     def _reserve(self) -> int:
         """Blocks to leave to the running sequences, so that newcomers don't cost them theirs."""
@@ -581,14 +680,18 @@ class Scheduler:
         in the last one, or was admitted just now.
         """
         other = self.blocks.awaited(s)
-        return other is not None and other.last_prefill >= self._step - len(self._in_flight) - 1
+        if other is None:
+            return False
+        advances = other.last_prefill >= self._step - len(self._in_flight) - 1
+        return advances or _fetches(other)
 
     def _make_way(self, s: Sequence) -> bool:
         """Preempt running sequences of lower priority, if that lets a waiting one in."""
         lower = [other for other in self._preemptible() if other.level > s.level]
         if not lower:
             return False
-        missing = self.blocks.shortfall(s, self._reserve() + self._headroom(s))
+        given = 0 if s.source is None else self._given(s, s.source)
+        missing = self.blocks.shortfall(s, self._reserve() + self._headroom(s), given)
         slots = self._max_num_seqs - self._running - _slots(s)
         victims: list[Sequence] = []
         for victim in sorted(lower, key=_rank, reverse=True):
@@ -744,7 +847,7 @@ class Scheduler:
             s.first_step = NEVER
         self._new_blocks.pop(s.seq, None)
         self._copies.pop(s.seq, None)
-        if s.status is Status.RUNNING:
+        if s.status in (Status.RUNNING, Status.HELD):
             if len(s.tokens) > s.target and not forget:
                 self.blocks.register(s, len(s.tokens) - 1)
             self.blocks.release(s, forget=forget)
@@ -755,9 +858,10 @@ class Scheduler:
     @property
     def _running(self) -> int:
         """Slots taken."""
+        elsewhere = len(self._held) + len(self._fetching)
         if not self._groups:
-            return len(self._prefilling) + len(self._decoding)
-        alone = sum(s.group is None for s in self._prefilling) + len(self._decoding)
+            return len(self._prefilling) + len(self._decoding) + elsewhere
+        alone = sum(s.group is None for s in self._prefilling) + len(self._decoding) + elsewhere
         return alone + sum(group.width for group in self._groups.values() if group.running)
 
     def _needs(self, s: Sequence) -> int:
@@ -863,6 +967,10 @@ def _without(sequences: list[Sequence], left_out: set[Sequence]) -> list[Sequenc
 def _slots(s: Sequence) -> int:
     """How many of the sequences that run at once it counts as."""
     return 1 if s.request.beams is None else s.request.beams.width
+
+
+def _fetches(s: Sequence) -> bool:
+    return s.status is Status.FETCHING
 
 
 def _rank(s: Sequence) -> tuple[int, int]:

@@ -22,7 +22,9 @@ NEVER = sys.maxsize
 
 class Status(Enum):
     WAITING = "waiting"
+    FETCHING = "fetching"  # its prompt's blocks are on their way from another replica
     RUNNING = "running"
+    HELD = "held"  # its prompt's blocks are kept for another replica
     FINISHED = "finished"
 
 
@@ -57,6 +59,7 @@ class Sequence:
         "request",
         "sampling",
         "seq",
+        "source",
         "status",
         "stops",
         "tables",
@@ -83,6 +86,7 @@ class Sequence:
 
         # The scheduler's own.
         self.status = Status.WAITING
+        self.source = request.source  # that its prompt's blocks are to be fetched from
         self.group: BeamGroup | None = None  # whose beam it is
         # A beam that starts with the tokens of a sequence on the shard: which, and how many.
         self.prolongs: tuple[int, int] | None = None

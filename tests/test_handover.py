@@ -1,0 +1,312 @@
+"""Prompts handed from a replica that prefills to one that decodes, over real shards' doors."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+from helpers.gpu_shards import make_gpu_shard
+from helpers.running import make_shard
+from helpers.tiny_models import directory
+
+from tensorray.actors.gpu_shard import GraphSizes, Limits
+from tensorray.actors.kv_door import HandoverError, KVDoor, fetch
+from tensorray.actors.protocol import Sampling, SequenceStart, StepPlan
+from tensorray.actors.shard_host import ShardHost
+from tensorray.actors.tcp_link import TcpLink
+from tensorray.cluster.config import EngineConfig
+from tensorray.cluster.engine import Engine
+from tensorray.cluster.prefill_first import PrefillFirst
+from tensorray.cluster.request import BeamSearch, Delta, GenerationRequest, Source
+
+GREEDY = Sampling(temperature=0.0)
+DRAWN = Sampling(temperature=0.9, seed=3, repetition_penalty=1.2, frequency_penalty=0.3, logprobs=2)
+PROMPT = [3 + (i * i * 7 + 5 * i) % 80 for i in range(30)]
+
+
+@asynccontextmanager
+async def engine(
+    model: str = "gemma3", hold_seconds: float = 60.0, **changes: Any
+) -> AsyncIterator[Engine]:
+    """One CPU shard over a tiny model, and its engine."""
+    settings: dict[str, Any] = {
+        "max_model_len": 64,
+        "num_kv_blocks": 200,
+        "block_size": 4,
+        "max_num_seqs": 8,
+        "max_num_batched_tokens": 24,
+    }
+    config = EngineConfig(
+        model=str(directory(model)), device="cpu", num_threads=1, **{**settings, **changes}
+    )
+    host = ShardHost(config.shard())
+    try:
+        loaded = host.loaded
+        host.join(0, [loaded.peers], loaded.info.kv.num_blocks)
+        link = await TcpLink.connect(loaded.steps)
+        found = Engine(link, config.scheduler(link.info), hold_seconds=hold_seconds)
+        await found.start()
+        try:
+            yield found
+        finally:
+            await found.close()
+    finally:
+        host.close()
+
+
+@dataclass
+class Pair:
+    prefill: Engine
+    decode: Engine
+    client: PrefillFirst = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.client = PrefillFirst(self.prefill, self.decode, 8)
+
+
+@asynccontextmanager
+async def pair(model: str = "gemma3", **changes: Any) -> AsyncIterator[Pair]:
+    async with engine(model, **changes) as prefill, engine(model, **changes) as decode:
+        yield Pair(prefill, decode)
+
+
+def request(name: str = "a", sampling: Sampling = GREEDY, **fields: Any) -> GenerationRequest:
+    fields = {"prompt": PROMPT, "max_tokens": 12, **fields}
+    return GenerationRequest(request_id=name, sampling=sampling, **fields)
+
+
+async def answer(client: Any, asked: GenerationRequest) -> list[dict[str, Any]]:
+    """By sequence: its tokens, log-probabilities, and how it ended."""
+    found: list[dict[str, Any]] = [{"tokens": [], "logprobs": []} for _ in range(asked.n)]
+    async for deltas in client.generate(asked):
+        for delta in deltas:
+            found[delta.index]["tokens"] += delta.tokens
+            found[delta.index]["logprobs"] += [entry.token for entry in delta.logprobs]
+            if delta.finish_reason is not None:
+                assert "end" not in found[delta.index]
+                found[delta.index]["end"] = delta.finish_reason
+    return found
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async def wait() -> None:
+        while not condition():
+            await asyncio.sleep(0.005)
+
+    await asyncio.wait_for(wait(), 60)
+
+
+def free(engine: Engine) -> bool:
+    stats = engine.scheduler.stats()
+    return stats.free_blocks == stats.total_blocks and not engine.scheduler.unfinished
+
+
+REQUESTS = {
+    "greedy": request(),
+    "drawn": request(sampling=DRAWN, prompt=PROMPT[:27]),
+    "a whole number of blocks": request(sampling=DRAWN, prompt=PROMPT[:28]),
+    "several sequences": request(sampling=DRAWN, n=3),
+    "told at its end": request(whole=True),
+}
+
+
+@pytest.mark.parametrize("model", ["gemma3", "llama3"])  # with sliding windows, and without
+@pytest.mark.parametrize("caching", [True, False])
+def test_two_replicas_tell_what_one_tells(model: str, caching: bool) -> None:
+    async def run() -> None:
+        async with pair(model, enable_prefix_caching=caching) as both:
+            for asked in REQUESTS.values():
+                here = await answer(both.client, asked)
+                assert both.decode.handovers.stats.failed == 0
+                assert here == await answer(both.prefill, asked)
+            stats = both.decode.handovers.stats
+            assert both.prefill.handovers.stats.held == 7
+            # What the cache has is not fetched; of the shorter prompt windows need another block.
+            assert stats.fetched == ({"gemma3": 2, "llama3": 1}[model] if caching else 7)
+            groups, (block,) = both.decode.info.kv, {stats.bytes / stats.blocks}
+            assert block == both.decode.info.kv_cache_bytes / groups.num_blocks
+            await until(lambda: free(both.prefill) and free(both.decode))
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        request(prompt=PROMPT[:7]),
+        request(max_tokens=1),
+        request(reuse_prefix=False),
+        request(beams=BeamSearch(width=2), sampling=Sampling(beam=True, logprobs=4)),
+        request(pooling="last", max_tokens=1),
+    ],
+    ids=["short", "one token", "prompt logprobs", "beams", "pooled"],
+)
+def test_what_is_not_worth_it_or_not_possible_is_computed_by_one(asked: GenerationRequest) -> None:
+    async def run() -> None:
+        async with pair() as both:
+            assert await answer(both.client, asked) == await answer(both.decode, asked)
+            assert both.prefill.handovers.stats.held == 0
+
+    asyncio.run(run())
+
+
+def test_the_first_token_may_be_the_last() -> None:
+    async def run() -> None:
+        async with pair() as both:
+            (first,) = await answer(both.decode, request(max_tokens=1))
+            stops = Sampling(temperature=0.0, stop_token_ids=first["tokens"])
+            (found,) = await answer(both.client, request(sampling=stops))
+            assert found["tokens"] == first["tokens"]
+            assert found["end"] == "stop"
+            assert both.prefill.handovers.stats.held == 0
+            assert both.decode.handovers.stats.fetched == 0
+
+    asyncio.run(run())
+
+
+def test_a_client_that_leaves_in_between_leaves_nothing_behind() -> None:
+    async def run() -> None:
+        async with pair() as both:
+            stream: Any = both.client.generate(request())
+            async for _ in stream:
+                break
+            assert both.prefill.handovers.stats.held == 1
+            await stream.aclose()
+            await until(lambda: free(both.prefill) and free(both.decode))
+
+    asyncio.run(run())
+
+
+def test_a_sequence_that_has_ended_at_a_stop_string_does_not_go_on() -> None:
+    async def run() -> None:
+        async with pair() as both:
+            asked = request(n=2, sampling=DRAWN)
+            ends: list[Delta] = []
+            async for deltas in both.client.generate(asked):
+                if any(delta.source for delta in deltas):
+                    await both.client.cancel(asked.request_id, 0)
+                ends += [each for each in deltas if each.finish_reason]
+            assert [(each.index, each.finish_reason) for each in ends] == [(1, "length")]
+            await until(lambda: free(both.prefill) and free(both.decode))
+
+    asyncio.run(run())
+
+
+Spoil = Callable[[Pair], Awaitable[None]]
+
+
+async def _let_it_expire(both: Pair) -> None:
+    (seq,) = both.prefill._tracked
+    both.prefill.handovers._too_late(seq)
+    # The shard hears of it in the next plan.
+    await answer(both.prefill, request("other", prompt=PROMPT[::-1]))
+
+
+async def _lose_the_engine(both: Pair) -> None:
+    both.prefill.fail("lost")
+
+
+@pytest.mark.parametrize("spoil", [_let_it_expire, _lose_the_engine])
+def test_what_can_not_be_fetched_is_computed(spoil: Spoil) -> None:
+    async def run() -> None:
+        async with pair() as both:
+            whole = await answer(both.decode, request())
+            async with engine(enable_prefix_caching=False) as decode:
+                both.client = PrefillFirst(both.prefill, decode, 8)
+                tokens: list[int] = []
+                async for deltas in both.client.generate(request()):
+                    if any(delta.source for delta in deltas):
+                        await spoil(both)
+                    tokens += [token for delta in deltas for token in delta.tokens]
+                assert [tokens] == [each["tokens"] for each in whole]
+                if spoil is _let_it_expire:
+                    assert decode.handovers.stats.failed == 1
+                    assert both.prefill.handovers.stats.expired == 1
+                await until(lambda: free(decode))
+
+    asyncio.run(run())
+
+
+def test_pages_of_another_shape_are_refused_and_computed() -> None:
+    async def run() -> None:
+        async with engine(block_size=8) as prefill, engine(block_size=4) as decode:
+            client = PrefillFirst(prefill, decode, 8)
+            assert await answer(client, request()) == await answer(decode, request())
+            assert decode.handovers.stats.failed == 1
+
+    asyncio.run(run())
+
+
+def test_who_prefills_not_at_all_is_done_without() -> None:
+    async def run() -> None:
+        async with pair() as both:
+            whole = await answer(both.decode, request())
+            both.prefill.fail("lost")
+            assert await answer(both.client, request()) == whole
+
+    asyncio.run(run())
+
+
+def start(seq: int) -> StepPlan:
+    held = SequenceStart(seq, [5, 6, 7], 3, 0, [[1]], GREEDY)
+    return StepPlan(0, [seq], [3], starts=[held])
+
+
+def test_shards_on_any_device_read_each_others_pages() -> None:
+    """A CPU's and a GPU's, where dtype and shape are the same; and only of sequences they hold."""
+    path = directory("llama3")
+    cpu = make_shard(path, num_blocks=64)
+    gpu = make_gpu_shard(
+        path,
+        num_blocks=64,
+        limits=Limits(max_model_len=64, max_num_seqs=4, step_tokens=16),
+        graphs=GraphSizes([], []),
+    )
+    assert cpu.page_layout == gpu.page_layout
+    rng = np.random.default_rng(1)
+    some = rng.integers(0, 255, 5 * cpu.block_bytes).astype(np.uint8)
+    blocks = np.array([9, 3, 30, 31, 12], np.int32)
+    gpu.write_blocks(blocks, some)
+    gpu.submit(start(7))()
+
+    async def run() -> None:
+        doors = [KVDoor(cpu), KVDoor(gpu)]
+        ours, theirs = (door.renew() for door in doors)
+        try:
+            came = await fetch(ours, theirs, 7, [3, 30], [40, 41], 60)
+            assert came == 2 * cpu.block_bytes
+            with pytest.raises(HandoverError, match="held no more"):
+                await fetch(ours, theirs, 8, [3], [42], 60)
+            stale = doors[1].renew()  # its shard has forgotten what it held
+            with pytest.raises(HandoverError, match="held no more"):
+                await fetch(ours, theirs, 7, [3], [42], 60)
+            doors[0].renew()
+            with pytest.raises(HandoverError, match="started anew"):
+                await fetch(ours, stale, 7, [3], [42], 60)
+        finally:
+            for door in doors:
+                door.close()
+
+    asyncio.run(run())
+    found = cpu.read_blocks(np.array([40, 41, 42], np.int32))
+    expected = gpu.read_blocks(np.array([3, 30, 60], np.int32))
+    assert np.array_equal(found, expected)
+    assert found.any()
+
+
+def test_a_source_that_nobody_answers_for_is_given_up_in_time() -> None:
+    async def run() -> None:
+        async with pair(enable_prefix_caching=False) as both:
+            doors = [msgspec.structs.replace(each, life=0) for each in both.prefill.info.doors]
+            blocks = [[1, 2] for _ in both.prefill.info.kv.windows]
+            asked = request(source=Source(doors, 0, blocks))
+            assert await answer(both.decode, asked) == await answer(both.prefill, request())
+            assert both.decode.handovers.stats.failed == 1
+
+    asyncio.run(run())
