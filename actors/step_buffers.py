@@ -21,6 +21,7 @@ from tensorray.actors.pooling import PooledChunk
 from tensorray.actors.protocol import SequenceStart, StepPlan
 from tensorray.kernels.batch import Batch
 from tensorray.kernels.step import (
+    SINGLES,
     TOKENS,
     TOKENS_AT,
     UPDATES,
@@ -286,6 +287,7 @@ class StepBuffers:
             slots=[slots[:tokens] for slots in self._slots],
             logit_rows=packed[layout.logit_rows : layout.logit_rows + rows],
             max_query=max_query,
+            singles=packed[SINGLES : SINGLES + 1] if max_query is None else None,
             chained=chained,
         )
 
@@ -297,11 +299,11 @@ class StepBuffers:
         end = layout.rest + len(updates)
         packed[layout.rest : end] = updates
         packed[TOKENS], packed[UPDATES] = 0, len(updates) // 2
-        packed[UPDATES_AT], packed[TOKENS_AT] = layout.rest, -1
+        packed[UPDATES_AT], packed[TOKENS_AT], packed[SINGLES] = layout.rest, -1, 0
         n = r = 0
         if step is not None:
             n, r = step.sequences, len(step.logit_rows)
-            packed[TOKENS] = step.tokens
+            packed[TOKENS], packed[SINGLES] = step.tokens, _singles(step)
             packed[layout.rows : layout.rows + n] = step.rows
             packed[layout.starts] = 0
             np.cumsum(step.counts, out=packed[layout.starts + 1 : layout.starts + 1 + n])
@@ -321,6 +323,13 @@ class StepBuffers:
             packed[layout.starts] = 0
         self._device.upload(packed[:end], self._packed)
         self._marks.append(self._device.mark())
+
+
+def _singles(step: Step) -> int:
+    """How many of its sequences come first that run one token each."""
+    if step.tokens == step.sequences:
+        return step.sequences
+    return int((step.counts != 1).argmax())
 
 
 _IDENTITY = np.zeros(0, np.int32)

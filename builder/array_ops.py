@@ -178,6 +178,7 @@ class ArrayOps(Ops):
             window=kv.window,
             softcap=softcap,
             max_query=batch.max_query,
+            singles=batch.singles,
         )
 
     def rope_attention(
@@ -202,7 +203,7 @@ class ArrayOps(Ops):
         held = (batch.query_starts, batch.seq_lens, batch.block_tables[kv.group])
         norms: dict[str, Any] = {"q_norm": q_norm, "k_norm": k_norm, "eps": eps}
         options: dict[str, Any] = {"scale": scale, "window": kv.window, "softcap": softcap}
-        options["max_query"] = batch.max_query
+        options |= {"max_query": batch.max_query, "singles": batch.singles}
         if batch.chained:  # all of the step's keys are to be there before any query reads them
             q = rope.rope_append(*new, *pages, slots, **norms)
             return attention.paged_attention(q, *pages, *held, **options)

@@ -82,6 +82,7 @@ def paged_attention(
     softcap: float | None = None,
     kv_scale: float = 1.0,
     max_query: int | None = None,
+    singles: Any | None = None,
 ) -> Any:
     """Causal softmax attention of packed queries over their sequences' cached keys and values.
 
@@ -95,7 +96,8 @@ def paged_attention(
 
     `max_query` bounds the queries of a sequence where the host knows a bound; it only makes a GPU
     faster. With 1, row i must be sequence i's, or belong to none (`seq_lens[i]` 0). Rows that
-    belong to no sequence are zeros.
+    belong to no sequence are zeros. `singles`, int32 [1] where the other arrays are, is a hint as
+    well: at least so many sequences come first that have one query each.
     """
     options: dict[str, Any] = {"scale": scale, "window": window, "softcap": softcap}
     options["kv_scale"] = kv_scale
@@ -103,7 +105,8 @@ def paged_attention(
     if is_cuda(q):
         from tensorray.kernels.cuda import attention
 
-        return attention.paged_attention(*arrays, **options, max_query=max_query)
+        hints: dict[str, Any] = {"max_query": max_query, "singles": singles}
+        return attention.paged_attention(*arrays, **options, **hints)
     if not _native_takes(q, k_pages, kv_scale):
         return paged_attention_numpy(*arrays, **options)
     out = np.zeros(q.shape, np.float32)

@@ -23,6 +23,8 @@ class Batch:
     logit_rows: Any  # int32 [R], packed rows whose logits are wanted
     # Known to the host: no sequence has more queries in this step (1: decode). None: unknown.
     max_query: int | None = None
+    # int32 [1]: at least so many sequences come first that have one query each. None: unknown.
+    singles: Any | None = None
     # Sequences of one query may read what others append in this very step: a draft's, which has the
     # block table of the sequence that it is for.
     chained: bool = False

@@ -16,8 +16,9 @@ import numpy as np
 
 from tensorray.kernels.device import is_cuda
 
-# The first words of an upload. TOKENS_AT is -1 if no token is given.
-TOKENS, UPDATES, UPDATES_AT, TOKENS_AT = range(4)
+# The first words of an upload. TOKENS_AT is -1 if no token is given; SINGLES is how many sequences
+# come first that have one token each.
+TOKENS, UPDATES, UPDATES_AT, TOKENS_AT, SINGLES = range(5)
 
 _ALIGN = 32  # words; sections start at multiples of 128 bytes
 

@@ -111,6 +111,7 @@ class Rig:
         assert not batch.positions[total:].any()
         assert not batch.seq_lens[own:].any()
         assert (batch.query_starts[own:] == total).all()
+        assert batch.singles[0] == next((i for i, n in enumerate(plan.counts) if n != 1), own)
         assert step.sampled == [plan.seqs[index] for index in sampling]
         np.testing.assert_array_equal(batch.logit_rows, expected.query_starts[1:][sampling] - 1)
 

@@ -15,6 +15,9 @@ _HEADS = 8  # of a KV head's group that a block takes
 # Blocks that many sequences are split into, in multiples of what the GPU holds at once: more even
 # out sequences of unequal lengths, and cost a start each.
 _WAVES = 4
+# The same where it is not known how many sequences there are: few long ones are not to wait for one
+# block each, and blocks without work cost little.
+_SPLITS_OF_SOME = 4
 # Of what is split, a sequence's KV head each: more than `_WAVES` times what any GPU holds.
 _MOST_ITEMS = 1 << 14
 _SIMPLE_WARPS = 4
@@ -83,10 +86,12 @@ def paged_attention(
     softcap: float | None = None,
     kv_scale: float = 1.0,
     max_query: int | None = None,
+    singles: Any | None = None,
 ) -> Any:
     """See `tensorray.kernels.attention.paged_attention`.
 
-    With `max_query` 1 row i is sequence i, or a padded one of length 0.
+    With `max_query` 1 row i is sequence i, or a padded one of length 0. Sequences of one query that
+    come first, `singles` of them, go to the kernel for decodes, the others to that for prefill.
     """
     head_dim = q.shape[2]
     one_each = max_query == 1 and len(q) == len(seq_lens)
@@ -109,15 +114,28 @@ def paged_attention(
             softcap=softcap,
             kv_scale=kv_scale,
         )
+    import cupy
+
     from tensorray.kernels.cuda import prefill
 
+    options: dict[str, Any] = {"scale": scale, "window": window, "softcap": softcap}
+    options["kv_scale"] = kv_scale
+    out = cupy.empty(q.shape, q.dtype)
+    rows = min(len(q), len(seq_lens))
+    if singles is not None and rows:
+        decode(
+            q[:rows],
+            *(k_pages, v_pages, seq_lens[:rows], block_table[:rows]),
+            **options,
+            count=singles,
+            out=out[:rows],
+        )
     return prefill.paged_attention(
         q,
         *(k_pages, v_pages, query_starts, seq_lens, block_table),
-        scale=scale,
-        window=window,
-        softcap=softcap,
-        kv_scale=kv_scale,
+        **options,
+        ahead=singles,
+        out=out,
     )
 
 
@@ -142,6 +160,7 @@ def rope_attention(
     k_norm: Any | None = None,
     eps: float = 0.0,
     max_query: int | None = None,
+    singles: Any | None = None,
 ) -> Any:
     """See `tensorray.kernels.rope.rope_attention`: one kernel in a decode step.
 
@@ -171,7 +190,10 @@ def rope_attention(
         eps=eps,
     )
     return paged_attention(
-        *(q, k_pages, v_pages, query_starts, seq_lens, block_table), **options, max_query=max_query
+        *(q, k_pages, v_pages, query_starts, seq_lens, block_table),
+        **options,
+        max_query=max_query,
+        singles=singles,
     )
 
 
@@ -201,14 +223,18 @@ def decode(
     softcap: float | None = None,
     kv_scale: float = 1.0,
     newest: Newest | None = None,
+    count: Any | None = None,
+    out: Any | None = None,
     splits: int | None = None,
     constants: dict[str, int | str] | None = None,
 ) -> Any:
     """One query a sequence, float16 or bfloat16: q `[S, heads, head_dim]` -> the same shape.
 
     With `newest`, q is yet to be rotated, and the newest key and value are yet to be appended.
-    `splits`, how many blocks share a sequence at most, and `constants`, in place of some of the
-    kernel's own, are chosen here unless given (to measure others).
+    With `count`, int32 [1] on the device, only so many first sequences are there, and the others'
+    rows of `out`, an array like q to write to, are left alone. `splits`, how many blocks share a
+    sequence at most, and `constants`, in place of some of the kernel's own, are chosen here unless
+    given (to measure others).
     """
     import cupy
 
@@ -237,8 +263,11 @@ def decode(
         # Few fill the GPU once, since a second round would take as long as the first.
         slots = _multiprocessors() * int(chosen["MIN_BLOCKS"])
         wanted = slots // items if few else -(-_WAVES * slots // items)
+        if count is not None and items <= _MOST_ITEMS:
+            wanted = max(wanted, _SPLITS_OF_SOME)
         splits = max(1, min(wanted, tiles // int(chosen["SPLIT_TILES"])))
-    out = cupy.empty(q.shape, q.dtype)
+    if out is None:
+        out = cupy.empty(q.shape, q.dtype)
     partials = arrivals = None
     if splits > 1:
         partials = cupy.empty(items * splits * min(group, _HEADS) * (head_dim + 2), "float32")
@@ -258,7 +287,7 @@ def decode(
         (32 * int(chosen["WARPS"]),),
         *(q, k_pages, v_pages, seq_lens, block_table, out, partials, arrivals),
         *(_row_stride(q), kv_heads, _row_stride(block_table), window or 0),
-        *(score_scale, cap, kv_scale, *_newest_arguments(newest)),
+        *(score_scale, cap, kv_scale, *_newest_arguments(newest), count),
         overlap=True,
     )
     return out

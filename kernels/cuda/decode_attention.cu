@@ -287,14 +287,16 @@ __device__ __forceinline__ void store_out(T* to, float4 x, float factor) {
 // new_v) are `*_stride` elements apart. scale: of a score, in powers of two unless capped; window:
 // 0 for none; value_scale: what the pages' values are multiplied by. partials: float [sequences,
 // kv_heads * HEAD_TILES, splits, HEADS, HEAD_DIM], then their peak and sum [.., HEADS, 2]; arrivals
-// [sequences * kv_heads * HEAD_TILES], zeros before and after. From new_k on, for ROPE alone.
+// [sequences * kv_heads * HEAD_TILES], zeros before and after. From new_k to eps, for ROPE alone.
+// count, if not null: so many of the sequences, the first, are there; others' rows are left alone.
 extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_BLOCKS)
     decode_attention(const T* q, KV* k_pages, KV* v_pages, const int* seq_lens,
                      const int* block_table, T* out, float* partials, unsigned* arrivals,
                      int q_stride, int kv_heads, int table_width, int window, float scale,
                      float cap, float value_scale, const T* new_k, const T* new_v,
                      const float* cosines, const int* positions, const long long* slots,
-                     const T* q_weight, const T* k_weight, int k_stride, int v_stride, float eps) {
+                     const T* q_weight, const T* k_weight, int k_stride, int v_stride, float eps,
+                     const int* count) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int kv_head = blockIdx.x / HEAD_TILES;
   const int first_head = blockIdx.x % HEAD_TILES * 8;  // within the group
@@ -303,7 +305,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_BLOCKS)
   const int own_heads = min(HEADS, GROUP - first_head);
 
   // Metadata comes from the host, ahead of the kernel before this one.
-  const int length = seq_lens[sequence];
+  const bool absent = count != nullptr && sequence >= *count;
+  const int length = absent ? 0 : seq_lens[sequence];
   const Range range = {window > 0 ? max(0, length - window) : 0, length};
   const int lowest = range.low / TILE;
   const int tiles = (length + TILE - 1) / TILE - lowest;
@@ -361,7 +364,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_BLOCKS)
 
   wait_for_previous_kernel();
   let_next_kernel_start();
-  if (split >= splits) return;
+  if (split >= splits || absent) return;
   T* own_out = out + (static_cast<long long>(sequence) * heads + kv_head * GROUP + first_head) *
                          HEAD_DIM;
   if (length <= 0) {

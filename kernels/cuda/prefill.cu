@@ -2,7 +2,8 @@
 // and copies by cp.async (FlashAttention-2, arXiv 2307.08691; compute capability 8.0 on).
 //
 // T: type of q and out (__half, __nv_bfloat16); KV: of the pages; HEAD_DIM: a multiple of 16; KEYS:
-// of a tile; SOFTCAP: 1 if scores are capped.
+// of a tile; SOFTCAP: 1 if scores are capped. `ahead`, if not null: so many first sequences and their
+// rows are left alone.
 #include "mma.cuh"
 #include "prefill.cuh"
 
@@ -41,7 +42,8 @@ static_assert(!Q_IN_REGISTERS || ROWS <= 2 * KEYS);
 
 extern "C" __global__ void __launch_bounds__(THREADS)
     prefill_mma(const T* q, const KV* k_pages, const KV* v_pages, const int* query_starts,
-                const int* seq_lens, const int* block_table, T* out, const Step step) {
+                const int* seq_lens, const int* block_table, T* out, const int* ahead,
+                const Step step) {
   extern __shared__ __align__(16) unsigned char memory[];
   Shared& shared = *reinterpret_cast<Shared*>(memory);
   unsigned char* const behind = memory + sizeof(Shared);
@@ -52,8 +54,14 @@ extern "C" __global__ void __launch_bounds__(THREADS)
                                      : reinterpret_cast<T*>(behind);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   wait_for_previous_kernel();
+  const int first_sequence = ahead == nullptr ? 0 : *ahead;
+  query_starts += first_sequence;
+  seq_lens += first_sequence;
+  block_table += static_cast<long long>(first_sequence) * step.table_stride;
+  Step own = step;
+  own.sequences -= first_sequence;
   // Later tiles of a sequence have more keys, so they start first.
-  const Tile tile = find_tile(query_starts, seq_lens, step, gridDim.x - 1 - blockIdx.x);
+  const Tile tile = find_tile(query_starts, seq_lens, own, gridDim.x - 1 - blockIdx.x);
   if (tile.queries == 0) return;
   const int first_head = blockIdx.y * step.share;
   const int kv_head = first_head / (step.heads / step.kv_heads);

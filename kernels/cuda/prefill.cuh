@@ -5,7 +5,8 @@
 // device's query_starts alone: sequence s has the tile numbers from query_starts[s] / Q + s on (Q
 // queries a tile). These ranges are disjoint and long enough for any lengths, so T / Q + S + 1
 // numbers hold every tile; those that fall into a gap have nothing to do. The last "sequence" is
-// the packed tokens behind all sequences, whose rows become zeros.
+// the packed tokens behind all sequences, whose rows become zeros. Tokens ahead of the first
+// sequence have no tile: their rows are another kernel's.
 #pragma once
 
 #include <math_constants.h>
@@ -62,6 +63,10 @@ __device__ __forceinline__ Tile find_tile(const int* query_starts, const int* se
   const int s = count_while(step.sequences + 1, [&](int i) {
                   return query_starts[i] / step.queries_per_tile + i <= number;
                 }) - 1;
+  if (s < 0) {
+    tile.queries = 0;
+    return tile;
+  }
   tile.sequence = s;
   const bool real = s < step.sequences;
   const int begin = query_starts[s];

@@ -81,6 +81,8 @@ def paged_attention(
     window: int | None = None,
     softcap: float | None = None,
     kv_scale: float = 1.0,
+    ahead: Any | None = None,
+    out: Any | None = None,
 ) -> Any:
     """`kernels.attention.paged_attention` on CuPy arrays, for any number of queries a sequence.
 
@@ -88,7 +90,9 @@ def paged_attention(
     of 16, at most 256; pages of the same dtype or float8_e4m3fn (as such or as uint8), whose
     numbers stand for `kv_scale` times themselves; query_starts, seq_lens and block_table int32.
     Rows of tokens that belong to no sequence become zeros. A row's result is the same, bit for bit,
-    whatever else is in the step. Raises ValueError for arrays that are none of these.
+    whatever else is in the step. `ahead`, int32 [1], is how many sequences come first that are left
+    alone: their rows of `out`, an array like q to write to, stay as they are. Raises ValueError for
+    arrays that are none of these.
     """
     import cupy
 
@@ -98,11 +102,12 @@ def paged_attention(
         and k_pages.shape[2] % 8 == 0
         and _is_hopper(cupy.cuda.runtime.getDevice())
     )
-    out = cupy.empty(q.shape, q.dtype)
+    if out is None:
+        out = cupy.empty(q.shape, q.dtype)
     if not q.size:
         return out
     (_launch_wgmma if hopper else _launch_mma)(
-        *(q, k_pages, v_pages, query_starts, seq_lens, block_table, out),
+        *(q, k_pages, v_pages, query_starts, seq_lens, block_table, out, ahead),
         *(scale, window, softcap, kv_scale),
     )
     return out
@@ -116,6 +121,7 @@ def _launch_mma(
     seq_lens: Any,
     block_table: Any,
     out: Any,
+    ahead: Any | None,
     scale: float,
     window: int | None,
     softcap: float | None,
@@ -129,7 +135,7 @@ def _launch_mma(
     kernel(
         (_tiles(step), q.shape[1] // int(step["share"])),
         (32 * _MMA_WARPS,),
-        *(q, k_pages, v_pages, query_starts, seq_lens, block_table, out, step),
+        *(q, k_pages, v_pages, query_starts, seq_lens, block_table, out, ahead, step),
         overlap=True,
     )
 
@@ -142,6 +148,7 @@ def _launch_wgmma(
     seq_lens: Any,
     block_table: Any,
     out: Any,
+    ahead: Any | None,
     scale: float,
     window: int | None,
     softcap: float | None,
@@ -173,7 +180,7 @@ def _launch_wgmma(
     module.function("prefill_wgmma", shared_bytes)(
         (min(_multiprocessors(), _tiles(step) * (heads // share)),),
         (_WGMMA_THREADS,),
-        *(q_map, k_map, v_map, query_starts, seq_lens, block_table, out, _taken()),
+        *(q_map, k_map, v_map, query_starts, seq_lens, block_table, out, ahead, _taken()),
         *(box_rows, step),
         overlap=True,
     )

@@ -8,7 +8,8 @@
 // what they multiplied before.
 //
 // T: type of q and out, MMA_TYPE its name in PTX; KV: of the pages, T or float8; HEAD_DIM: 64, 128
-// or 256; KEYS of a tile: 64 or 128; STAGES of the ring; SOFTCAP: 1 if scores are capped.
+// or 256; KEYS of a tile: 64 or 128; STAGES of the ring; SOFTCAP: 1 if scores are capped. `ahead`, if
+// not null: so many first sequences and their rows are left alone.
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 #include "mma.cuh"
 #include "prefill.cuh"
@@ -299,11 +300,11 @@ __device__ __forceinline__ void lead(Shared& shared, const TensorMap& q_map,
                                      const TensorMap& k_map, const TensorMap& v_map,
                                      const int* query_starts, const int* seq_lens,
                                      const int* block_table, unsigned* taken, int box_rows,
-                                     Step step) {
+                                     int sequences, Step step) {
   const int lane = threadIdx.x;
   // A step's empty last sequences, often most of them, would each leave a number without a tile.
-  const int end = query_starts[step.sequences];
-  step.sequences = count_while(step.sequences, [&](int i) { return query_starts[i] < end; });
+  const int end = query_starts[sequences];
+  step.sequences = count_while(sequences, [&](int i) { return query_starts[i] < end; });
   const int tiles = step.tokens / step.queries_per_tile + step.sequences + 1;
   const int total = tiles * (step.heads / step.share);
   Position at;
@@ -594,8 +595,8 @@ __device__ __forceinline__ void consume(Shared& shared, T* out, int warpgroup, c
 extern "C" __global__ void __launch_bounds__(WARPGROUP * (CONSUMERS + 1), 1)
     prefill_wgmma(const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap k_map,
                   const __grid_constant__ TensorMap v_map, const int* query_starts,
-                  const int* seq_lens, const int* block_table, T* out, unsigned* taken,
-                  int box_rows, const __grid_constant__ Step step) {
+                  const int* seq_lens, const int* block_table, T* out, const int* ahead,
+                  unsigned* taken, int box_rows, const __grid_constant__ Step step) {
   extern __shared__ unsigned char memory[];
   // TMA's swizzle repeats every 1024 bytes.
   Shared& shared = *reinterpret_cast<Shared*>(
@@ -619,11 +620,16 @@ extern "C" __global__ void __launch_bounds__(WARPGROUP * (CONSUMERS + 1), 1)
   }
   __syncthreads();
   wait_for_previous_kernel();
+  const int first_sequence = ahead == nullptr ? 0 : *ahead;
+  query_starts += first_sequence;
+  seq_lens += first_sequence;
+  block_table += static_cast<long long>(first_sequence) * step.table_stride;
   const int warpgroup = threadIdx.x / WARPGROUP;
   if (warpgroup == 0) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(PRODUCER_REGISTERS));
     if (threadIdx.x < 32)
-      lead(shared, q_map, k_map, v_map, query_starts, seq_lens, block_table, taken, box_rows, step);
+      lead(shared, q_map, k_map, v_map, query_starts, seq_lens, block_table, taken, box_rows,
+           step.sequences - first_sequence, step);
     else
       help(shared, k_map, v_map, block_table, box_rows, step);
   } else {

@@ -19,7 +19,7 @@ cupy = pytest.importorskip("cupy", reason="CuPy is not installed")
 if not cupy.cuda.is_available():
     pytest.skip("no NVIDIA GPU", allow_module_level=True)
 
-from tensorray.kernels.cuda import prefill  # noqa: E402
+from tensorray.kernels.cuda import attention, prefill  # noqa: E402
 
 TYPES = {
     "float16": np.dtype(np.float16),
@@ -101,18 +101,21 @@ class Step:
         given = (self.q, self.k, self.v, self.query_starts, self.seq_lens, self.table)
         return [on_gpu(x) for x in given]
 
-    def run(self, arrays: list[Any] | None = None) -> Any:
+    @property
+    def options(self) -> dict[str, Any]:
         case = self.case
+        options: dict[str, Any] = {"scale": self.scale, "window": case.window}
+        return options | {"softcap": case.softcap, "kv_scale": case.kv_scale}
+
+    def run(self, arrays: list[Any] | None = None, singles: int | None = None) -> Any:
         arrays = arrays or self.arrays()
         poison = cupy.full(self.q.shape, 0xFFFF, np.uint16)  # NaN of either type
         del poison  # the pool hands this memory out next
-        out = prefill.paged_attention(
-            *arrays,
-            scale=self.scale,
-            window=case.window,
-            softcap=case.softcap,
-            kv_scale=case.kv_scale,
-        )
+        if singles is None:
+            out = prefill.paged_attention(*arrays, **self.options)
+        else:
+            count = cupy.asarray([singles], np.int32)
+            out = attention.paged_attention(*arrays, **self.options, singles=count)
         return to_numpy(out, self.q.dtype)
 
 
@@ -128,9 +131,9 @@ def to_numpy(x: Any, dtype: Any) -> Any:
     return x.view(np.uint16).get().view(dtype)
 
 
-def check(case: Case) -> None:
+def check(case: Case, singles: int | None = None) -> None:
     step = Step(case)
-    result, expected = step.run().astype(np.float64), step.expected()
+    result, expected = step.run(singles=singles).astype(np.float64), step.expected()
     assert np.isfinite(result).all()
     assert (result[step.used :] == 0).all()
     norm = np.linalg.norm(expected, axis=-1)
@@ -313,6 +316,68 @@ def test_queries_within_wider_rows() -> None:
     wide[:, 2:10] = arrays[0]
     arrays[0] = wide[:, 2:10]
     np.testing.assert_array_equal(step.run(arrays), expected)
+
+
+# Sequences of one query first, as a step that decodes and prefills has them.
+MIXED = ([1] * 6 + [37, 1, 130], [300, 0, 65, 1200, 15, 16, 0, 40, 65])
+
+
+@pytest.mark.parametrize("head_dim", [64, 80, 128, 256])
+@pytest.mark.parametrize("singles", [0, 1, 5, 6])
+def test_decodes_ahead_go_to_their_own_kernel(head_dim: int, singles: int) -> None:
+    check(Case(*MIXED, heads=8, kv_heads=2, head_dim=head_dim), singles)
+    case = Case(*MIXED, heads=6, kv_heads=2, head_dim=head_dim, dtype="bfloat16", window=70)
+    case.padded_tokens, case.padded_sequences = 40, 300
+    check(case, singles)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_decodes_ahead_over_float8_pages(head_dim: int) -> None:
+    check(Case(*MIXED, head_dim=head_dim, cache="float8", kv_scale=0.7, softcap=9.0), 6)
+
+
+def test_decodes_alone_and_more_sequences_than_tokens() -> None:
+    check(Case([1] * 40, [*range(0, 800, 20)], heads=8, kv_heads=2), 40)
+    check(Case([1] * 40, [*range(0, 800, 20)], padded_tokens=24, padded_sequences=216), 40)
+    check(Case([1, 3], [700, 0], padded_sequences=254), 1)
+    check(Case([], [], padded_sequences=4, padded_tokens=50), 0)
+
+
+def test_many_decodes_beside_a_prompt() -> None:
+    check(Case([1] * 255 + [200, 57], [*range(255), 0, 120], heads=8, kv_heads=2), 255)
+
+
+@pytest.mark.parametrize("head_dim", [80, 128])
+def test_a_captured_step_follows_the_number_of_its_decodes(head_dim: int) -> None:
+    first = Step(Case([1, 1, 1, 50], [90, 5, 260, 30], head_dim=head_dim, seed=1))
+    second = Step(Case([1, 40, 1], [300, 20, 9], head_dim=head_dim, padded_tokens=11, seed=2))
+    second.seq_lens = np.append(second.seq_lens, np.int32(0))
+    second.query_starts = np.append(second.query_starts, second.query_starts[-1:])
+    second.table = np.pad(second.table, ((0, 1), (0, 0)))
+    blocks = max(len(s.k) for s in (first, second))
+    width = max(s.table.shape[1] for s in (first, second))
+    for step in (first, second):
+        step.k, step.v = (np.resize(x, (blocks, *x.shape[1:])) for x in (step.k, step.v))
+        step.table = np.pad(step.table, ((0, 0), (0, width - step.table.shape[1])))
+    arrays, count = first.arrays(), cupy.zeros(1, np.int32)
+    cupy.cuda.Device().synchronize()
+    stream = cupy.cuda.Stream(non_blocking=True)
+    with stream:
+        attention.paged_attention(*arrays, **first.options, singles=count)  # loads the modules
+        stream.begin_capture()
+        out = attention.paged_attention(*arrays, **first.options, singles=count)
+        graph = stream.end_capture()
+    for step, singles in ((second, 1), (first, 3), (first, 0)):
+        with stream:
+            for held, new in zip(arrays, step.arrays(), strict=True):
+                held[...] = new
+            count.fill(singles)
+            out.fill(float("nan"))
+            graph.launch()
+        stream.synchronize()
+        result, expected = to_numpy(out, step.q.dtype).astype(np.float64), step.expected()
+        assert np.linalg.norm(result - expected) <= 1e-3 * np.linalg.norm(expected)
+        assert (result[step.used :] == 0).all()
 
 
 def test_refuses_what_it_cannot_take() -> None:
