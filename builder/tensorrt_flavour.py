@@ -128,6 +128,8 @@ class Flavour(ABC):
     dtypes: ClassVar[tuple[str, ...]] = ("bfloat16", "float16", "float32")
     #: Type of the values that shapes are computed with.
     shape_dtype: ClassVar[str] = "int64"
+    #: How long a build searches for faster kernels, 0 to 5; None is TensorRT's own choice (3).
+    optimization_level: int | None = None
 
     def __init__(self, module: Any) -> None:
         self.trt = module
@@ -197,8 +199,7 @@ class Flavour(ABC):
         timing_cache: TimingCache | None = None,
     ) -> bytes:
         """A network as a plan; raises TensorRTError with what TensorRT said."""
-        config = self.builder.create_builder_config()
-        self.configure(config, target)
+        config = self._config(target)
         for shapes in profiles:
             profile = self.builder.create_optimization_profile()
             for name, (smallest, best, largest) in shapes.items():
@@ -214,14 +215,20 @@ class Flavour(ABC):
             timing_cache.data = bytes(config.get_timing_cache().serialize())
         return bytes(plan)
 
+    def _config(self, target: Target | None) -> Any:
+        config = self.builder.create_builder_config()
+        if self.optimization_level is not None:
+            config.builder_optimization_level = self.optimization_level
+        self.configure(config, target)
+        return config
+
     @abstractmethod
     def configure(self, config: Any, target: Target | None) -> None:
         """Set a builder configuration up; the target is None when only settings are read."""
 
     def settings(self) -> tuple[tuple[str, int], ...]:
         """The builder settings that plans depend on."""
-        config = self.builder.create_builder_config()
-        self.configure(config, None)
+        config = self._config(None)
         return (
             ("flags", int(config.flags)),
             ("optimization_level", int(config.builder_optimization_level)),
@@ -390,6 +397,7 @@ def _messages(module: Any) -> Any:
         severity.ERROR: logging.ERROR,
         severity.WARNING: logging.INFO,  # TensorRT warns of much that is in order
         severity.INFO: logging.DEBUG,
+        severity.VERBOSE: logging.DEBUG - 5,  # what a build is at, many lines a second
     }
 
     class Messages(module.ILogger):  # type: ignore[misc]

@@ -318,7 +318,7 @@ def test_tensorrt_without_its_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
         class ILogger:
             class Severity:
-                INTERNAL_ERROR, ERROR, WARNING, INFO = range(4)
+                INTERNAL_ERROR, ERROR, WARNING, INFO, VERBOSE = range(5)
 
     monkeypatch.setitem(sys.modules, "tensorrt", Module)  # type: ignore[arg-type]
     monkeypatch.setattr(tensorrt_flavour, "local_gpu", lambda: None)

@@ -1,6 +1,7 @@
 """Segments on a GPU: TensorRT's results against the array interpreter's and float64's, and times.
 
-    python tests/gpu/check_segments.py [--minutes 9] [--plans FILE] [STAGE ...]
+    python tests/gpu/check_segments.py [--minutes 9] [--plans FILE] [--resume FILE] [--only NAME,…]
+        [--levels 3:60] [--workers 7] [STAGE ...]
 
 Runs by itself, without an install: it needs TensorRT, CuPy, NumPy and the libraries that builder/
 and kernels/ import (gguf, safetensors, huggingface_hub, threadpoolctl). Stages (all of them by
@@ -12,12 +13,19 @@ default) run until the minutes are up; what is left is listed as not run.
 - times: Llama's MLP, QKV, output and LM head segments, from CUDA graphs that rotate through several
   sets of weights, beside the same math in PyTorch where `python3` has it (torch_times.py).
 
+Plans are built by processes spread over the GPUs that are visible; they are checked on the first.
+--levels are the builder's optimization levels to build each plan at, one after another, each with
+the seconds after which a build is given up (with what TensorRT said last): 3 is TensorRT's default,
+at 0 it takes the first kernels that work, which is quicker and as good a check of the network.
+What a level did not give is tried at level 0 for one number of rows only.
+
 Inputs are fresh and random; outputs and scratch are NaN before each run, and a margin after each
 output has to stay so. The relative error is that of the norm, over each output.
 
 Writes segments.json and plans.pickle (the plans that took long; --plans takes it in again) to
-$OUT, or to the working directory, and prints a short table last. Fails (status 1) if a result is
-wrong, a build fails or something did not run.
+$OUT, or to the working directory, and prints a short table last. --resume takes an earlier run's
+segments.json: what was right in it is not run again. Fails (status 1) if a result is wrong, a
+build fails or something did not run.
 """
 
 from __future__ import annotations
@@ -25,7 +33,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import multiprocessing
+import logging
 import os
 import pickle
 import shutil
@@ -35,9 +43,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures import TimeoutError as FuturesTimeoutError
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -62,6 +68,7 @@ make_importable()
 
 import numpy as np  # noqa: E402
 from helpers import tiny_models  # noqa: E402
+from helpers.limited_pool import GivenUp, LimitedPool, Note  # noqa: E402
 from helpers.published_configs import PUBLISHED  # noqa: E402
 
 from tensorray.builder.array_ops import ArrayOps  # noqa: E402
@@ -87,6 +94,7 @@ from tensorray.builder.plan import (  # noqa: E402
 from tensorray.builder.registry import resolve  # noqa: E402
 from tensorray.builder.tensorrt_flavour import (  # noqa: E402
     Flavour,
+    Target,
     load_flavour,
     local_gpu,
 )
@@ -96,6 +104,8 @@ TOLERANCE = 1e-2
 HALF = DTypes("float16", "float16")
 WIDE = DTypes("float16", "float32")  # Gemma's residual stream
 SMALL = ProfileSet((Profile(1, 16, 48),))
+TINY = ProfileSet((Profile(1, 8, 16),))
+ONE_SIZE = ProfileSet((Profile(13, 13, 13),))  # nothing dynamic
 TIMED_ROWS = (1, 16, 64, 256, 512, 2048, 8192)
 MARGIN = 256  # bytes after each output that nobody may write
 
@@ -207,7 +217,7 @@ def family_cases() -> Iterator[Case]:
             for index, segment in enumerate(trace(model).segments()):
                 if (segment, dtypes) not in seen:
                     seen.add((segment, dtypes))
-                    yield Case(f"{name} tp{ranks} {index}", segment, dtypes, SMALL, (1, 37))
+                    yield Case(f"{name} tp{ranks} {index}", segment, dtypes, TINY, (1, 13))
 
 
 def llama_cases() -> Iterator[Case]:
@@ -265,24 +275,73 @@ def flavour() -> Flavour:
     return load_flavour("tensorrt")
 
 
-def build(case: Case) -> Plan:
+@dataclass(frozen=True)
+class Build:
+    """A case to build at one of the builder's optimization levels."""
+
+    stage: str
+    case: Case
+    level: int
+
+    def __str__(self) -> str:
+        sizes = ", ".join(f"{p.smallest} to {p.largest} rows" for p in self.case.profiles.profiles)
+        return f"{self.stage}: {self.case.name}, level {self.level}, {sizes}"
+
+    @property
+    def label(self) -> str:
+        """What its checks are counted under."""
+        alone = ", one size" if self.case.profiles == ONE_SIZE else ""
+        return f"{self.stage} (level {self.level}{alone})"
+
+
+def target(level: int) -> Target:
     gpu = local_gpu()
     assert gpu is not None, "no GPU, or no CuPy"
-    return build_plan(
-        case.segment,
-        dtypes=case.dtypes,
-        profiles=case.profiles,
-        target=flavour().target(gpu.architecture),
-        flavour=flavour(),
-    )
+    flavour().optimization_level = level
+    return flavour().target(gpu.architecture)
 
 
-def build_safely(case: Case) -> Plan | str:
+def start_tensorrt() -> None:
+    """Have CUDA and TensorRT's builder up, which takes long."""
+    target(3)
+
+
+def build_safely(build: Build, note: Note) -> Plan | str:
     """For worker processes: a plan, or what went wrong."""
+    _listen(note)
     try:
-        return build(case)
+        return build_plan(
+            build.case.segment,
+            dtypes=build.case.dtypes,
+            profiles=build.case.profiles,
+            target=target(build.level),
+            flavour=flavour(),
+        )
     except Exception:
         return traceback.format_exc(limit=-2)
+
+
+def _listen(note: Note) -> None:
+    """Note whatever TensorRT says, in place of logging it."""
+
+    class Listener(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            note(record.getMessage())
+
+    logger = logging.getLogger(load_flavour.__module__)
+    logger.handlers[:] = [Listener()]
+    logger.setLevel(1)
+    logger.propagate = False
+
+
+def builders(workers: int) -> list[dict[str, str]]:
+    """Each builder's environment: as many for each GPU that this process sees."""
+    import cupy
+
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    count = cupy.cuda.runtime.getDeviceCount()
+    gpus = seen.split(",")[:count] if seen else [str(i) for i in range(count)]
+    return [{"CUDA_VISIBLE_DEVICES": gpu} for _ in range(workers) for gpu in gpus]
 
 
 # --- running -------------------------------------------------------------------------------------
@@ -482,6 +541,17 @@ class Report:
     torch: dict[str, dict[str, float]] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
     not_run: list[str] = field(default_factory=list)
+    given_up: list[str] = field(default_factory=list)
+
+    def right(self, stage: str) -> set[str]:
+        """The cases that have only right checks, whatever they were built at."""
+        checks = [
+            check
+            for label, each in self.checks.items()
+            for check in each
+            if label.split(" (")[0] == stage
+        ]
+        return {c.name for c in checks} - {c.name for c in checks if not c.passed}
 
     @property
     def seconds(self) -> float:
@@ -503,7 +573,7 @@ class Report:
             worst = max((check.error for check in checks), default=0.0)
             worst64 = max((check.error64 for check in checks), default=0.0)
             print(
-                f"{stage:9} {good} of {len(checks)} runs right; worst relative error "
+                f"{stage:20} {good} of {len(checks)} runs right; worst relative error "
                 f"{worst:.1e} (ArrayOps), {worst64:.1e} (float64)"
             )
         for name, same in self.captures.items():
@@ -515,11 +585,15 @@ class Report:
                 other = self.torch.get(name, {}).get(str(rows))
                 beside = f"{other:12.1f}{microseconds / other:7.2f}" if other else ""
                 print(f"{name:8}{rows:6}{microseconds:13.1f}{beside}")
-        for label, lines in (("FAILED", self.failures), ("not run", self.not_run)):
-            for line in lines[:12]:
+        for label, lines in (
+            ("FAILED", self.failures),
+            ("given up", self.given_up),
+            ("not run", self.not_run),
+        ):
+            for line in lines[:20]:
                 print(f"{label}: {line[:600]}")
-            if len(lines) > 12:
-                print(f"{label}: and {len(lines) - 12} more")
+            if len(lines) > 20:
+                print(f"{label}: and {len(lines) - 20} more")
 
 
 # --- stages --------------------------------------------------------------------------------------
@@ -528,66 +602,104 @@ class Report:
 class Session:
     """The stages, one budget of time, and the plans that are worth keeping."""
 
-    def __init__(self, out: Path, minutes: float, plans: Path | None, workers: int) -> None:
+    def __init__(self, out: Path, arguments: argparse.Namespace) -> None:
         self.out = out
         self.report = Report()
-        self.deadline = self.report.started + 60 * minutes
-        self.workers = workers
-        self.plans: dict[str, Plan] = pickle.loads(plans.read_bytes()) if plans else {}
+        self.deadline = self.report.started + 60 * arguments.minutes
+        self.arguments = arguments
+        earlier: Path | None = arguments.plans
+        self.plans: dict[str, Plan] = pickle.loads(earlier.read_bytes()) if earlier else {}
         self.timed: dict[str, Plan] = {}
+        if arguments.resume:
+            self.resume(json.loads(arguments.resume.read_text()))
+        self.environments = builders(arguments.workers)
         gpu = local_gpu()
         self.report.device = gpu.name if gpu else "no GPU"
         self.report.tensorrt = flavour().version
         self.runner = Runner()
 
+    def resume(self, earlier: dict[str, Any]) -> None:
+        """Take over an earlier run's right checks."""
+        for label, each in earlier["checks"].items():
+            checks = [Check(**check) for check in each]
+            wrong = {check.name for check in checks if not check.passed}
+            self.report.checks[label] = [check for check in checks if check.name not in wrong]
+
     @property
     def left(self) -> float:
         return self.deadline - time.perf_counter()
 
-    def parallel(self, stages: dict[str, list[Case]]) -> None:
+    def cases(self, stage: str) -> list[Case]:
+        """A stage's cases, as far as they are asked for and not right already."""
+        right = self.report.right(stage)
+        only = tuple(self.arguments.only.split(",")) if self.arguments.only else ("",)
+        return [
+            case
+            for case in STAGES[stage]()
+            if case.name.startswith(only) and case.name not in right
+        ]
+
+    def parallel(self, stages: list[str]) -> None:
         """Build in several processes and check. What is slow to build should come first.
 
-        They share the GPU, which blurs the times that TensorRT chooses tactics by: what is timed
+        They share GPUs, which blurs the times that TensorRT chooses tactics by: what is timed
         later may be somewhat slower than from a build alone.
         """
-        cases = [(stage, case) for stage, each in stages.items() for case in each]
-        made = [(*each, self.plans.get(self.key(each[1]))) for each in cases]
-        for stage, case, plan in made:
-            if plan is not None:
-                self.take(stage, case, plan)
-        context = multiprocessing.get_context("spawn")
-        pool = ProcessPoolExecutor(self.workers, mp_context=context)
-        building = {
-            pool.submit(build_safely, case): (stage, case)
-            for stage, case, plan in made
-            if plan is None
-        }
-        try:
-            for count, future in enumerate(as_completed(building, timeout=max(0.0, self.left))):
-                stage, case = building[future]
-                self.report.say(f"{stage}: {case.name}; {len(building) - count - 1} left")
-        except FuturesTimeoutError:  # Python 3.10's is not the built-in one
-            pass
-        finished = {future for future in building if future.done()}
-        # A build can't be stopped half-way, but its process can.
-        for process in list(pool._processes.values()):
-            process.terminate()
-        pool.shutdown(wait=False, cancel_futures=True)
+        cases = [(stage, case) for stage in stages for case in self.cases(stage)]
+        there: list[tuple[Build, Plan | str]] = []
+        made: set[tuple[str, str]] = set()
+
+        under_way: set[tuple[str, str]] = set()
+        levels: list[tuple[int, float]] = self.arguments.levels
+
+        def builds() -> Iterator[tuple[Build, float]]:
+            tried = set()
+            for level, limit in levels:
+                for stage, case in cases:
+                    build = Build(stage, case, level)
+                    if self.plans and (plan := self.plans.get(self.key(build))):
+                        there.append((build, plan))
+                        made.add((stage, case.name))
+                    else:
+                        under_way.add((stage, case.name))
+                        yield build, limit
+                for stage, case in cases:
+                    name = (stage, case.name)
+                    if name not in made | under_way | tried and stage != "times":
+                        tried.add(name)
+                        one_size = replace(case, profiles=ONE_SIZE, rows=(13,))
+                        yield Build(stage, one_size, 0), limit
+
+        pool = LimitedPool(build_safely, self.environments, start_tensorrt)
+        self.report.say(f"{len(cases)} plans, {len(self.environments)} builders")
+        for build, result in pool.run(builds(), self.deadline):
+            under_way.discard((build.stage, build.case.name))
+            if isinstance(result, GivenUp):
+                self.report.say(f"{build}: given up after {result.seconds:.0f} s")
+                self.report.given_up.append(f"{build}: {result.why}; {result.note}")
+                continue
+            there.append((build, result))
+            if isinstance(result, Plan):
+                made.add((build.stage, build.case.name))
+                self.report.say(f"{build}: {result.seconds:.1f} s")
         # Checks take long beside builds, which keep all cores busy.
-        for future, (stage, case) in building.items():
-            if future in finished:
-                self.take(stage, case, future.result())
-            else:
-                self.report.not_run.append(f"{stage}: {case.name}")
+        for build, result in there:
+            self.take(build, result)
+        self.report.not_run += [
+            f"{stage}: {case.name}" for stage, case in cases if (stage, case.name) not in made
+        ]
 
-    def key(self, case: Case) -> str:
-        gpu = local_gpu()
-        target = flavour().target(gpu.architecture if gpu else "")
-        return plan_key(case.segment, dtypes=case.dtypes, profiles=case.profiles, target=target)
+    def key(self, build: Build) -> str:
+        case = build.case
+        return plan_key(
+            case.segment, dtypes=case.dtypes, profiles=case.profiles, target=target(build.level)
+        )
 
-    def take(self, stage: str, case: Case, plan: Plan | str) -> None:
+    def take(self, build: Build, plan: Plan | str) -> None:
         """Check what was built; keep it if it was slow to build."""
-        self.check(stage, case, plan)
+        stage, case = build.stage, build.case
+        self.check(build, plan)
+        self.save()
         if isinstance(plan, str) or stage not in ("llama", "times"):
             return
         self.plans[plan.key] = plan
@@ -599,16 +711,15 @@ class Session:
                 self.report.captures[name] = self.runner.check_capture(plan, rows)
         self.save()
 
-    def check(self, stage: str, case: Case, plan: Plan | str) -> None:
+    def check(self, build: Build, plan: Plan | str) -> None:
         if isinstance(plan, str):
-            self.report.failures.append(f"{stage}: {case.name}: {plan}")
+            self.report.failures.append(f"{build}: {plan}")
             return
-        self.report.builds[f"{stage}: {case.name}"] = (plan.seconds, len(plan.data))
+        self.report.builds[str(build)] = (plan.seconds, len(plan.data))
         try:
-            self.report.add(stage, self.runner.check(case, plan))
+            self.report.add(build.label, self.runner.check(build.case, plan))
         except Exception:
-            problem = traceback.format_exc(limit=-3)
-            self.report.failures.append(f"{stage}: {case.name}: {problem}")
+            self.report.failures.append(f"{build}: {traceback.format_exc(limit=-3)}")
         self.runner.cupy.get_default_memory_pool().free_all_blocks()
 
     def times(self) -> None:
@@ -661,19 +772,23 @@ STAGES: dict[str, Callable[[], Iterator[Case]]] = {
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("stages", nargs="*", metavar="STAGE", help=", ".join(STAGES))
-    parser.add_argument("--minutes", type=float, default=9.0)
+    parser.add_argument("--minutes", type=float, default=9.0, help="for building")
     parser.add_argument("--plans", type=Path, help="a plans.pickle of an earlier run")
-    parser.add_argument("--workers", type=int, default=14)
+    parser.add_argument("--resume", type=Path, help="a segments.json of an earlier run")
+    parser.add_argument("--only", help="cases whose names begin so, with commas between")
+    parser.add_argument("--levels", default="3:60", help="LEVEL:SECONDS, with commas between")
+    parser.add_argument("--workers", type=int, default=7, help="builders for each GPU")
     arguments = parser.parse_args()
     stages = arguments.stages or list(STAGES)
     unknown = set(stages) - {*STAGES}
     if unknown:
         parser.error(f"no stage {unknown}; there are {', '.join(STAGES)}")
-    out = Path(os.environ.get("OUT", "."))
-    session = Session(out, arguments.minutes, arguments.plans, arguments.workers)
+    pairs = [each.split(":") for each in arguments.levels.split(",")]
+    arguments.levels = [(int(level), float(seconds)) for level, seconds in pairs]
+    session = Session(Path(os.environ.get("OUT", ".")), arguments)
     report = session.report
     try:
-        session.parallel({name: list(STAGES[name]()) for name in STAGES if name in stages})
+        session.parallel([name for name in STAGES if name in stages])
         if session.timed:
             session.times()
     except Exception:

@@ -19,6 +19,7 @@ class ILogger:
         ERROR = 1
         WARNING = 2
         INFO = 3
+        VERBOSE = 4
 
 
 class Builder:
