@@ -35,7 +35,7 @@ def with_flags(**models: type[BaseModel]) -> Callable[[Callable[..., None]], Cal
     """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        hints = get_type_hints(command, include_extras=True)
+        hints = _hints(command)
         parameters = [
             parameter.replace(annotation=hints[parameter.name])
             for parameter in inspect.signature(command).parameters.values()
@@ -85,6 +85,19 @@ def explain(error: ValidationError) -> str:
             message = f"{where}: {message}{value}"
         lines.append(message)
     return "\n".join(lines)
+
+
+def _hints(command: Callable[..., None]) -> dict[str, Any]:
+    """The parameters' annotations, each Annotated where the command says so.
+
+    Python 3.10 wraps those that default to None in an Optional, which hides them.
+    """
+    hints = get_type_hints(command, include_extras=True)
+    for name, hint in hints.items():
+        inside = [part for part in get_args(hint) if get_origin(part) is Annotated]
+        if get_origin(hint) is Union and inside:
+            hints[name] = inside[0]
+    return hints
 
 
 def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Optional
 
 import pytest
 import typer
@@ -91,6 +91,24 @@ def test_flags_follow_the_fields_types() -> None:
 
 def test_flags_not_given_are_left_to_others() -> None:
     assert parse_settings()[1] == {"own": 0}
+
+
+def test_an_argument_that_may_be_left_out_stays_one() -> None:
+    """Written out, the annotation is what Python 3.10 makes of one that defaults to None."""
+    app = typer.Typer(rich_markup_mode=None)
+    seen: list[str | None] = []
+
+    @app.command()
+    @with_flags(settings=Settings)
+    def show(
+        settings: Given,
+        path: Optional[Annotated[str | None, typer.Argument()]] = None,  # noqa: UP045
+    ) -> None:
+        seen.append(path)
+
+    for arguments in (["here"], []):
+        assert CliRunner().invoke(app, arguments).exit_code == 0
+    assert seen == ["here", None]
 
 
 def test_help_shows_defaults_and_choices() -> None:
