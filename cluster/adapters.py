@@ -118,16 +118,20 @@ class EngineAdapters:
 
     # --- the engine's ---
 
-    def find(self, name: str) -> int:
-        """The id that a new request with this adapter gets. Raises UnknownAdapter."""
+    def find(self, name: str, begun: int = 0) -> int:
+        """The id that a request with this adapter gets: the version it has `begun` with if that is
+        here, else the present one. Raises UnknownAdapter, also for one older than `begun`."""
+        if begun in self._loaded:
+            return begun
         id = self._current.get(name)
-        if id is None:
+        if id is None or id < begun:
             raise UnknownAdapter(f"there is no adapter {name!r} here")
         return id
 
     def acquire(self, id: int) -> None:
         """A request runs with it."""
         self._users[id] += 1
+        self._fading.pop(id, None)
 
     def release(self, id: int) -> None:
         """A request that ran with it has ended."""

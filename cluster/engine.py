@@ -296,10 +296,16 @@ class Engine:
         return weight(self.scheduler.queued_tokens, self.scheduler.unfinished)
 
     def _with_adapter(self, request: GenerationRequest) -> GenerationRequest:
-        """The request, with the present version of its adapter."""
+        """The request, with the version of its adapter that it began with, or the present one."""
         if self.adapters is None:
             raise UnknownAdapter("adapters need --enable-lora")
-        return msgspec.structs.replace(request, adapter=self.adapters.find(request.lora))
+        id = self.adapters.find(request.lora, request.adapter)
+        if request.adapter not in (0, id):
+            raise EngineFailed(
+                f"the version of adapter {request.lora!r} that this request began with has been "
+                "replaced, and went with the router that ran it; ask again"
+            )
+        return msgspec.structs.replace(request, adapter=id)
 
     async def cancel(self, request_id: str, index: int | None = None) -> None:
         """End a request, or one of its sequences, now. Unknown or finished ones are ignored.
@@ -497,9 +503,11 @@ class Engine:
                 return  # a step of a search tells nothing
         if item.prompt_logprobs:
             delta.prompt_logprobs = list(item.prompt_logprobs)
+            delta.adapter = tracked.stream.request.adapter
         if item.token is not None:
             if tracked.generated == 0:
                 delta.cached_tokens = item.sequence.cached_tokens
+                delta.adapter = tracked.stream.request.adapter
                 delta.queued = tracked.began - tracked.arrival
                 self._observer.first_token(now - tracked.arrival)
             else:

@@ -54,7 +54,8 @@ class GenerationRequest(msgspec.Struct, frozen=True, omit_defaults=True):
     user: str = ""  # admission is fair between users
     cache_salt: str = ""  # prompts share cached blocks only under the same salt
     lora: str = ""  # a LoRA adapter's name; empty: none
-    adapter: int = 0  # the id of that adapter's present version, which the engine puts here
+    # The id of that adapter's version: 0 where a request begins, which then gets the present one.
+    adapter: int = 0
     whole: bool = False  # its reader wants nothing of a sequence before its end
     reuse_prefix: bool = True  # off when prompt logprobs need every row computed
     beams: BeamSearch | None = None  # None: each sequence draws its own tokens
@@ -81,6 +82,7 @@ class Delta(msgspec.Struct, omit_defaults=True):
     refused: bool = False  # with `error`: it is what the request asks for that can't be
     pooled: bytes = b""  # float32 [hidden], little-endian: all that a pooled request is told
     cached_tokens: int = 0  # prompt tokens served from the prefix cache; on the first delta
+    adapter: int = 0  # the id of the version that it runs with, if any; before its first token
     queued: float = 0.0  # seconds it waited before its first step; on the first delta
     drafted: int = 0  # tokens guessed for it from its start, where any were
     accepted: int = 0  # of these, the ones that were right

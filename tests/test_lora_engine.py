@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from helpers.scheduling import Rig
 from pydantic import ValidationError
@@ -22,7 +23,7 @@ from tensorray.actors.protocol import KVGroups, Sampling, ShardInfo
 from tensorray.builder.checkpoint import CheckpointError
 from tensorray.cluster.adapters import AdapterRefused, EngineAdapters, LocalHost
 from tensorray.cluster.config import EngineConfig
-from tensorray.cluster.engine import Engine
+from tensorray.cluster.engine import Engine, EngineFailed
 from tensorray.cluster.fleet import AdapterClient, Fleet
 from tensorray.cluster.lora_module import LoraModule, check_modules
 from tensorray.cluster.replicas import UnderWay
@@ -108,6 +109,45 @@ async def test_a_version_that_runs_stays_until_its_requests_have_ended(running: 
     await running.engine.cancel("nobody")
     await tokens(running.ask("", 4))  # the plans that named it have been heard of
     await until(lambda: running.held == [2])
+
+
+async def test_a_resumed_request_keeps_its_version_or_fails_over(running: Running) -> None:
+    await running.load("a", 1)
+    await running.adapters.load(Adapter("a", 2, "/a"))
+    under_way = UnderWay(GenerationRequest("r", [1, 2, 3], Sampling(seed=3), 100, lora="a"))
+    first = running.engine.generate(under_way.request(running.engine))
+    under_way.take(await anext(first))
+    running.adapters.publish(2)
+    under_way.lose()
+    resumed = under_way.request(running.engine)
+    second = running.engine.generate(resumed)
+    assert resumed.adapter == second.request.adapter == 1
+    assert await tokens(first) == await tokens(second) == 99
+    await tokens(running.ask("", 4))
+    await until(lambda: running.held == [2])
+
+    with pytest.raises(EngineFailed, match="has been replaced"):
+        running.engine.generate(resumed)
+    newer = msgspec.structs.replace(resumed, adapter=3)
+    with pytest.raises(UnknownAdapter, match="no adapter 'a'"):  # which has it brought here
+        running.engine.generate(newer)
+
+
+async def test_a_version_that_is_about_to_go_stays_for_who_comes_back(running: Running) -> None:
+    adapters = running.adapters
+    await running.load("a", 1)
+    await adapters.load(Adapter("a", 2, "/a"))
+    adapters.in_flight = lambda: 1
+    adapters.acquire(1)
+    adapters.publish(2)
+    adapters.release(1)
+    assert adapters.fading
+    adapters.acquire(adapters.find("a", 1))
+    adapters.heard()
+    assert adapters.find("a", 1) == 1
+    adapters.release(1)
+    adapters.heard()
+    assert adapters.find("a", 1) == 2
 
 
 async def test_an_unloaded_adapter_is_not_found_at_once(running: Running) -> None:
