@@ -10,6 +10,7 @@ fields under `args`. On the command line: `serve run tensorray.cluster.app:build
 
 # No `from __future__ import annotations`: Serve reads build_app's annotation to check its argument.
 
+import logging
 import signal
 import socket
 import ssl
@@ -37,9 +38,13 @@ from tensorray.cluster.fleet import Fleet
 from tensorray.cluster.frontend import Frontend, PreparedRequest
 from tensorray.cluster.ingress import create_app
 from tensorray.cluster.lora_module import check_modules
+from tensorray.cluster.replica_number import replica_number
 from tensorray.cluster.router import Router
 from tensorray.cluster.router_door import RouterDoor
+from tensorray.cluster.router_share import Place
 from tensorray.cluster.routers import REQUEST_ROUTER, Routers, SplitRouters
+
+logger = logging.getLogger(__name__)
 
 APP_NAME = "tensorray"
 
@@ -80,10 +85,13 @@ class Ingress:
     ) -> None:
         request_log.set_up(config.log_format)
         digest, routing = config.model_digest(), config.effective_routing
-        decode = Routers(routers, digest, routing, patience=config.router_timeout_seconds)
+        ingresses = config.num_ingress_replicas
+        place = Place(replica_number() % ingresses, ingresses)
+        patience = config.router_timeout_seconds
+        decode = Routers(routers, digest, routing, patience=patience, place=place)
         self._client: Routers | SplitRouters = decode
         if prefill is not None:
-            apart = Routers(prefill, digest, routing)
+            apart = Routers(prefill, digest, routing, place=place)
             apart.follow()
             self._client = SplitRouters(apart, decode, config.prefill_min_tokens)
         address = await decode.start()
@@ -281,6 +289,7 @@ def run(
     with console.status("") if blocking else nullcontext() as status:
 
         def stage(text: str) -> None:
+            logger.info(text)
             if status is not None:
                 status.update(text)
 

@@ -83,6 +83,17 @@ def engine_settings(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def print_table(found: dict[str, dict[str, float]]) -> None:
+    """Figures by model and work, beside vLLM's."""
+    print(f"\n{'model':14} {'work':6} {'here':>9} {'vLLM':>9} {'ratio':>6}  (above 1: faster)")
+    for name, figures in found.items():
+        for work, value in figures.items():
+            theirs = VLLM[name][work]
+            lower_is_better = work in ("start", "alone")
+            ratio = theirs / value if lower_is_better else value / theirs
+            print(f"{name:14} {work:6} {value:9.2f} {theirs:9.2f} {ratio:6.2f}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--models", default=",".join(VLLM))
@@ -111,13 +122,7 @@ def main() -> None:
                 per_token = seconds / requests.output
                 figures[work] = 1e3 * per_token if work == "alone" else 1 / per_token
                 print(f"{name} {work}: {figures[work]:.2f}", flush=True)
-    print(f"\n{'model':14} {'work':6} {'here':>9} {'vLLM':>9} {'ratio':>6}  (above 1: faster)")
-    for name, figures in found.items():
-        for work, value in figures.items():
-            theirs = VLLM[name][work]
-            lower_is_better = work in ("start", "alone")
-            ratio = theirs / value if lower_is_better else value / theirs
-            print(f"{name:14} {work:6} {value:9.2f} {theirs:9.2f} {ratio:6.2f}")
+    print_table(found)
     if arguments.json:
         arguments.json.write_text(json.dumps(found, indent=2))
     sys.stdout.flush()
