@@ -387,6 +387,10 @@ class EngineLink:
         """What the router has to do, as it said last; None while there is no connection."""
         return self._line.load if self._line is not None and self._line.open else None
 
+    async def connect(self) -> None:
+        """Return once there is a connection. Raises EngineFailed."""
+        await self._connected()
+
     async def generate(self, request: GenerationRequest) -> AsyncIterator[list[Delta]]:
         """See EngineClient. Raises RequestRefused, QueueFull or EngineFailed."""
         line = await self._connected()

@@ -12,7 +12,12 @@ held by as many replicas as it takes. Where there are few replicas all are looke
 are many it is a few of those known to hold most of the prompt and two others, one in turn and one
 at random (Mitzenmacher, "The power of two choices in randomized load balancing", 2001), so that
 the choice costs the same among ten replicas and among a thousand; and ingresses whose knowledge is
-a step old do not all send to the one that is least loaded. Preble (Srivatsa et al., arXiv
+a step old do not all send to the one that is least loaded.
+
+Ingresses do not tell each other what they sent where. So that prompts which begin alike meet
+whichever ingress they come by, each beginning has a *home*, found by consistent hashing (Karger et
+al., "Consistent hashing and random trees", 1997), and a request goes there unless that is much
+busier. Preble (Srivatsa et al., arXiv
 2407.00023) and SGLang (Zheng et al., arXiv 2312.07104) weigh cached prefixes against load as well.
 """
 
@@ -24,6 +29,7 @@ from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from hashlib import blake2b
 from itertools import chain
 from typing import Generic, Literal, TypeVar
 
@@ -49,6 +55,14 @@ _MOST_HOLDERS = 16
 #: Of which so many are looked at, others each time.
 _HOLDERS_TRIED = 4
 
+#: What it is worth that prompts which begin alike meet, in prompt tokens to compute: twice the
+#: prompt's, and no more than this. Of 16 simulated replicas' prompt tokens behind four ingresses
+#: 39% were found in caches without, with 1200 throughout 51%.
+_MEETING_TOKENS = 1200
+
+#: Points that a replica has on the ring that says whose home is where.
+_POINTS = 16
+
 #: Prefixes remembered, for each replica and in all. One takes about 300 bytes.
 _PREFIXES_A_REPLICA = 4096
 _MOST_PREFIXES = 1 << 19
@@ -70,13 +84,20 @@ class Choice(Generic[Name]):
 class ReplicaChoice(Generic[Name]):
     """Chooses among replicas that come and go, known by name. Belongs to one event loop."""
 
-    def __init__(self, routing: Routing = "prefix", *, seed: int | None = None) -> None:
-        """`routing` "balanced" looks at the load alone. The seed is for tests."""
+    def __init__(
+        self, routing: Routing = "prefix", *, meet: bool = False, seed: int | None = None
+    ) -> None:
+        """`routing` "balanced" looks at the load alone. With `meet`, prompts that begin alike meet
+        those that come by other ingresses. The seed is for tests."""
         self._by_prefix = routing == "prefix"
+        self._meet = meet
         self._random = random.Random(seed)
         self._names: list[Name] = []
         self._known: set[Name] = set()
         self._turn = 0
+        # The ring: its points in order, and whose they are.
+        self._points: list[int] = []
+        self._owners: list[Name] = []
         # By key of a prefix: who was sent it, the last one last. The least recently used first.
         self._holders: OrderedDict[int, list[Name]] = OrderedDict()
 
@@ -84,14 +105,23 @@ class ReplicaChoice(Generic[Name]):
         """Prefixes remembered."""
         return len(self._holders)
 
-    def add(self, replica: Name) -> None:
+    def add(self, replica: Name, called: str) -> None:
+        """`called` is what all ingresses call it."""
         self._names.append(replica)
         self._known.add(replica)
+        for number in range(_POINTS):
+            point = _point(f"{called}/{number}".encode())
+            place = bisect_right(self._points, point)
+            self._points.insert(place, point)
+            self._owners.insert(place, replica)
 
     def remove(self, replica: Name) -> None:
         """It is gone; what was sent there is forgotten as it is met."""
         self._names.remove(replica)
         self._known.remove(replica)
+        left = [place for place, owner in enumerate(self._owners) if owner is not replica]
+        self._points = [self._points[place] for place in left]
+        self._owners = [self._owners[place] for place in left]
 
     def choose(
         self, request: GenerationRequest, load: Callable[[Name], int | None]
@@ -103,17 +133,24 @@ class ReplicaChoice(Generic[Name]):
         """
         keys = prefix_keys(request) if self._by_prefix and len(self._names) > 1 else []
         cached = self._cached(keys) if request.reuse_prefix else {}
+        home = self._home(request) if self._meet and keys else None
+        meeting = min(_MEETING_TOKENS, 2 * len(request.prompt))
         best: Name | None = None
         least = hit = 0
         for name, found in self._others(load):
             held = cached.pop(name, 0)
-            if best is None or found - held < least:
-                best, least, hit = name, found - held, held
-        for name, held in cached.items():
-            if (known := load(name)) is not None and (best is None or known - held < least):
-                best, least, hit = name, known - held, held
+            cost = found - (held if name != home else max(held, meeting))
+            if best is None or cost < least:
+                best, least, hit = name, cost, held
         if best is None:
             return None
+        if home is not None:
+            cached.setdefault(home, 0)
+        for name, held in cached.items():
+            if (known := load(name)) is not None:
+                cost = known - (held if name != home else max(held, meeting))
+                if cost < least:
+                    best, least, hit = name, cost, held
         self._remember(keys, best)
         return Choice(best, hit)
 
@@ -139,6 +176,12 @@ class ReplicaChoice(Generic[Name]):
                     others.append((names[place], found))
                     break
         return others
+
+    def _home(self, request: GenerationRequest) -> Name:
+        """Where prompts that begin like this one meet."""
+        owner = f"{len(request.cache_salt)}/{request.cache_salt}{request.lora}/".encode()
+        point = _point(owner + array("I", request.prompt[:_STRIDE]).tobytes())
+        return self._owners[bisect_right(self._points, point) % len(self._owners)]
 
     def _cached(self, keys: list[tuple[int, int]]) -> dict[Name, int]:
         """By replica, how much of the prompt it is thought to hold: some that hold most."""
@@ -202,6 +245,11 @@ def prefix_keys(request: GenerationRequest) -> list[tuple[int, int]]:
         keys.append((place, key))
         begin = end
     return keys
+
+
+def _point(data: bytes) -> int:
+    """A place on the ring, the same in all processes."""
+    return int.from_bytes(blake2b(data, digest_size=8).digest(), "big")
 
 
 _TOKEN_BYTES = array("I").itemsize

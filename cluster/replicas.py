@@ -2,7 +2,10 @@
 
 Which of them a request goes to is `replica_choice.py`'s to say. One that retires gets new requests
 only while there is no other. A request whose replica is lost goes on at another one, or at its
-successor, from the tokens it has had, so that whoever reads it sees a pause.
+successor, from the tokens it has had, so that whoever reads it sees a pause. A lost one is tried
+again and again beside them, by no request that could go elsewhere, and used once it is back.
+
+Of many replicas an ingress sends to a share, as long as that has one to send to: router_share.py.
 """
 
 from __future__ import annotations
@@ -20,9 +23,11 @@ from tensorray.cluster.engine import EngineFailed
 from tensorray.cluster.frontend import EngineClient
 from tensorray.cluster.replica_choice import Choice, ReplicaChoice, Routing
 from tensorray.cluster.request import Delta, GenerationRequest, QueueFull, Resumed
+from tensorray.cluster.router_share import Place
 
-# How long a replica that could not be reached is left alone, where there is no other.
+# How long a replica that could not be reached is left alone at first, and at last.
 _RETRY_SECONDS = 0.25
+_MOST_RETRY_SECONDS = 5.0
 
 
 class ReplicaLost(EngineFailed):
@@ -35,6 +40,10 @@ class LoadedClient(EngineClient, Protocol):
     @property
     def load(self) -> int | None:
         """As `replica_choice.weight` counts it; None while that is not known."""
+        ...
+
+    async def connect(self) -> None:
+        """Return once the replica can be reached. Raises EngineFailed if it can't be."""
         ...
 
 
@@ -51,6 +60,7 @@ class Member(Generic[Client]):
     retiring: bool = False
     lost: ReplicaLost | None = None  # the last attempt to reach it failed so
     retry_at: float = 0.0  # by time.monotonic()
+    near: bool = True  # in the share of those sent to
 
 
 class UnderWay:
@@ -60,7 +70,6 @@ class UnderWay:
         self._request = request
         self._tokens: list[list[int]] = [[] for _ in range(request.n)]
         self._prompt_rows = [0] * request.n
-        self._adapter = request.adapter  # the version that what was told is of
         self._attempts = 0
         self._ended: set[int] = set()  # sequences
         self._cancelled: set[int] = set()
@@ -95,16 +104,13 @@ class UnderWay:
                 for index in range(self._request.n)
                 if index not in self._ended
             ]
-        return msgspec.structs.replace(
-            self._request, request_id=self.request_id, resumed=resumed, adapter=self._adapter
-        )
+        return msgspec.structs.replace(self._request, request_id=self.request_id, resumed=resumed)
 
     def take(self, deltas: list[Delta]) -> None:
         self._begun = True
         for delta in deltas:
             self._tokens[delta.index] += delta.tokens
             self._prompt_rows[delta.index] += len(delta.prompt_logprobs)
-            self._adapter = self._adapter or delta.adapter
             if delta.finish_reason is not None:
                 self._ended.add(delta.index)
 
@@ -136,10 +142,17 @@ class Replicas(Generic[Client]):
         routing: Routing = "prefix",
         *,
         patience: float = 0.0,
+        place: Place | None = None,
     ) -> None:
+        """`place` is this ingress's; None: it is the only one."""
         self._patience = patience
         self._members: dict[str, Member[Client]] = {}
-        self._choice: ReplicaChoice[Member[Client]] = ReplicaChoice(routing)
+        self._place = place or Place()
+        self._senders = self._place.ingresses  # to each replica
+        meet = self._place.ingresses > 1
+        self._choice: ReplicaChoice[Member[Client]] = ReplicaChoice(routing, meet=meet)
+        self._far: ReplicaChoice[Member[Client]] = ReplicaChoice(routing, meet=meet)
+        self._searches: set[asyncio.Task[None]] = set()
         self._changed = asyncio.Event()
         self._running: dict[str, UnderWay] = {}  # by request id
         self._closed = False
@@ -149,7 +162,9 @@ class Replicas(Generic[Client]):
     def add(self, name: str, client: Client) -> None:
         """There is a replica more."""
         member = self._members[name] = Member(name, client)
-        self._choice.add(member)
+        member.near = self._place.sends_to(name, self._senders)
+        self._choice_of(member).add(member, name)
+        self._share_out()
         for each in list(self._members.values()):
             self._forget_if_done(each)
         self._changed.set()
@@ -191,8 +206,7 @@ class Replicas(Generic[Client]):
                             yield deltas
                     return
                 except ReplicaLost as error:
-                    member.lost = error
-                    member.retry_at = time.monotonic() + _RETRY_SECONDS
+                    self._lose(member, error)
                     under_way.lose()
                 except (QueueFull, EngineFailed) as error:
                     refusals[member] = error
@@ -212,6 +226,8 @@ class Replicas(Generic[Client]):
         """Nobody is waited for any more."""
         self._closed = True
         self._changed.set()
+        for search in self._searches:
+            search.cancel()
 
     def forgotten(self, client: Client) -> None:
         """Called with the client of a replica that has gone."""
@@ -231,7 +247,51 @@ class Replicas(Generic[Client]):
                 return None
             return member.client.load or 0
 
-        return self._choice.choose(request, load) or self._choice.choose(request, last_resort)
+        for usable in (load, last_resort):
+            for choice in (self._choice, self._far):
+                if found := choice.choose(request, usable):
+                    return found
+        return None
+
+    def _choice_of(self, member: Member[Client]) -> ReplicaChoice[Member[Client]]:
+        return self._choice if member.near else self._far
+
+    def _share_out(self) -> None:
+        """How many ingresses send to a replica follows from how many there are."""
+        senders = self._place.senders(len(self._members))
+        if senders == self._senders:
+            return
+        self._senders = senders
+        for member in self._members.values():
+            near = self._place.sends_to(member.name, senders)
+            if near != member.near:
+                self._choice_of(member).remove(member)
+                member.near = near
+                self._choice_of(member).add(member, member.name)
+
+    def _lose(self, member: Member[Client], error: ReplicaLost) -> None:
+        member.retry_at = time.monotonic() + _RETRY_SECONDS
+        if member.lost is None:
+            search = asyncio.create_task(self._search(member))
+            self._searches.add(search)
+            search.add_done_callback(self._searches.discard)
+        member.lost = error
+
+    async def _search(self, member: Member[Client]) -> None:
+        """Until a lost replica is back, or gone for good."""
+        pause = _RETRY_SECONDS
+        while True:
+            await asyncio.sleep(pause)
+            if member.lost is None or self._members.get(member.name) is not member:
+                return
+            try:
+                await member.client.connect()
+            except EngineFailed:
+                pause = min(2 * pause, _MOST_RETRY_SECONDS)
+            else:
+                member.lost = None
+                self._changed.set()
+                return
 
     async def _wait(self, deadline: float | None) -> float:
         """For another replica, or the time to try a lost one again; until when to wait in all."""
@@ -251,5 +311,6 @@ class Replicas(Generic[Client]):
             return
         if member.lost or len(self.members()):
             del self._members[member.name]
-            self._choice.remove(member)
+            self._choice_of(member).remove(member)
+            self._share_out()
             self.forgotten(member.client)

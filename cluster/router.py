@@ -28,6 +28,7 @@ from tensorray.cluster.engine_link import EngineServer
 from tensorray.cluster.fleet import LocalDoor
 from tensorray.cluster.idle_watch import IdleWatch
 from tensorray.cluster.metrics import EngineMetrics
+from tensorray.cluster.replica_number import replica_number
 from tensorray.cluster.routers import RouterAddress
 
 logger = logging.getLogger("ray.serve")
@@ -59,7 +60,7 @@ class Router:
             await self._replica.close()
             raise
         link = await self._replica.connect()
-        self._number = role + _rank()
+        self._number = f"{role}{replica_number()}"
         self._metrics = EngineMetrics(config.names()[0], engine=self._number)
         self._engine = Engine(
             link,
@@ -220,12 +221,6 @@ async def _adapters(config: EngineConfig, replica: Replica) -> EngineAdapters | 
         await adapters.load(adapter)
         adapters.publish(adapter.id)
     return adapters
-
-
-def _rank() -> str:
-    """Which of the model's routers this is, from 0 on."""
-    rank = getattr(serve.get_replica_context(), "rank", 0)
-    return str(getattr(rank, "rank", rank))
 
 
 def _check_name(replica: str | None) -> None:

@@ -29,6 +29,7 @@ from tensorray.cluster.metrics import join_scrapes
 from tensorray.cluster.prefill_first import PrefillFirst
 from tensorray.cluster.replica_choice import Routing
 from tensorray.cluster.replicas import ReplicaLost, Replicas
+from tensorray.cluster.router_share import Place
 
 logger = logging.getLogger("ray.serve")
 
@@ -160,10 +161,11 @@ class Routers(Replicas[RouterClient]):
         routing: Routing = "prefix",
         *,
         patience: float = 0.0,
+        place: Place | None = None,
     ) -> None:
         """`model` is the digest of what this ingress speaks for: routers that serve another model
         or another version of it, as there are while one replaces the other, are not used."""
-        super().__init__(routing=routing, patience=patience)
+        super().__init__(routing=routing, patience=patience, place=place)
         self._handle = handle
         self._model = model
         self._clients: dict[str, RouterClient] = {}

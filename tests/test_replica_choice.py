@@ -25,7 +25,7 @@ def tokens(group: int, length: int) -> list[int]:
 def choice_of(count: int, routing: Routing = "prefix") -> ReplicaChoice[int]:
     choice: ReplicaChoice[int] = ReplicaChoice(routing, seed=0)
     for name in range(count):
-        choice.add(name)
+        choice.add(name, str(name))
     return choice
 
 
@@ -116,7 +116,7 @@ def test_one_that_cannot_be_used_is_passed_over_and_one_that_is_gone_forgotten()
     for name in range(3):
         choice.remove(name)
     assert choice.choose(prompt, Loads(0, 0, 0)) is None
-    choice.add(3)
+    choice.add(3, "3")
     assert chosen(choice, prompt, Loads(0, 0, 0, 0)) == (3, 0)
 
 

@@ -21,6 +21,7 @@ from typing import Literal
 from tensorray.actors.protocol import KVGroups, Sampling, StepPlan, StepResult
 from tensorray.cluster.replica_choice import SEQUENCE_TOKENS, Choice, ReplicaChoice, weight
 from tensorray.cluster.request import GenerationRequest, QueueFull
+from tensorray.cluster.router_share import Place
 from tensorray.cluster.scheduler import Scheduler
 from tensorray.cluster.sequence import Sequence
 
@@ -261,14 +262,17 @@ class _Replica:
 class _Ingress:
     """Sends requests to replicas, by what it knows of them."""
 
-    def __init__(self, number: int, replicas: list[_Replica], policy: Policy, seed: int) -> None:
-        self._number = number
+    def __init__(self, place: Place, replicas: list[_Replica], policy: Policy, seed: int) -> None:
+        self._number = place.number
         self._replicas = replicas
         self._random = random.Random(seed) if policy == "random" else None
         routing: Literal["prefix", "balanced"] = "prefix" if policy == "prefix" else "balanced"
-        self.choice: ReplicaChoice[int] = ReplicaChoice(routing, seed=seed)
+        meet = place.ingresses > 1
+        self.choice: ReplicaChoice[int] = ReplicaChoice(routing, meet=meet, seed=seed)
+        senders = place.senders(len(replicas))
         for name in range(len(replicas)):
-            self.choice.add(name)
+            if place.sends_to(str(name), senders):
+                self.choice.add(name, str(name))
 
     def choose(self, request: GenerationRequest) -> Choice[int]:
         if self._random is not None:
@@ -316,7 +320,9 @@ def simulate(
         )
         for _ in range(replicas)
     ]
-    doors = [_Ingress(i, routers, policy, workload.seed + i) for i in range(ingresses)]
+    doors = [
+        _Ingress(Place(i, ingresses), routers, policy, workload.seed + i) for i in range(ingresses)
+    ]
     ends: list[tuple[float, int]] = []  # of steps that are under way, and whose they are
     arrivals = workload.arrivals()
     coming = next(arrivals, None)
