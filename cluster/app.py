@@ -10,6 +10,7 @@ fields under `args`. On the command line: `serve run tensorray.cluster.app:build
 
 # No `from __future__ import annotations`: Serve reads build_app's annotation to check its argument.
 
+import logging
 import signal
 import socket
 import ssl
@@ -42,6 +43,8 @@ from tensorray.cluster.router import Router
 from tensorray.cluster.router_door import RouterDoor
 from tensorray.cluster.router_share import Place
 from tensorray.cluster.routers import REQUEST_ROUTER, Routers, SplitRouters
+
+logger = logging.getLogger(__name__)
 
 APP_NAME = "tensorray"
 
@@ -286,6 +289,7 @@ def run(
     with console.status("") if blocking else nullcontext() as status:
 
         def stage(text: str) -> None:
+            logger.info(text)
             if status is not None:
                 status.update(text)
 
