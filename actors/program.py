@@ -64,6 +64,10 @@ class ProgramRunner:
         assert self._select is not None, "only the last stage has a head"
         return self._run(self._head, {self._select.outputs[0]: rows}, self._result, len(rows))
 
+    def head_of(self, hidden: Any, first: int, count: int) -> Any:
+        """Logits of packed rows of a step, from `first` on, of its residual stream."""
+        return self.head(hidden[first : first + count])
+
     def _run(
         self, calls: list[tuple[Call, tuple[int, ...]]], values: dict[int, Any], end: int, rows: int
     ) -> Any:
