@@ -70,6 +70,7 @@ class UnderWay:
         self._request = request
         self._tokens: list[list[int]] = [[] for _ in range(request.n)]
         self._prompt_rows = [0] * request.n
+        self._adapter = request.adapter  # the version that what was told is of
         self._attempts = 0
         self._ended: set[int] = set()  # sequences
         self._cancelled: set[int] = set()
@@ -104,13 +105,16 @@ class UnderWay:
                 for index in range(self._request.n)
                 if index not in self._ended
             ]
-        return msgspec.structs.replace(self._request, request_id=self.request_id, resumed=resumed)
+        return msgspec.structs.replace(
+            self._request, request_id=self.request_id, resumed=resumed, adapter=self._adapter
+        )
 
     def take(self, deltas: list[Delta]) -> None:
         self._begun = True
         for delta in deltas:
             self._tokens[delta.index] += delta.tokens
             self._prompt_rows[delta.index] += len(delta.prompt_logprobs)
+            self._adapter = self._adapter or delta.adapter
             if delta.finish_reason is not None:
                 self._ended.add(delta.index)
 
