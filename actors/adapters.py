@@ -1,5 +1,5 @@
-"""LoRA adapters on a CPU shard: which are loaded, which sequences use them, and their part of a
-step's products.
+"""LoRA adapters on a shard: which are loaded and which sequences use them; and, on a CPU, their
+part of a step's products.
 
 Rows of a step are grouped by adapter, and each group's low-rank product is added to the base's, so
 that one step serves any mix of adapters (Punica, arXiv 2310.18547; S-LoRA, arXiv 2311.03285). Rows
@@ -10,9 +10,10 @@ A sequence keeps the adapter it started with until it ends, whatever is unloaded
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 
@@ -20,10 +21,81 @@ from tensorray.actors.adapter import Adapter, AdapterSource
 from tensorray.actors.protocol import StepPlan
 from tensorray.builder.array_ops import ArrayOps
 from tensorray.builder.checkpoint.peft import open_adapter
-from tensorray.builder.lora import read_adapter
-from tensorray.builder.model import Model, ShardWeights
+from tensorray.builder.lora import Place, read_adapter
+from tensorray.builder.model import Model, ShardWeights, Weights
 from tensorray.builder.ops import Tensor, segment
 from tensorray.kernels.low_rank import LowRank, add_low_rank
+
+
+class HasAdapter(Protocol):
+    @property
+    def adapter(self) -> Adapter: ...
+
+
+Held = TypeVar("Held", bound=HasAdapter)
+
+
+class AdapterBooks(ABC, Generic[Held]):
+    """Which adapters a shard has, and which sequences run with which. `load` and `unload` may be
+    called while steps run, by another thread."""
+
+    def __init__(
+        self, model: Model, layers: range, *, source: AdapterSource, max_rank: int
+    ) -> None:
+        self._model = model
+        self._layers = layers
+        self._source = source
+        self._max_rank = max_rank
+        self._loaded: dict[int, Held] = {}
+        self._running: dict[int, Held] = {}  # by sequence
+        self._missing: set[int] = set()  # sequences that can't go on
+
+    @abstractmethod
+    def hold(self, adapter: Adapter, found: dict[Place, LowRank]) -> Held:
+        """An adapter's share of the shard as it is kept. Raises CheckpointError if it can't be."""
+
+    def load(self, adapter: Adapter) -> None:
+        """Read an adapter. Raises CheckpointError saying what is wrong with it."""
+        directory = self._source.find(adapter.path)
+        files = open_adapter(directory, self._model.config.get("model_type"))
+        found = read_adapter(files, self._model, self._layers, max_rank=self._max_rank)
+        self._loaded[adapter.id] = self.hold(adapter, found)
+
+    def unload(self, id: int) -> None:
+        """Forget an adapter, if it is loaded; sequences that run keep it."""
+        self._loaded.pop(id, None)
+
+    def loaded(self) -> list[Adapter]:
+        return [each.adapter for each in list(self._loaded.values())]
+
+    def take(self, plan: StepPlan) -> None:
+        """Sequences end and start."""
+        for seq in plan.ends:
+            self._running.pop(seq, None)
+            self._missing.discard(seq)
+        for start in plan.starts:
+            if (held := self._loaded.get(start.adapter)) is not None:
+                self._running[start.seq] = held
+            elif start.adapter:
+                self._missing.add(start.seq)
+
+    def missing(self, seqs: Sequence[int]) -> dict[int, str]:
+        """Of these sequences, those whose adapter could not be loaded again when the shard was
+        started anew, with the reason."""
+        found = self._missing.intersection(seqs) if self._missing else ()
+        return dict.fromkeys(found, "its adapter's files are gone; load the adapter again")
+
+    def forget_sequences(self) -> None:
+        self._running.clear()
+        self._missing.clear()
+
+
+def placed_weights(weights: ShardWeights) -> Iterator[tuple[Place, Any]]:
+    """A shard's weights but the embedding's, each with its place."""
+    groups: list[tuple[int | str, Weights]] = [*weights.layers.items(), ("head", weights.head)]
+    for group, held in groups:
+        for name, array in held.arrays.items():
+            yield (group, name), array
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,8 +179,8 @@ def _grouped(owners: Sequence[LoadedAdapter | None], owner_of: Any) -> list[_Row
     return groups
 
 
-class ShardAdapters:
-    """A shard's adapters. `load` and `unload` may be called while steps run, by another thread."""
+class ShardAdapters(AdapterBooks[LoadedAdapter]):
+    """A CPU shard's adapters."""
 
     rows: StepRows | None = None  # of the present step; None: no row has an adapter
 
@@ -121,55 +193,12 @@ class ShardAdapters:
         source: AdapterSource,
         max_rank: int,
     ) -> None:
-        self._model = model
-        self._layers = layers
-        self._source = source
-        self._max_rank = max_rank
-        self._weights = {
-            (group, name): id(array)
-            for group, held in [*weights.layers.items(), ("head", weights.head)]
-            for name, array in held.arrays.items()
-        }
+        super().__init__(model, layers, source=source, max_rank=max_rank)
+        self._weights = {place: id(array) for place, array in placed_weights(weights)}
         self._head = frozenset(map(id, weights.head.arrays.values()))
-        self._loaded: dict[int, LoadedAdapter] = {}
-        self._running: dict[int, LoadedAdapter] = {}  # by sequence
-        self._missing: set[int] = set()  # sequences that can't go on
 
-    def load(self, adapter: Adapter) -> None:
-        """Read an adapter. Raises CheckpointError saying what is wrong with it."""
-        directory = self._source.find(adapter.path)
-        files = open_adapter(directory, self._model.config.get("model_type"))
-        found = read_adapter(files, self._model, self._layers, max_rank=self._max_rank)
-        deltas = {self._weights[place]: low for place, low in found.items()}
-        self._loaded[adapter.id] = LoadedAdapter(adapter, deltas)
-
-    def unload(self, id: int) -> None:
-        """Forget an adapter, if it is loaded; sequences that run keep it."""
-        self._loaded.pop(id, None)
-
-    def loaded(self) -> list[Adapter]:
-        return [each.adapter for each in list(self._loaded.values())]
-
-    def take(self, plan: StepPlan) -> None:
-        """Sequences end and start."""
-        for seq in plan.ends:
-            self._running.pop(seq, None)
-            self._missing.discard(seq)
-        for start in plan.starts:
-            if start.adapter in self._loaded:
-                self._running[start.seq] = self._loaded[start.adapter]
-            elif start.adapter:
-                self._missing.add(start.seq)
-
-    def missing(self, seqs: Sequence[int]) -> dict[int, str]:
-        """Of these sequences, those whose adapter could not be loaded again when the shard was
-        started anew, with the reason."""
-        found = self._missing.intersection(seqs) if self._missing else ()
-        return dict.fromkeys(found, "its adapter's files are gone; load the adapter again")
-
-    def forget_sequences(self) -> None:
-        self._running.clear()
-        self._missing.clear()
+    def hold(self, adapter: Adapter, found: dict[Place, LowRank]) -> LoadedAdapter:
+        return LoadedAdapter(adapter, {self._weights[place]: low for place, low in found.items()})
 
     def select(self, seqs: Sequence[int], starts: Any) -> None:
         """Set the step's rows: those from `starts[i]` to `starts[i + 1]` are of `seqs[i]`."""

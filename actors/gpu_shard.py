@@ -25,13 +25,15 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from tensorray.actors.adapter import Adapter
+from tensorray.actors.adapted_program import AdaptedProgram
+from tensorray.actors.adapter import Adapter, AdapterSource
 from tensorray.actors.array_segment import Runner
 from tensorray.actors.beam_starts import BeamStarts
 from tensorray.actors.buckets import decode_sizes, mixed_sizes
 from tensorray.actors.communicator import Communicator, CommunicatorError
 from tensorray.actors.config import ShardConfig
 from tensorray.actors.device import CudaDevice, Device, DeviceError, Mark
+from tensorray.actors.device_adapters import DeviceAdapters
 from tensorray.actors.device_ranks import DeviceRanks, Rehearsal
 from tensorray.actors.device_sampler import DeviceSampler, HostRows, PromptScores, Sampled
 from tensorray.actors.device_weights import DevicePlacement
@@ -127,14 +129,15 @@ class GpuShard:
         kv_dtype: Any = None,
         vocabulary: Callable[[], Vocabulary] | None = None,
         processors: Registry | None = None,
+        adapters: DeviceAdapters | None = None,
         weight_bytes: int = 0,
         began: float | None = None,
     ) -> None:
         """`choose_blocks` sizes the KV cache, in blocks, from the bytes that are free once weights
         and activations have theirs; `kv_dtype` is that of its pages (None: the compute dtype).
         `vocabulary` is asked when a sequence first has a grammar; without it such ones fail.
-        `processors` are the logits processors that sequences may name. `began` is when loading
-        did, by time.perf_counter."""
+        `processors` are the logits processors that sequences may name, `adapters` the LoRA
+        adapters. `began` is when loading did, by time.perf_counter."""
         began = time.perf_counter() if began is None else began
         self._device = device
         self._program = program
@@ -185,26 +188,43 @@ class GpuShard:
                 max_positions=limits.max_model_len + 1,
                 residual=residual,
             )
-            self._forward = Forward(
-                device,
-                ProgramRunner(program, ops, weights, runners.get),
-                ops,
-                self._buffers,
-                max_seqs=limits.max_num_seqs,
-                max_tokens=limits.step_tokens,
-                width=model.hidden_size,
-                residual=residual,
-                is_first=layout.is_first,
-            )
+
+            def forward(runner: ProgramRunner) -> Forward:
+                return Forward(
+                    device,
+                    runner,
+                    ops,
+                    self._buffers,
+                    max_seqs=limits.max_num_seqs,
+                    max_tokens=limits.step_tokens,
+                    width=model.hidden_size,
+                    residual=residual,
+                    is_first=layout.is_first,
+                )
+
+            self._forward = forward(ProgramRunner(program, ops, weights, runners.get))
+            self._forwards = [self._forward]
+            self._adapters = adapters
+            if adapters is not None:
+                adapters.prepare(
+                    limits.max_num_seqs,
+                    limits.step_tokens,
+                    len(self._buffers.sample_rows),
+                    ring=DEPTH + 1,
+                )
+                # What runs steps in which a row has an adapter.
+                self._adapted = forward(AdaptedProgram(program, ops, weights, adapters))
+                self._forwards.append(self._adapted)
             if layout.tp_size > 1:
                 ops.ranks = Rehearsal(device.xp, layout.tp_size)
             self._buffers.upload(None, self._running)
-            self._forward.warm_up()
+            for each in self._forwards:
+                each.warm_up()
             num_blocks = choose_blocks(device.free_memory())
             self._cache = cache = KVCache(groups, num_blocks, device.xp, kv_dtype)
             ops.kv = cache.layers
             if layout.size == 1:
-                self._forward.record(graphs.decodes, graphs.bodies)
+                self._record()
         self.info = ShardInfo(
             kv=cache.groups,
             vocab_size=model.vocab_size,
@@ -229,11 +249,6 @@ class GpuShard:
         saying what to change.
         """
         began = time.perf_counter()
-        if config.enable_lora:
-            raise ValueError(
-                "--enable-lora: adapters run on CPUs only so far; add --device cpu, or serve a "
-                "checkpoint with the adapter merged into it"
-            )
         processors = load_registry(config.logits_processors)
         if config.speculative_config is not None:
             raise ValueError(
@@ -270,6 +285,20 @@ class GpuShard:
         finally:
             checkpoint.close()
         logger.info("loaded the weights in %.1f s", time.perf_counter() - began)
+        adapters = None
+        if config.enable_lora:
+            with device.current():
+                adapters = DeviceAdapters(
+                    device,
+                    model,
+                    weights,
+                    layers,
+                    dtype=compute,
+                    source=AdapterSource(config.hf_token, config.download_dir, config.offline),
+                    max_rank=config.max_lora_rank,
+                    slots=config.max_loras,
+                )
+            logger.info("room for adapters: %.0f MiB", adapters.nbytes / 2**20)
         limits = Limits(max_model_len, config.max_num_seqs, config.step_tokens(DEFAULT_STEP_TOKENS))
         program = join_rope(trace(model, layers))
         with device.current():
@@ -312,6 +341,7 @@ class GpuShard:
             kv_dtype="uint8" if fp8 else compute,
             vocabulary=config.vocabulary,
             processors=processors,
+            adapters=adapters,
             weight_bytes=plan_bytes(model, layers=layers, dtype=compute),
             began=began,
         )
@@ -333,6 +363,10 @@ class GpuShard:
                 ranks.check()
             plan = self._beams.complete(plan)
             step = self._running.take(plan)
+            unserved: dict[int, str] = {}
+            if (adapters := self._adapters) is not None:
+                adapters.start(plan, self._running.rows)
+                unserved = adapters.missing(plan.seqs)
             if sampler is not None:
                 for seq in plan.ends:
                     sampler.end(seq)
@@ -345,7 +379,10 @@ class GpuShard:
             if plan.copies:
                 self._cache.copy_blocks(self._device.xp.asarray(np.array(plan.copies, np.int32)))
             self._buffers.upload(step, self._running)
-            logits = self._forward.run(step)
+            forward = self._forward
+            if adapters is not None and adapters.select(step):
+                forward = self._adapted
+            logits = forward.run(step)
             sampled = None
             if step.sampled:
                 if sampler is not None:
@@ -356,10 +393,10 @@ class GpuShard:
                     self._unheard.append(step.sample_rows)
             prompts = []
             if self._layout.is_last:
-                prompts = [self._score(scored) for scored in step.scored]
-            states = [self._states(chunk) for chunk in step.pooled]
+                prompts = [self._score(forward, scored) for scored in step.scored]
+            states = [self._states(forward, chunk) for chunk in step.pooled]
             pending = _Pending(
-                plan.step, step, sampled, prompts, states, self._device.mark(), began
+                plan.step, step, sampled, prompts, states, unserved, self._device.mark(), began
             )
         return lambda: self._collect(pending)
 
@@ -381,7 +418,7 @@ class GpuShard:
             return
         with self._lock, self._device.current():
             self._device.mark().wait()
-            self._forward.forget()
+            self._forget_graphs()
             self._leave()
             if num_blocks != self.info.kv.num_blocks:
                 self._ops.kv = {}
@@ -393,10 +430,19 @@ class GpuShard:
             self._forget()
             if not alone:
                 self._ranks = DeviceRanks(self._device, self._layout, world)
-                self._forward.ranks = self._ranks
+                for forward in self._forwards:
+                    forward.ranks = self._ranks
                 self._ops.ranks = self._ranks.tp
             self._buffers.upload(None, self._running)
-            self._forward.record(self._graphs.decodes, self._graphs.bodies)
+            self._record()
+
+    def _record(self) -> None:
+        for forward in self._forwards:
+            forward.record(self._graphs.decodes, self._graphs.bodies)
+
+    def _forget_graphs(self) -> None:
+        for forward in self._forwards:
+            forward.forget()
 
     # What its door asks: see kv_door.Pages. Copies are queued between steps, on the one stream, so
     # nothing has to be said about their order.
@@ -433,13 +479,16 @@ class GpuShard:
         mark.wait()
 
     def add_adapter(self, adapter: Adapter) -> None:
-        raise ValueError("adapters run on CPUs only so far; use --device cpu")
+        if self._adapters is None:
+            raise ValueError("adapters need --enable-lora")
+        self._adapters.load(adapter)
 
     def remove_adapter(self, id: int) -> None:
-        pass  # there is none
+        if self._adapters is not None:
+            self._adapters.unload(id)
 
     def adapters(self) -> list[Adapter]:
-        return []
+        return [] if self._adapters is None else self._adapters.loaded()
 
     def interrupt(self, reason: str) -> None:
         if (ranks := self._ranks) is not None:
@@ -457,10 +506,12 @@ class GpuShard:
         # One that failed has nothing to wait for.
         with contextlib.suppress(DeviceError, CommunicatorError), self._device.current():
             self._device.mark().wait()
-            self._forward.forget()
+            self._forget_graphs()
             self._leave()
-        del self._forward, self._sampler, self._buffers, self._cache, self._ops
-        del self._head_weights
+        if self._adapters is not None:
+            del self._adapted
+        del self._forward, self._forwards, self._adapters
+        del self._sampler, self._buffers, self._cache, self._ops, self._head_weights
         gc.collect()
         self._device.release()
 
@@ -476,7 +527,8 @@ class GpuShard:
     def _leave(self) -> None:
         """End what there is with other shards; no graph may speak to them any more."""
         ranks, self._ranks = self._ranks, None
-        self._forward.ranks = None
+        for forward in self._forwards:
+            forward.ranks = None
         self._ops.ranks = None
         if ranks is not None:
             ranks.close()
@@ -486,6 +538,8 @@ class GpuShard:
         if self._sampler is not None:
             for seq in self._running.rows:
                 self._sampler.end(seq)
+        if self._adapters is not None:
+            self._adapters.forget_sequences()
         self._running = self._no_sequences()
         self._beams = BeamStarts()
         self._pooler = Pooler()
@@ -494,12 +548,12 @@ class GpuShard:
     def _no_sequences(self) -> RunningSequences:
         return RunningSequences(self._limits.max_num_seqs, self._groups, self._width)
 
-    def _score(self, scored: Scored) -> list[PromptScores]:
+    def _score(self, forward: Forward, scored: Scored) -> list[PromptScores]:
         """Queue the log-probabilities of prompt tokens 1.. whose predecessors ran in this step."""
         start = scored.start
         count = min(scored.count, start.prompt_len - 1 - scored.begin)
         found = []
-        for packed, rows, logits in self._forward.logits(scored.packed, count):
+        for packed, rows, logits in forward.logits(scored.packed, count):
             if self._sampler is None:  # it only had its part in making them
                 continue
             first = scored.begin + packed - scored.packed + 1
@@ -510,11 +564,11 @@ class GpuShard:
             )
         return found
 
-    def _states(self, chunk: PooledChunk) -> HostRows | None:
+    def _states(self, forward: Forward, chunk: PooledChunk) -> HostRows | None:
         """Queue the hidden states that a pooled chunk is made of."""
         if self._sampler is None or not chunk.rows or not has_states(self._model):
             return None
-        stream = self._forward.stream(chunk.rows)
+        stream = forward.stream(chunk.rows)
         return self._sampler.enqueue_rows(
             self._model.final_norm(self._ops, self._head_weights, stream)
         )
@@ -550,6 +604,7 @@ class GpuShard:
                 tokens, logprobs, failed = sampler.collect(pending.sampled)
                 if ranks is not None and self._layout.pp_size > 1:
                     ranks.tell(np.array(tokens, np.int32))
+            failed |= pending.unserved
             prompt_logprobs: dict[int, list[Logprobs]] = {}
             for scored, pieces in zip(pending.step.scored, pending.prompts, strict=True):
                 seq = scored.start.seq
@@ -589,5 +644,6 @@ class _Pending:
     sampled: Sampled | None
     prompts: list[list[PromptScores]]  # a list for each of the step's scored chunks
     states: list[HostRows | None]  # for each of its pooled chunks; None: it needs none
+    unserved: dict[int, str]  # sequences that can't go on, and why
     mark: Mark
     began: float

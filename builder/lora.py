@@ -43,13 +43,35 @@ def read_adapter(
     """
     declared = list(_declared(model))
     _check(files, model, declared, max_rank)
+    return {
+        each.place: _read(files, model, each)
+        for each in declared
+        if _is_held(each, model, layers) and not files.modules.keys().isdisjoint(each.modules)
+    }
+
+
+def adaptable(model: Model, layers: range) -> dict[Place, tuple[slice, ...]]:
+    """The weights of a shard that holds `layers` to which an adapter may add, each with the
+    outputs of every module in it."""
     found = {}
-    for each in declared:
-        group = each.place[0]
-        here = group in layers if isinstance(group, int) else layers[-1] == model.num_layers - 1
-        if here and not files.modules.keys().isdisjoint(each.modules):
-            found[each.place] = _read(files, model, each)
+    for each in _declared(model):
+        if not _is_held(each, model, layers):
+            continue
+        starts: list[int] = []
+        names: list[str] = []
+        row = 0
+        for name, part in zip(each.modules, each.weight.parts, strict=True):
+            if not names or names[-1] != name:
+                starts.append(row)
+                names.append(name)
+            row += slice_of(part, model.layout).shape[0]
+        found[each.place] = tuple(map(slice, starts, [*starts[1:], row]))
     return found
+
+
+def _is_held(each: _Declared, model: Model, layers: range) -> bool:
+    group = each.place[0]
+    return group in layers if isinstance(group, int) else layers[-1] == model.num_layers - 1
 
 
 def _declared(model: Model) -> Iterator[_Declared]:

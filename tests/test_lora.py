@@ -2,50 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from helpers.equality import assert_same_tokens
-from helpers.lora_files import merge, write_adapter
+from helpers.lora_cases import (
+    GREEDY,
+    LORA,
+    SMALL,
+    assert_same,
+    first_choice,
+    margins_of,
+    merged_answers,
+    prompt,
+    requests,
+    write_adapters,
+)
+from helpers.lora_files import merge
 from helpers.quantized_files import gptq, quantize_model, write_plain
-from helpers.tiny_models import directory, references
+from helpers.tiny_models import directory
 
 from tensorray.cluster.adapters import AdapterRefused
 from tensorray.cluster.assembly import GenerationFailed
 from tensorray.cluster.bad_request import BadRequest
 from tensorray.cluster.llm import LLM, LoRARequest, SamplingParams
-from tensorray.cluster.outputs import RequestOutput, TokenLogprob
+from tensorray.cluster.outputs import RequestOutput
 
-SMALL: dict[str, Any] = {
-    "num_kv_blocks": 512,
-    "block_size": 4,
-    "max_num_batched_tokens": 48,
-    "max_num_seqs": 16,
-    "max_model_len": 64,
-    "num_threads": 1,
-}
-LORA: dict[str, Any] = {**SMALL, "enable_lora": True}
-GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, logprobs=2)
 FAMILIES = ("llama3", "qwen3", "gemma3", "gpt2")
-
-# Eight adapters as different as they come. Those of three endings adapt parts of fused matrices.
-KINDS: list[dict[str, Any]] = [
-    {},
-    {"rank": 1, "alpha": 2.0},
-    {"rank": 16, "alpha": 16.0, "spread": 0.2},
-    {"rslora": True, "alpha": 4.0},
-    {"modules": ("q_proj", "v_proj", "c_attn"), "spread": 0.6},
-    {"modules": ("up_proj", "down_proj", "c_fc"), "spread": 0.6},
-    {"modules": ("k_proj", "o_proj", "gate_proj", "attn.c_proj"), "rank": 8, "alpha": 16.0},
-    {
-        "rank_pattern": {"q_proj": 2, "mlp.c_proj": 2},
-        "alpha_pattern": {"up_proj": 32.0, "c_fc": 32.0},
-    },
-]
 
 
 @pytest.fixture(scope="module")
@@ -54,11 +40,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[Path]
 
     @cache
     def make(name: str) -> list[Path]:
-        root = tmp_path_factory.mktemp(name)
-        return [
-            write_adapter(directory(name), root / f"adapter-{i}", seed=i, **kind)
-            for i, kind in enumerate(KINDS)
-        ]
+        return write_adapters(name, tmp_path_factory.mktemp(name))
 
     return make
 
@@ -71,45 +53,9 @@ def merged(
 
     @cache
     def answers(name: str) -> list[RequestOutput]:
-        root = tmp_path_factory.mktemp(f"{name}-merged")
-        models = [directory(name)]
-        models += [merge(directory(name), each, root / each.name) for each in made(name)]
-        found = []
-        for model in models:
-            with LLM(str(model), **SMALL) as llm:
-                found += llm.generate([prompt(name)], GREEDY)
-        return found
+        return merged_answers(name, made(name), tmp_path_factory.mktemp(f"{name}-merged"))
 
     return answers
-
-
-def prompt(name: str) -> list[int]:
-    return references(name)[0].prompt.tolist()
-
-
-def requests(adapters: list[Path]) -> list[LoRARequest]:
-    return [LoRARequest(each.name, i + 1, str(each)) for i, each in enumerate(adapters)]
-
-
-def margins_of(entries: Sequence[TokenLogprob | None]) -> list[float]:
-    """How clear each choice was."""
-    tops = [sorted(top.logprob for top in entry.top) for entry in entries if entry is not None]
-    return [float(best[-1] - best[-2]) for best in tops]
-
-
-def assert_same(ours: RequestOutput, reference: RequestOutput) -> None:
-    (expected,) = reference.outputs
-    assert expected.logprobs is not None
-    margins = margins_of(expected.logprobs)
-    assert_same_tokens(ours.outputs[0].token_ids, expected.token_ids, margins)
-    assert first_choice(ours) == pytest.approx(first_choice(reference), abs=1e-3)
-
-
-def first_choice(output: RequestOutput) -> dict[int, float]:
-    """The best tokens of the first position with their log-probabilities."""
-    entries = output.outputs[0].logprobs
-    assert entries is not None
-    return {top.token_id: top.logprob for top in entries[0].top}
 
 
 LAYOUTS = [{}, {"tensor_parallel_size": 2}, {"pipeline_parallel_size": 2}]

@@ -8,7 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from tensorray.actors.adapter import AdapterSource
 from tensorray.actors.array_segment import ArraySegment, Runner
+from tensorray.actors.device_adapters import DeviceAdapters
 from tensorray.actors.gpu_shard import GpuShard, GraphSizes, Limits
 from tensorray.actors.kv_cache import plan_stage
 from tensorray.actors.protocol import SegmentInfo, StepPlan, StepResult
@@ -62,12 +64,26 @@ def make_gpu_shard(
     vocabulary: Any = None,
     processors: Any = None,
     layout: Layout | None = None,
+    adapters: int = 0,
 ) -> StepwiseShard:
     model, weights = load(path, layout)
     groups, layers = plan_stage(model, block_size)
     limits = limits or Limits(max_model_len=64, max_num_seqs=16, step_tokens=64)
+    device = device or HostDevice()
+    held = None
+    if adapters:
+        held = DeviceAdapters(
+            device,
+            model,
+            weights,
+            layers,
+            dtype=np.float32,
+            source=AdapterSource(),
+            max_rank=16,
+            slots=adapters,
+        )
     return kind(
-        device or HostDevice(),
+        device,
         model,
         join_rope(trace(model, layers)),
         weights,
@@ -81,4 +97,5 @@ def make_gpu_shard(
         weight_bytes=plan_bytes(model, layers=layers),
         vocabulary=vocabulary,
         processors=processors,
+        adapters=held,
     )
