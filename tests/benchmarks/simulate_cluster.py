@@ -26,6 +26,7 @@ from helpers.cluster_simulation import Policy, Report, Workload, simulate
 
 from tensorray.cluster.engine_link import Item, Told
 from tensorray.cluster.request import Delta
+from tensorray.cluster.router_share import Place
 
 
 def frame_cost(items: int) -> float:
@@ -43,6 +44,7 @@ def table(report: Report, replicas: int, ingresses: int, wall: float) -> None:
     frames = report.frames / report.virtual_seconds / ingresses
     items = report.items / max(1, report.frames)
     choice, step = report.choice_cost, report.step
+    place = Place(0, ingresses)
     scheduler = report.plan_cost.mean() + report.result_cost.mean()
     worst = report.plan_cost.quantile(0.99) + report.result_cost.quantile(0.99)
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -64,6 +66,7 @@ def table(report: Report, replicas: int, ingresses: int, wall: float) -> None:
         f"{rate / ingresses * choice.mean():.1%} of each ingress's core",
         "scheduler, CPU mean, p99": f"{scheduler * 1e6:.0f}, {worst * 1e6:.0f} us "
         f"a step of {step.mean() * 1e3:.1f} ms: {scheduler / step.mean():.1%} of a router's core",
+        "an ingress sends to": f"{replicas * place.senders(replicas) / ingresses:,.0f} replicas",
         "frames read by an ingress": f"{frames:,.0f}/s of {items:.1f} streams: "
         f"{frames * frame_cost(round(items)):.1%} of its core for decoding alone",
         "memory so far, a replica's share": f"{memory / 1024:.1f} GB, {memory / replicas:.1f} MB",
@@ -72,10 +75,11 @@ def table(report: Report, replicas: int, ingresses: int, wall: float) -> None:
         print(f"  {name:42} {value}", flush=True)
 
 
-def more(deadline: float, requests: int) -> bool:
-    if requests % 10_000 == 0:
-        print(f"\r{requests:,} requests", end="", file=sys.stderr, flush=True)
-    return time.monotonic() < deadline
+def more(began: float, seconds: float, requests: int) -> bool:
+    now = time.monotonic() - began
+    if requests % 50_000 == 0:
+        print(f"{requests:,} requests after {now:.0f} s", file=sys.stderr, flush=True)
+    return now < seconds
 
 
 def main() -> None:
@@ -103,7 +107,7 @@ def main() -> None:
             replicas=arguments.replicas,
             ingresses=arguments.ingresses,
             kv_tokens=arguments.kv_tokens,
-            more=partial(more, time.monotonic() + 60 * arguments.minutes),
+            more=partial(more, began, 60 * arguments.minutes),
         )
         table(report, arguments.replicas, arguments.ingresses, time.monotonic() - began)
 
