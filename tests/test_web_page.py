@@ -9,9 +9,12 @@ from pathlib import Path
 import httpx
 import pytest
 
+from tensorray.cluster.config import EngineConfig
+from tensorray.cluster.frontend import Frontend
 from tests.helpers.browser import Page, browser, find_browser, new_page
 from tests.helpers.http_server import http_server
 from tests.helpers.null_engine import LocalBackend, serving, write_model
+from tests.helpers.scripted_backend import THINKING_TEMPLATE, ScriptedBackend
 
 BROWSER = find_browser()
 needs_browser = pytest.mark.skipif(
@@ -133,6 +136,27 @@ async def test_a_conversation(page: Page, served: tuple[int, LocalBackend]) -> N
     await page.until(f"{ANSWERED} == 2")
     await page.click("#clear")
     assert await page.eval("document.querySelectorAll('.message').length") == 0
+
+
+@needs_browser
+async def test_reasoning_is_folded_before_the_answer(tmp_path: Path, chromium: int) -> None:
+    model = write_model(tmp_path / "model", chat_template=THINKING_TEMPLATE)
+    frontend = Frontend.load(EngineConfig(model=str(model)))
+    said = "<think>\nIt <b>may</b> rain.\n</think>\n\nTake a coat."
+    with http_server(model) as (port, backend):
+        backend.generate = ScriptedBackend(frontend, lambda _: said).generate  # type: ignore[method-assign]
+        async with new_page(chromium) as page:
+            await page.open(f"http://127.0.0.1:{port}/")
+            await page.until("document.getElementById('model').textContent == 'tiny'")
+            await ask(page, "Weather?")
+            await page.until(ANSWERED)
+            folded = "document.querySelector('.message.assistant .reasoning').open"
+            assert not await page.eval(folded)
+            assert await page.text(".message.assistant .text") == "Take a coat."
+            await page.click(".reasoning summary")
+            assert await page.eval(folded)
+            assert await page.text(".reasoning div") == "It <b>may</b> rain."
+            assert page.errors == []
 
 
 @needs_browser

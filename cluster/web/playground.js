@@ -125,6 +125,17 @@ function add(role, content = "") {
   return turn;
 }
 
+// Where what the model thinks is shown: folded, before its answer.
+function reasoning(turn) {
+  const there = turn.element.querySelector(".reasoning div");
+  if (there) return there;
+  const made = element("details", "reasoning");
+  const text = element("div");
+  made.append(element("summary", "", "Reasoning"), text);
+  turn.element.prepend(made);
+  return text;
+}
+
 function drop(turn) {
   for (const gone of turns.splice(turns.indexOf(turn))) gone.element.remove();
   greet();
@@ -165,8 +176,9 @@ async function answer() {
       const choice = chunk.choices[0];
       if (!choice) continue;
       const piece = choice.delta ? choice.delta.content ?? "" : choice.text;
+      const thought = choice.delta?.reasoning_content ?? "";
       const tokens = tokensOf(choice.logprobs);
-      if (piece || tokens.length) {
+      if (piece || thought || tokens.length) {
         last = performance.now();
         first ||= last;
         count += tokens.length || 1;
@@ -174,7 +186,8 @@ async function answer() {
       reason = choice.finish_reason ?? reason;
       const end = messages.scrollHeight - messages.scrollTop - messages.clientHeight < 40;
       turn.content += piece;
-      held = append(text, piece, [...held, ...tokens]);
+      if (thought) held = append(reasoning(turn), thought, [...held, ...tokens]);
+      if (piece || !thought) held = append(text, piece, thought ? held : [...held, ...tokens]);
       rate(turn, usage?.completion_tokens ?? count, began, first, last, "");
       if (end) messages.scrollTop = messages.scrollHeight;
     }
