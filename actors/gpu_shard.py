@@ -34,6 +34,7 @@ from tensorray.actors.communicator import Communicator, CommunicatorError
 from tensorray.actors.config import ShardConfig
 from tensorray.actors.device import CudaDevice, Device, DeviceError, Mark
 from tensorray.actors.device_adapters import DeviceAdapters
+from tensorray.actors.device_drafts import DeviceDrafts, Guesses, open_drafts, with_drafts
 from tensorray.actors.device_ranks import DeviceRanks, Rehearsal
 from tensorray.actors.device_sampler import DeviceSampler, HostRows, PromptScores, Sampled
 from tensorray.actors.device_weights import DevicePlacement
@@ -66,6 +67,8 @@ DEPTH = 2
 DEFAULT_STEP_TOKENS = 2048
 # Fewer tokens than this, and a mixed step costs what reading the weights costs.
 _SMALLEST_MIXED = 16
+# Larger batches have drafts too seldom for graphs of their own.
+_LARGEST_CHAIN = 128
 
 
 @dataclass(frozen=True)
@@ -83,19 +86,29 @@ class GraphSizes:
 
     decodes: Sequence[int]
     bodies: Sequence[int]
+    chains: Sequence[int] = ()  # decodes and their drafts
 
     @classmethod
-    def choose(cls, limits: Limits, asked: Sequence[int] | None, eager: bool) -> GraphSizes:
-        """All sizes up to the limits, those `asked` for, or, if `eager`, none."""
+    def choose(
+        cls, limits: Limits, asked: Sequence[int] | None, eager: bool, drafts: int = 0
+    ) -> GraphSizes:
+        """All sizes up to the limits, those `asked` for, or, if `eager`, none. `drafts` is the most
+        that a step has."""
         if eager:
             return cls([], [])
+        most = min(limits.max_num_seqs + drafts, limits.step_tokens) if drafts else 0
         if asked:
             return cls(
                 [size for size in asked if size <= limits.max_num_seqs],
                 [size for size in asked if size <= limits.step_tokens],
+                [size for size in asked if size <= most] if drafts else (),
             )
         smallest = min(_SMALLEST_MIXED, limits.step_tokens)
-        return cls(decode_sizes(limits.max_num_seqs), mixed_sizes(smallest, limits.step_tokens))
+        return cls(
+            decode_sizes(limits.max_num_seqs),
+            mixed_sizes(smallest, limits.step_tokens),
+            decode_sizes(min(most, _LARGEST_CHAIN)) if drafts else (),
+        )
 
 
 class Runners(Protocol):
@@ -130,6 +143,7 @@ class GpuShard:
         vocabulary: Callable[[], Vocabulary] | None = None,
         processors: Registry | None = None,
         adapters: DeviceAdapters | None = None,
+        drafts: DeviceDrafts | None = None,
         weight_bytes: int = 0,
         began: float | None = None,
     ) -> None:
@@ -137,7 +151,8 @@ class GpuShard:
         and activations have theirs; `kv_dtype` is that of its pages (None: the compute dtype).
         `vocabulary` is asked when a sequence first has a grammar; without it such ones fail.
         `processors` are the logits processors that sequences may name, `adapters` the LoRA
-        adapters. `began` is when loading did, by time.perf_counter."""
+        adapters. With `drafts` plans may leave room for them. `began` is when loading did, by
+        time.perf_counter."""
         began = time.perf_counter() if began is None else began
         self._device = device
         self._program = program
@@ -153,7 +168,10 @@ class GpuShard:
         self._lock = threading.Lock()  # submit and results come from two threads
         self._last_end = 0.0
         with device.current():
-            runners.prepare([*graphs.decodes, *graphs.bodies], graphs.decodes)
+            self._drafts = drafts
+            max_drafts = 0 if drafts is None else drafts.most(limits.max_num_seqs)
+            heads = sorted({*graphs.decodes, *graphs.chains})
+            runners.prepare([*heads, *graphs.bodies], heads)
             self._buffers = StepBuffers(
                 device,
                 max_seqs=limits.max_num_seqs,
@@ -162,6 +180,7 @@ class GpuShard:
                 width=self._width,
                 block_size=groups.block_size,
                 ring=DEPTH + 1,
+                max_drafts=max_drafts,
             )
             self._sampler: DeviceSampler | None = None
             self.guidance: Guidance | None = None
@@ -195,7 +214,7 @@ class GpuShard:
                     runner,
                     ops,
                     self._buffers,
-                    max_seqs=limits.max_num_seqs,
+                    max_seqs=limits.max_num_seqs + max_drafts,
                     max_tokens=limits.step_tokens,
                     width=model.hidden_size,
                     residual=residual,
@@ -225,6 +244,8 @@ class GpuShard:
             ops.kv = cache.layers
             if layout.size == 1:
                 self._record()
+            if drafts is not None:
+                drafts.price(self._forward.time_drafts())
         self.info = ShardInfo(
             kv=cache.groups,
             vocab_size=model.vocab_size,
@@ -239,6 +260,7 @@ class GpuShard:
             answers=self._sampler is not None,
             # With more stages as many as there are: a sequence is in one of them at a time.
             depth=max(DEPTH, layout.pp_size),
+            drafting=None if drafts is None else drafts.drafting,
         )
 
     @classmethod
@@ -250,10 +272,7 @@ class GpuShard:
         """
         began = time.perf_counter()
         processors = load_registry(config.logits_processors)
-        if config.speculative_config is not None:
-            raise ValueError(
-                "--speculative-config is for CPU shards so far: leave it out, or use --device cpu"
-            )
+        drafts = open_drafts(config)
         device = device or CudaDevice()
         checkpoint = open_checkpoint(
             config.model,
@@ -336,12 +355,18 @@ class GpuShard:
             groups,
             dtypes,
             limits,
-            GraphSizes.choose(limits, config.cudagraph_capture_sizes, config.enforce_eager),
+            GraphSizes.choose(
+                limits,
+                config.cudagraph_capture_sizes,
+                config.enforce_eager,
+                0 if drafts is None else drafts.most(limits.max_num_seqs),
+            ),
             choose_blocks=choose_blocks,
             kv_dtype="uint8" if fp8 else compute,
             vocabulary=config.vocabulary,
             processors=processors,
             adapters=adapters,
+            drafts=drafts,
             weight_bytes=plan_bytes(model, layers=layers, dtype=compute),
             began=began,
         )
@@ -362,6 +387,9 @@ class GpuShard:
             if ranks is not None:
                 ranks.check()
             plan = self._beams.complete(plan)
+            rooms: dict[int, int] = {}
+            if (drafts := self._drafts) is not None:
+                plan, rooms = drafts.take(plan, self._running)
             step = self._running.take(plan)
             unserved: dict[int, str] = {}
             if (adapters := self._adapters) is not None:
@@ -376,6 +404,10 @@ class GpuShard:
             if not plan.seqs:
                 return lambda: StepResult(step=plan.step, seqs=[], tokens=[])
             self._hear(step.rows)
+            guesses = None
+            if drafts is not None and sampler is not None and rooms:
+                guesses = drafts.guess(rooms, sampler)
+                step = with_drafts(step, guesses, self._running)
             if plan.copies:
                 self._cache.copy_blocks(self._device.xp.asarray(np.array(plan.copies, np.int32)))
             self._buffers.upload(step, self._running)
@@ -387,6 +419,8 @@ class GpuShard:
             if step.sampled:
                 if sampler is not None:
                     sampled = sampler.enqueue(step.sampled, self._buffers.sample_rows, logits)
+                    if drafts is not None and guesses is not None:
+                        drafts.enqueue(guesses, step, sampler, self._buffers, logits)
                 if ranks is not None and self._layout.pp_size == 1:
                     ranks.share(self._buffers.last_tokens)
                 elif self._layout.is_first and ranks is not None:
@@ -396,7 +430,15 @@ class GpuShard:
                 prompts = [self._score(forward, scored) for scored in step.scored]
             states = [self._states(forward, chunk) for chunk in step.pooled]
             pending = _Pending(
-                plan.step, step, sampled, prompts, states, unserved, self._device.mark(), began
+                plan.step,
+                step,
+                sampled,
+                guesses,
+                prompts,
+                states,
+                unserved,
+                self._device.mark(),
+                began,
             )
         return lambda: self._collect(pending)
 
@@ -438,7 +480,7 @@ class GpuShard:
 
     def _record(self) -> None:
         for forward in self._forwards:
-            forward.record(self._graphs.decodes, self._graphs.bodies)
+            forward.record(self._graphs.decodes, self._graphs.bodies, self._graphs.chains)
 
     def _forget_graphs(self) -> None:
         for forward in self._forwards:
@@ -540,6 +582,8 @@ class GpuShard:
                 self._sampler.end(seq)
         if self._adapters is not None:
             self._adapters.forget_sequences()
+        if self._drafts is not None:
+            self._drafts.reset()
         self._running = self._no_sequences()
         self._beams = BeamStarts()
         self._pooler = Pooler()
@@ -604,6 +648,14 @@ class GpuShard:
                 tokens, logprobs, failed = sampler.collect(pending.sampled)
                 if ranks is not None and self._layout.pp_size > 1:
                     ranks.tell(np.array(tokens, np.int32))
+            drafted: dict[int, int] = {}
+            further: dict[int, list[Logprobs]] = {}
+            if (drafts := self._drafts) is not None:
+                if (guesses := pending.guesses) is not None:
+                    more, their_tokens, further = drafts.collect(guesses, sampler)
+                    seqs, tokens = seqs + more, tokens + their_tokens
+                    drafted = guesses.counts
+                drafts.follow(pending.number, seqs, tokens, self._running)
             failed |= pending.unserved
             prompt_logprobs: dict[int, list[Logprobs]] = {}
             for scored, pieces in zip(pending.step.scored, pending.prompts, strict=True):
@@ -631,6 +683,8 @@ class GpuShard:
             failed=failed,
             pooled=pooled,
             seconds=now - began,
+            drafted=drafted,
+            further_logprobs=further,
             refused=refused(failed),
         )
 
@@ -642,6 +696,7 @@ class _Pending:
     number: int
     step: Step
     sampled: Sampled | None
+    guesses: Guesses | None  # None: the plan had no room for any
     prompts: list[list[PromptScores]]  # a list for each of the step's scored chunks
     states: list[HostRows | None]  # for each of its pooled chunks; None: it needs none
     unserved: dict[int, str]  # sequences that can't go on, and why

@@ -277,13 +277,10 @@ def test_wrong_settings_are_refused_by_key(given: dict[str, Any], message: str) 
 def test_what_can_not_speculate_says_so(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="pipeline"):
         EngineConfig(model="x", speculative_config=NGRAM, pipeline_parallel_size=2)
-    from tensorray.actors.gpu_shard import GpuShard
     from tensorray.actors.null_shard import NullShard
 
     how = parse_speculative_config(NGRAM)
     config = ShardConfig(str(directory("llama3")), speculative_config=how)
-    with pytest.raises(ValueError, match="CPU shards so far"):
-        GpuShard.load(config)
     with pytest.raises(ValueError, match="null device"):
         NullShard.from_config(config)
 

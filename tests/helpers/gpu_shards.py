@@ -11,6 +11,7 @@ import numpy as np
 from tensorray.actors.adapter import AdapterSource
 from tensorray.actors.array_segment import ArraySegment, Runner
 from tensorray.actors.device_adapters import DeviceAdapters
+from tensorray.actors.device_drafts import DeviceDrafts
 from tensorray.actors.gpu_shard import GpuShard, GraphSizes, Limits
 from tensorray.actors.kv_cache import plan_stage
 from tensorray.actors.protocol import SegmentInfo, StepPlan, StepResult
@@ -65,6 +66,7 @@ def make_gpu_shard(
     processors: Any = None,
     layout: Layout | None = None,
     adapters: int = 0,
+    drafts: DeviceDrafts | None = None,
 ) -> StepwiseShard:
     model, weights = load(path, layout)
     groups, layers = plan_stage(model, block_size)
@@ -91,11 +93,15 @@ def make_gpu_shard(
         groups,
         DTypes("float32", "float32"),
         limits,
-        graphs or GraphSizes.choose(limits, (), eager=False),
+        graphs
+        or GraphSizes.choose(
+            limits, (), False, 0 if drafts is None else drafts.most(limits.max_num_seqs)
+        ),
         choose_blocks=lambda free: num_blocks,
         kv_dtype=kv_dtype,
         weight_bytes=plan_bytes(model, layers=layers),
         vocabulary=vocabulary,
         processors=processors,
         adapters=held,
+        drafts=drafts,
     )

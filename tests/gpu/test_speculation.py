@@ -1,0 +1,183 @@
+"""Guessed tokens on a GPU: they change no token, against the CPU's path and plain decoding.
+
+python3 -m pytest tests/gpu/test_speculation.py -q --import-mode=importlib -p no:cacheprovider
+"""
+
+from __future__ import annotations
+
+from random import Random
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers.draft_cases import Ahead, assert_like_the_cpu, scheduler, texts
+from helpers.equality import assert_same_tokens, choice
+from helpers.oracle import Oracle
+from helpers.running import Arrival, run
+from helpers.tiny_models import directory
+
+from tensorray.actors.config import ShardConfig
+from tensorray.actors.device import CudaDevice, find_device
+from tensorray.actors.device_sampler import DeviceSampler
+from tensorray.actors.drafter import Drafter
+from tensorray.actors.gpu_shard import DEPTH, GpuShard
+from tensorray.actors.protocol import Sampling, SequenceStart
+from tensorray.actors.sampler import Sampler
+from tensorray.actors.speculative_config import parse_speculative_config
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(find_device() is None, reason="needs a GPU that CuPy can use"),
+]
+
+NGRAM = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_min": 1}
+# As if waiting for results took little, so that small models guess, too.
+CHEAP = {"row_cost": 0.01, "wait_cost": 0.1}
+
+
+def load(
+    name: str, drafter: Drafter | None = None, how: dict[str, Any] | None = None, **settings: Any
+) -> GpuShard:
+    """A shard, whose guesses come from `drafter` if there is one; `how` {}: without any."""
+    settings = {"dtype": "float32", "num_kv_blocks": 512, **settings}
+    shard = GpuShard.load(
+        ShardConfig(
+            str(directory(name)),
+            device="cuda",
+            max_model_len=64,
+            block_size=4,
+            max_num_seqs=8,
+            max_num_batched_tokens=40,
+            segment_backend="kernels",
+            speculative_config=parse_speculative_config(NGRAM if how is None else how),
+            **settings,
+        )
+    )
+    if shard._drafts is not None:
+        import msgspec
+
+        drafting = msgspec.structs.replace(shard._drafts.drafting, **CHEAP)
+        shard.info = msgspec.structs.replace(shard.info, drafting=drafting)
+        if drafter is not None:
+            shard._drafts._drafter = drafter
+    return shard
+
+
+@pytest.mark.parametrize("eager", [True, False], ids=["eager", "graphs"])
+@pytest.mark.parametrize("name", ["llama3", "gemma3", "qwen3-moe", "gpt2"])
+def test_prompt_lookup_changes_no_token(name: str, eager: bool) -> None:
+    shard = load(name, enforce_eager=eager)
+    assert shard.info.drafting is not None
+    _, plans = assert_like_the_cpu(name, shard)
+    stats = plans.stats()
+    assert 0 < stats.accepted_tokens < stats.draft_tokens
+
+
+@pytest.mark.parametrize("blocks", [34, 512])
+@pytest.mark.parametrize("name", ["llama3", "gemma3"])
+def test_whatever_is_guessed_changes_no_token(name: str, blocks: int) -> None:
+    wrong = Random(3)
+    oracle = Oracle(texts(name), lambda seq, place: wrong.random() < 0.3)
+    groups = 6 if name == "gemma3" else 1
+    _, plans = assert_like_the_cpu(name, load(name, oracle, num_kv_blocks=blocks * groups))
+    stats = plans.stats()
+    assert 0 < stats.accepted_tokens < stats.draft_tokens
+    assert blocks > 34 or name == "gemma3" or stats.preemptions > 0
+
+
+@pytest.mark.parametrize("kv", ["auto", "fp8"])
+def test_half_precision_gives_what_it_gives_without_guesses(kv: str) -> None:
+    """The decode kernel, which reads keys that the same step appends."""
+    draw = Random(1)
+    asked = [
+        Arrival(
+            i // 2, [draw.randrange(10, 250) for _ in range(9 + i)], Sampling(temperature=0.0), 40
+        )
+        for i in range(6)
+    ]
+    plain = load("llama3", how={}, dtype="float16", kv_cache_dtype=kv)
+    seen: dict[int, list[np.ndarray]] = {}
+    enqueue = plain._sampler.enqueue  # type: ignore[union-attr]
+
+    def recording(seqs: list[int], rows: Any, logits: Any) -> Any:
+        for seq, row in zip(seqs, logits[: len(seqs)].astype(np.float32).get(), strict=True):
+            seen.setdefault(seq, []).append(row)
+        return enqueue(seqs, rows, logits)
+
+    plain._sampler.enqueue = recording  # type: ignore[union-attr, method-assign]
+    expected = run(Ahead(plain), scheduler(plain), asked)
+    whole = [each.prompt + out.tokens for each, out in zip(asked, expected, strict=True)]
+    shard = load(
+        "llama3",
+        Oracle(whole, lambda seq, place: place % 7 == 0),
+        dtype="float16",
+        kv_cache_dtype=kv,
+    )
+    plans = scheduler(shard)
+    ours = run(Ahead(shard), plans, asked, depth=DEPTH)
+    assert plans.stats().accepted_tokens > 60
+    for seq, (our, their) in enumerate(zip(ours, expected, strict=True)):
+
+        def clear(position: int, rows: Any = seen[seq]) -> Any:
+            return choice(rows[position], Sampling(temperature=0.0), [])
+
+        assert_same_tokens(our.tokens, their.tokens, clear, "float16")
+
+
+KINDS = [
+    Sampling(temperature=0.0),
+    Sampling(temperature=0.8, seed=3, top_p=0.9),
+    Sampling(temperature=0.0, repetition_penalty=1.4, presence_penalty=0.6),
+    Sampling(temperature=1.1, seed=4, top_k=40, logprobs=2),
+    Sampling(temperature=0.0, stop_token_ids=[7], min_tokens=2),
+]
+
+
+@pytest.mark.parametrize("kinds", [[0] * 5, [0, 1, 2, 3, 4], [1]], ids=str)
+@pytest.mark.parametrize("vocab", [272, 151936])
+def test_rounds_choose_what_one_row_after_the_other_does(kinds: list[int], vocab: int) -> None:
+    """Three rounds, of which sequence i stays in as its drafts are right."""
+    import cupy
+
+    device = CudaDevice()
+    rng = np.random.default_rng(len(kinds))
+    count = len(kinds)
+    rounds = [rng.normal(0, 3, (count, vocab)).astype(np.float32) for _ in range(3)]
+    rounds[1][:, 7] = rounds[0][:, 7] = 30.0  # a token that two rounds would choose, if they may
+    starts = [
+        SequenceStart(seq, [1, 2, 3], 3, 0, [], KINDS[kind]) for seq, kind in enumerate(kinds)
+    ]
+    host = Sampler(vocab)
+    for start in starts:
+        host.start(start)
+    # What comes where all is right; then drafts of which some are wrong.
+    seqs = list(range(count))
+    right = [host.sample(seqs, logits)[0] for logits in rounds]
+    drafts = np.array(right[:2], np.int32)
+    drafts[0, 1::3] += 1
+    drafts[1, 2::3] += 1
+    with device.current():
+        sampler = DeviceSampler(device, vocab, count)
+        for row, start in enumerate(starts):
+            sampler.start(start, row)
+        index = [cupy.arange(count, dtype=np.int32) for _ in range(3)]
+        held = [cupy.asarray(logits) for logits in rounds]
+        queued = [
+            sampler.enqueue(seqs, index[0], held[0]),
+            *(
+                sampler.enqueue_next(seqs, rows, cupy.asarray(guesses), logits)
+                for rows, guesses, logits in zip(index[1:], drafts, held[1:], strict=True)
+            ),
+        ]
+        found = [sampler.collect(each) for each in queued]
+        newest = sampler.last_tokens.get().tolist()
+    for seq in seqs:
+        expected = [right[0][seq]]
+        if drafts[0, seq] == right[0][seq]:
+            expected.append(right[1][seq])
+            if drafts[1, seq] == right[1][seq]:
+                expected.append(right[2][seq])
+        assert [tokens[seq] for tokens, _, _ in found][: len(expected)] == expected
+        assert {tokens[seq] for tokens, _, _ in found[len(expected) :]} <= {-1}
+        assert newest[seq] == expected[-1]
+    assert not any(failed for _, _, failed in found)

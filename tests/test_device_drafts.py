@@ -1,0 +1,162 @@
+"""Guessed tokens on the GPU shard, on NumPy arrays: they save steps and change no token."""
+
+from __future__ import annotations
+
+from random import Random
+from typing import Any
+
+import pytest
+from helpers.draft_cases import Ahead, alone, assert_like_the_cpu, scheduler, texts
+from helpers.gpu_shards import make_gpu_shard
+from helpers.oracle import Oracle
+from helpers.running import Arrival, run, sequence
+from helpers.tiny_models import directory
+
+from tensorray.actors.config import ShardConfig
+from tensorray.actors.device_drafts import DeviceDrafts
+from tensorray.actors.drafter import Drafter
+from tensorray.actors.gpu_shard import GpuShard, GraphSizes, Limits
+from tensorray.actors.lookup_drafter import LookupDrafter
+from tensorray.actors.protocol import Drafting, Logprobs, Sampling
+from tensorray.actors.speculative_config import parse_speculative_config
+
+LIMITS = Limits(max_model_len=64, max_num_seqs=8, step_tokens=40)
+EAGER = GraphSizes([], [])
+DRAFTING = Drafting(max_tokens=4, row_cost=0.01, draft_cost=0.0, wait_cost=0.1)
+
+
+def drafts(drafter: Drafter, **changes: Any) -> DeviceDrafts:
+    how = {"max_tokens": 4, "row_cost": 0.01, "draft_cost": 0.0, "wait_cost": 0.1} | changes
+    return DeviceDrafts(drafter, Drafting(**how), measured=True)
+
+
+@pytest.mark.parametrize("name", ["llama3", "gemma3", "qwen3-moe", "gpt2"])
+def test_prompt_lookup_changes_no_token(name: str) -> None:
+    shard = make_gpu_shard(directory(name), limits=LIMITS, drafts=drafts(LookupDrafter(1, 5)))
+    _, plans = assert_like_the_cpu(name, shard)
+    stats = plans.stats()
+    assert 0 < stats.accepted_tokens < stats.draft_tokens  # some were wrong, and left no trace
+
+
+@pytest.mark.parametrize("graphs", [None, EAGER, GraphSizes([8], [40], [4])], ids=str)
+def test_whatever_is_guessed_changes_no_token(graphs: GraphSizes | None) -> None:
+    wrong = Random(3)
+    oracle = Oracle(texts("gemma3"), lambda seq, place: wrong.random() < 0.3)
+    shard = make_gpu_shard(
+        directory("gemma3"), limits=LIMITS, graphs=graphs, drafts=drafts(oracle, max_tokens=7)
+    )
+    _, plans = assert_like_the_cpu("gemma3", shard)
+    stats = plans.stats()
+    assert 0 < stats.accepted_tokens < stats.draft_tokens
+
+
+def test_preemption_and_reuse_change_no_token_either() -> None:
+    wrong = Random(5)
+    oracle = Oracle(texts("llama3"), lambda seq, place: wrong.random() < 0.2)
+    shard = make_gpu_shard(directory("llama3"), limits=LIMITS, num_blocks=34, drafts=drafts(oracle))
+    _, plans = assert_like_the_cpu("llama3", shard)
+    assert plans.stats().preemptions > 0
+    assert plans.stats().accepted_tokens > 0
+
+
+def test_right_guesses_save_steps() -> None:
+    name, only = "llama3", (0, 1, 2, 3, 4, 7)
+    plain, _ = assert_like_the_cpu(name, make_gpu_shard(directory(name), limits=LIMITS), only)
+    shard = make_gpu_shard(directory(name), limits=LIMITS, drafts=drafts(Oracle(texts(name))))
+    ahead, plans = assert_like_the_cpu(name, shard, only)
+    stats = plans.stats()
+    assert stats.accepted_tokens == stats.draft_tokens
+    assert stats.draft_tokens > 0.5 * sum(len(alone(name, i)[0]) for i in only)
+    assert ahead.steps < 0.6 * plain.steps
+
+
+def test_a_steered_sequence_has_no_guesses_and_tells_that_there_was_room() -> None:
+    shard = make_gpu_shard(
+        directory("llama3"), limits=LIMITS, drafts=drafts(Oracle(texts("llama3")))
+    )
+    ahead, _ = assert_like_the_cpu("llama3", shard)
+    counts: dict[int, set[bool]] = {}
+    for result in ahead.results:
+        for seq, drafted in result.drafted.items():
+            counts.setdefault(seq, set()).add(drafted > 0)
+    assert counts[5] == {False}
+    assert True in counts[0]
+
+
+def logprobs_of(guessing: bool) -> tuple[list[int], list[Logprobs], bool]:
+    path = directory("llama3")
+    sampling = Sampling(temperature=0.8, seed=3, logprobs=3, stop_token_ids=[1], min_tokens=9)
+    arrival = Arrival(0, [20, 21, 22, 23] * 5, sampling, 30)
+    plain = make_gpu_shard(path, limits=LIMITS)
+    (text,) = run(plain, scheduler(plain), [arrival])
+    oracle = Oracle([arrival.prompt + text.tokens], lambda seq, place: place % 5 == 0)
+    shard = make_gpu_shard(path, limits=LIMITS, drafts=drafts(oracle) if guessing else None)
+    ahead, plans = Ahead(shard), scheduler(shard)
+    plans.add(sequence(0, arrival))
+    tokens: list[int] = []
+    entries: list[Logprobs] = []
+    while plans.unfinished:
+        for gain in plans.update(ahead.execute(plans.schedule())):
+            assert gain.token is not None
+            assert gain.logprobs is not None
+            tokens.append(gain.token)
+            entries.append(gain.logprobs)
+    return tokens, entries, any(result.further_logprobs for result in ahead.results)
+
+
+def test_logprobs_are_those_without_guesses() -> None:
+    tokens, entries, _ = logprobs_of(False)
+    ours, our_entries, further = logprobs_of(True)
+    assert further
+    assert ours == tokens == [entry.token for entry in our_entries]
+    for our, plain in zip(our_entries, entries, strict=True):
+        assert (our.rank, our.top_tokens) == (plain.rank, plain.top_tokens)
+        assert our.top_logprobs == pytest.approx(plain.top_logprobs, abs=1e-5)
+
+
+def test_a_new_router_finds_no_guesses_of_the_old_one_s() -> None:
+    shard = make_gpu_shard(directory("llama3"), limits=LIMITS, drafts=drafts(LookupDrafter(1, 5)))
+    for _ in range(2):  # the same ids again
+        assert_like_the_cpu("llama3", shard)
+        shard.reset()
+
+
+def test_costs_are_what_steps_take() -> None:
+    found = DeviceDrafts(LookupDrafter(2, 5), DRAFTING)
+    found.price({1: 4e-3, 16: 4.6e-3})
+    assert found.drafting.row_cost == pytest.approx(0.01)
+    assert found.drafting.wait_cost == pytest.approx(0.125)
+    found.price({1: 1e-3, 16: 0.9e-3})  # more rows never pay for themselves
+    assert found.drafting.row_cost > 0
+    before = found.drafting
+    found.price({1: 1e-3})
+    assert found.drafting == before
+
+
+def test_at_most_so_many_guesses_run_in_a_step() -> None:
+    assert drafts(LookupDrafter(1, 5), max_tokens=7).most(8) == 56
+    assert drafts(LookupDrafter(1, 5), max_tokens=7).most(256) == 64
+    sizes = GraphSizes.choose(Limits(64, 256, 2048), (), eager=False, drafts=64)
+    assert sizes.chains == [1, 2, 4, 8, 16, 32, 64, 128]
+    assert GraphSizes.choose(LIMITS, (4, 12, 99), eager=False, drafts=8).chains == [4, 12]
+    assert not GraphSizes.choose(LIMITS, (), eager=False).chains
+
+
+@pytest.mark.parametrize(
+    ("how", "settings", "message"),
+    [
+        ({"model": "x"}, {}, "'draft_model' is for CPUs so far; on GPUs there is prompt lookup"),
+        ({"method": "medusa", "model": "x"}, {}, "'medusa' is for CPUs so far"),
+        ({"method": "ngram"}, {"tensor_parallel_size": 2}, "has one GPU so far"),
+        ({"method": "ngram"}, {"pipeline_parallel_size": 2}, "has one GPU so far"),
+        ({"method": "ngram"}, {"enable_lora": True}, "--enable-lora do not go together"),
+    ],
+)
+def test_what_gpus_can_not_do_is_refused(
+    how: dict[str, Any], settings: dict[str, Any], message: str
+) -> None:
+    config = ShardConfig(
+        str(directory("llama3")), speculative_config=parse_speculative_config(how), **settings
+    )
+    with pytest.raises(ValueError, match=message):
+        GpuShard.load(config)
