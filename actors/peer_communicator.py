@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -120,10 +121,12 @@ class _Region:
     def __del__(self) -> None:
         import cupy
 
+        runtime = cupy.cuda.runtime
         with cupy.cuda.Device(self._device):
             for address in self._opened:
-                cupy.cuda.runtime.ipcCloseMemHandle(address)
-            cupy.cuda.runtime.free(self._own)
+                with suppress(runtime.CUDARuntimeError):  # its process may have died
+                    runtime.ipcCloseMemHandle(address)
+            runtime.free(self._own)
 
 
 class _Ticket:
