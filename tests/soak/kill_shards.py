@@ -112,7 +112,7 @@ def differences(found: list[Heard], expected: list[Heard], tokens: int) -> list[
             assert heard.finish_reason == "length", heard.finish_reason
             assert len(heard.tokens) == tokens, f"{len(heard.tokens)} tokens"
             assert_same_tokens(heard.tokens, other.tokens, other.margins)  # type: ignore[arg-type]
-        except AssertionError as error:
+        except AssertionError as error:  # noqa: PERF203
             wrong.append(f"stream {number}: {error}")
     return wrong
 
