@@ -7,6 +7,8 @@ from collections import Counter
 from itertools import pairwise
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tensorray.actors.protocol import Sampling
 from tensorray.cluster import replica_choice
@@ -175,3 +177,125 @@ def test_keys_are_few_however_long_the_prompt() -> None:
     assert prefix_keys(request(tokens(0, 1000))) == longer
     assert prefix_keys(request(tokens(0, 63))) == []
     assert prefix_keys(request([-1] * 100)) == []
+
+
+def held(prompt: list[int], sent: list[list[int]]) -> int:
+    """How much of a prompt a replica holds that was sent these: a full comparison."""
+    same = max(
+        (
+            next((i for i, (a, b) in enumerate(zip(prompt, each, strict=False)) if a != b), len(s))
+            for each in sent
+            for s in [min(prompt, each, key=len)]
+        ),
+        default=0,
+    )
+    return max((at for at, _ in prefix_keys(request(prompt)) if at <= same), default=0)
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.data(), st.integers(1, 8))
+def test_among_few_it_is_what_looking_at_all_of_everything_finds(
+    data: st.DataObject, count: int
+) -> None:
+    choice = choice_of(count)
+    sent: list[list[list[int]]] = [[] for _ in range(count)]
+    for _ in range(data.draw(st.integers(1, 12))):
+        prompt = tokens(data.draw(st.integers(0, 2)), data.draw(st.sampled_from([40, 130, 300])))
+        prompt += tokens(data.draw(st.integers(3, 5)), data.draw(st.sampled_from([0, 90, 200])))
+        loads = Loads(*(data.draw(st.none() | st.integers(0, 400)) for _ in range(count)))
+        found = choice.choose(request(prompt), loads)
+        costs = {
+            name: load - (held(prompt, sent[name]) if count > 1 else 0)
+            for name, load in enumerate(loads.loads)
+            if load is not None
+        }
+        if not costs:
+            assert found is None
+            continue
+        assert found is not None
+        assert costs[found.replica] == min(costs.values())
+        sent[found.replica].append(prompt)
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.data(), st.integers(9, 400), st.booleans())
+def test_among_many_few_are_looked_at_and_the_best_of_them_is_taken(
+    data: st.DataObject, count: int, meet: bool
+) -> None:
+    choice: ReplicaChoice[int] = ReplicaChoice(meet=meet, seed=data.draw(st.integers(0, 99)))
+    for name in range(count):
+        choice.add(name, str(name))
+    loads = random.Random(data.draw(st.integers(0, 99))).choices(range(4000), k=count)
+    asked: list[int] = []
+
+    def load(name: int) -> int:
+        asked.append(name)
+        return loads[name]
+
+    for number in range(30):
+        asked.clear()
+        prompt = tokens(number % 3, 300) + tokens(number, 100)
+        found = choice.choose(request(prompt), load)
+        assert found is not None
+        assert 2 <= len(set(asked)) <= len(asked) <= 12
+        # What is cached, and that prompts meet, is worth no more than this.
+        assert loads[found.replica] <= min(loads[name] for name in asked) + 2 * len(prompt)
+        loads[found.replica] += SEQUENCE_TOKENS + len(prompt) - found.cached
+
+
+def test_the_one_that_is_chosen_among_a_thousand_is_seldom_a_busy_one() -> None:
+    count, rng = 1000, random.Random(3)
+    choice = choice_of(count, "balanced")
+    loads = Loads(*rng.sample(range(count), count))  # so a load is a place in the order
+    places = [chosen(choice, request([1, 2, 3]), loads)[0] for _ in range(4000)]
+    mean = sum(loads.loads[name] or 0 for name in places) / len(places)
+    assert mean == pytest.approx(count / 3, rel=0.05)  # the lesser of two at random
+
+
+def several(count: int, names: list[int]) -> list[ReplicaChoice[int]]:
+    """Ingresses that came to know the replicas in different orders."""
+    found = []
+    for seed in range(count):
+        choice: ReplicaChoice[int] = ReplicaChoice(meet=True, seed=seed)
+        for name in random.Random(seed).sample(names, len(names)):
+            choice.add(name, str(name))
+        found.append(choice)
+    return found
+
+
+@pytest.mark.parametrize("count", [4, 200])
+def test_prompts_that_begin_alike_meet_whichever_way_they_come(count: int) -> None:
+    ingresses, idle = several(5, list(range(count))), Loads(*[0] * count)
+    homes = Counter[int]()
+    for group in range(100):
+        found = {
+            chosen(each, request(tokens(group, 100) + tokens(number, 60)), idle)[0]
+            for number, each in enumerate(ingresses)
+        }
+        assert len(found) == 1
+        homes.update(found)
+    assert max(homes.values()) < 100 * 3 / count + 5
+
+
+def test_they_part_where_meeting_costs_too_much() -> None:
+    asked, idle = request(tokens(1, 200)), Loads(*[0] * 4)
+    home, _ = chosen(several(1, [0, 1, 2, 3])[0], asked, idle)
+    loads = Loads(*[0] * 4)
+    loads.loads[home] = 399
+    assert chosen(several(1, [0, 1, 2, 3])[0], asked, loads) == (home, 0)
+    loads.loads[home] = 401
+    assert chosen(several(1, [0, 1, 2, 3])[0], asked, loads)[0] != home
+    loads.loads[home] = None
+    assert chosen(several(1, [0, 1, 2, 3])[0], asked, loads)[0] != home
+
+
+def test_a_replica_that_goes_moves_only_what_was_at_home_there() -> None:
+    names, idle = list(range(20)), Loads(*[0] * 20)
+    prompts = [request(tokens(group, 100)) for group in range(200)]
+    (before,) = several(1, names)
+    homes = [chosen(before, prompt, idle)[0] for prompt in prompts]
+    (after,) = several(1, names)
+    after.remove(7)
+    for prompt, home in zip(prompts, homes, strict=True):
+        moved = chosen(after, prompt, idle)[0]
+        assert (moved == home) is (home != 7)

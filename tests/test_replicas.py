@@ -12,8 +12,9 @@ from tensorray.actors.wire import Endpoint
 from tensorray.cluster.engine import Engine
 from tensorray.cluster.engine_link import EngineLink, EngineServer
 from tensorray.cluster.replica_choice import Choice, Routing
-from tensorray.cluster.replicas import Replicas
+from tensorray.cluster.replicas import ReplicaLost, Replicas
 from tensorray.cluster.request import Delta, GenerationRequest
+from tensorray.cluster.router_share import Place
 from tests.helpers.null_engine import null_engine
 
 PREFIX, OWN, OUTPUT = 512, 16, 4
@@ -172,3 +173,80 @@ async def test_replicas_come_and_go() -> None:
         replicas.retire("1")
         await collect(replicas.generate(GenerationRequest("c", [1], Sampling(), 1)))
         assert found.engines[0].scheduler.stats().prefix_queries == 1
+
+
+class Doubtful:
+    """A replica that may be out of reach. It answers with one token."""
+
+    def __init__(self) -> None:
+        self.reachable = True
+        self.served = 0
+        self.searched = 0
+        self.load: int | None = 0
+
+    async def connect(self) -> None:
+        self.searched += 1
+        if not self.reachable:
+            raise ReplicaLost("out of reach")
+
+    async def generate(self, request: GenerationRequest) -> AsyncIterator[list[Delta]]:
+        if not self.reachable:
+            raise ReplicaLost("out of reach")
+        self.served += 1
+        yield [Delta(0, [1], finish_reason="length")]
+
+    async def cancel(self, request_id: str, index: int | None = None) -> None:
+        pass
+
+
+async def ask(replicas: Replicas[Doubtful], count: int) -> None:
+    for number in range(count):
+        request = GenerationRequest(f"r{number}", [1, 2, 3], Sampling(), 1)
+        assert len(await collect(replicas.generate(request))) == 1
+
+
+async def test_a_lost_replica_is_used_again_once_it_is_back() -> None:
+    clients = [Doubtful(), Doubtful()]
+    replicas = Replicas(clients)
+    clients[0].reachable = False
+    await ask(replicas, 10)
+    assert clients[1].served == 10  # nobody waited for the lost one
+    await until(lambda: clients[0].searched >= 2)
+    assert clients[0].served == 0
+    clients[0].reachable = True
+    await until(lambda: all(member.lost is None for member in replicas.members()))
+    await ask(replicas, 10)
+    assert clients[0].served == 5
+    await replicas.close()
+
+
+async def test_a_lost_replica_that_is_gone_is_not_looked_for() -> None:
+    clients = [Doubtful(), Doubtful()]
+    replicas = Replicas(clients)
+    clients[0].reachable = False
+    await ask(replicas, 4)
+    replicas.retire("0")
+    await until(lambda: not replicas._searches)
+    assert len(replicas.members()) == 1
+
+
+async def test_of_many_replicas_a_share_is_sent_to_as_long_as_it_can_be() -> None:
+    place = Place(1, 10)
+    replicas: Replicas[Doubtful] = Replicas(place=place)
+    clients = {f"router-{number}": Doubtful() for number in range(400)}
+    for name, client in clients.items():
+        replicas.add(name, client)
+    senders = place.senders(400)
+    near = {name for name in clients if place.sends_to(name, senders)}
+    assert 40 < len(near) < 160
+    await ask(replicas, 3 * len(near))
+    assert {name for name, client in clients.items() if client.served} <= near
+    assert sum(client.served > 0 for client in clients.values()) > len(near) / 2
+    for name in near:
+        clients[name].load, clients[name].reachable = None, False
+    served = {name: client.served for name, client in clients.items()}
+    await ask(replicas, 5)
+    others = [name for name, client in clients.items() if client.served > served[name]]
+    assert others
+    assert not near.intersection(others)
+    await replicas.close()
