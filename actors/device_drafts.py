@@ -152,12 +152,13 @@ class DeviceDrafts:
         """Guesses for sequences that have room."""
         asked = [seq for seq in rooms if seq in self._since and not sampler.steers(seq)]
         guesses = self._drafter.draft(asked, [rooms[seq] for seq in asked], [], _by_no_model)
-        tokens = {}
-        left = MAX_DRAFTS
-        for seq, guess in zip(asked, guesses, strict=True):
-            if guess and left:
-                tokens[seq] = guess[:left]
-                left -= len(tokens[seq])
+        lengths = [len(guess) for guess in guesses]
+        most = max(lengths, default=0)
+        while sum(min(length, most) for length in lengths) > MAX_DRAFTS:
+            most -= 1
+        tokens = {seq: guess[:most] for seq, guess in zip(asked, guesses, strict=True) if guess}
+        if not most:
+            tokens = {}
         falling = sorted(tokens, key=lambda seq: -len(tokens[seq]))
         return Guesses([*rooms], {seq: tokens[seq] for seq in falling})
 

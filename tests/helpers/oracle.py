@@ -12,8 +12,8 @@ from tensorray.actors.protocol import SequenceStart
 
 
 class Oracle(Drafter):
-    """`texts` are whole ones, prompts included, by how they begin: no prompt begins another.
-    `errs(sequence, place)` says whether the guess for a place is to be wrong."""
+    """`texts` are whole ones, prompts included: no prompt begins another. `errs(sequence, place)`
+    says whether the guess for a place is to be wrong. A sequence that leaves its text has none."""
 
     def __init__(
         self,
@@ -22,16 +22,21 @@ class Oracle(Drafter):
     ) -> None:
         self._texts = texts
         self._errs = errs
-        self._known: dict[int, list[int]] = {}
+        self._coming: dict[int, tuple[Sequence[int], int]] = {}  # a text, and how far it has come
 
     def start(self, start: SequenceStart) -> None:
-        self._known[start.seq] = list(start.tokens)
+        known = len(start.tokens)
+        texts = (text for text in self._texts if list(text[:known]) == start.tokens)
+        self._coming[start.seq] = next(texts, ()), known
 
     def end(self, seq: int) -> None:
-        del self._known[seq]
+        self._coming.pop(seq, None)
 
     def gained(self, seq: int, tokens: Sequence[int], row: NDArray[Any]) -> None:
-        self._known[seq] += tokens
+        text, known = self._coming[seq]
+        new = known + len(tokens)
+        right = list(text[known:new]) == list(tokens)
+        self._coming[seq] = text if right else (), new
 
     def draft(
         self,
@@ -42,11 +47,7 @@ class Oracle(Drafter):
     ) -> list[list[int]]:
         found = []
         for seq, room in zip(seqs, rooms, strict=True):
-            known = self._known[seq]
-            at = len(known)
-            texts = [text for text in self._texts if list(text[:at]) == known]
-            coming = list(texts[0][at : at + room]) if texts else []
-            found.append(
-                [token + self._errs(seq, at + ahead) for ahead, token in enumerate(coming)]
-            )
+            text, known = self._coming[seq]
+            coming = enumerate(text[known : known + room], known)
+            found.append([token + self._errs(seq, place) for place, token in coming])
         return found
