@@ -19,11 +19,16 @@ from helpers.lora_cases import (
     first_choice,
     margins_of,
     merged_answers,
-    prompt,
     requests,
-    write_adapters,
 )
-from helpers.lora_files import merge, read_files, write_adapter, write_files
+from helpers.lora_files import (
+    merge,
+    prompt,
+    read_files,
+    write_adapter,
+    write_adapters,
+    write_files,
+)
 from helpers.quantized_files import gptq, quantize_model, write_plain
 from helpers.tiny_models import directory
 

@@ -17,11 +17,9 @@ from helpers.lora_cases import (
     first_choice,
     margins_of,
     merged_answers,
-    prompt,
     requests,
-    write_adapters,
 )
-from helpers.lora_files import merge
+from helpers.lora_files import merge, prompt, write_adapters
 from helpers.quantized_files import gptq, quantize_model, write_plain
 from helpers.tiny_models import directory
 

@@ -15,8 +15,6 @@ from helpers.scheduling import Rig
 from pydantic import ValidationError
 
 from tensorray.actors.adapter import Adapter
-from tensorray.actors.config import ShardConfig
-from tensorray.actors.gpu_shard import GpuShard
 from tensorray.actors.link import LocalLink
 from tensorray.actors.null_shard import NullShard
 from tensorray.actors.protocol import KVGroups, Sampling, ShardInfo
@@ -261,11 +259,6 @@ def test_no_more_adapters_run_at_once_than_asked_and_each_has_its_turn() -> None
     assert run.end_step[plain] < min(run.end_step[seq] for seq in first)
     assert run.end_step[waiting] > max(run.end_step[first[0]], 0)
     assert run.first_token_step[behind] >= run.first_token_step[waiting]
-
-
-def test_a_gpu_refuses_adapters_and_says_what_to_do() -> None:
-    with pytest.raises(ValueError, match=r"--enable-lora: .* --device cpu"):
-        GpuShard.load(ShardConfig("nowhere", enable_lora=True))
 
 
 @pytest.mark.parametrize(

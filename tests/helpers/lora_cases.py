@@ -1,4 +1,4 @@
-"""Eight adapters of a small checkpoint, what each answers merged into it, and how to compare."""
+"""What adapters of a small checkpoint answer merged into it, and how to compare."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from tensorray.cluster.llm import LLM, LoRARequest, SamplingParams
 from tensorray.cluster.outputs import RequestOutput, TokenLogprob
 
 from .equality import assert_same_tokens
-from .lora_files import merge, write_adapter
-from .tiny_models import directory, references
+from .lora_files import merge, prompt
+from .tiny_models import directory
 
 SMALL: dict[str, Any] = {
     "num_kv_blocks": 512,
@@ -26,29 +26,6 @@ SMALL: dict[str, Any] = {
 LORA: dict[str, Any] = {**SMALL, "enable_lora": True}
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, logprobs=2)
 
-# Eight adapters as different as they come. Those of three endings adapt parts of fused matrices.
-KINDS: list[dict[str, Any]] = [
-    {},
-    {"rank": 1, "alpha": 2.0},
-    {"rank": 16, "alpha": 16.0, "spread": 0.2},
-    {"rslora": True, "alpha": 4.0},
-    {"modules": ("q_proj", "v_proj", "c_attn"), "spread": 0.6},
-    {"modules": ("up_proj", "down_proj", "c_fc"), "spread": 0.6},
-    {"modules": ("k_proj", "o_proj", "gate_proj", "attn.c_proj"), "rank": 8, "alpha": 16.0},
-    {
-        "rank_pattern": {"q_proj": 2, "mlp.c_proj": 2},
-        "alpha_pattern": {"up_proj": 32.0, "c_fc": 32.0},
-    },
-]
-
-
-def write_adapters(name: str, root: Path) -> list[Path]:
-    """A family's eight adapters."""
-    return [
-        write_adapter(directory(name), root / f"adapter-{i}", seed=i, **kind)
-        for i, kind in enumerate(KINDS)
-    ]
-
 
 def merged_answers(name: str, adapters: list[Path], root: Path) -> list[RequestOutput]:
     """What the base, then each adapter merged into it, answers to a family's prompt."""
@@ -59,10 +36,6 @@ def merged_answers(name: str, adapters: list[Path], root: Path) -> list[RequestO
         with LLM(str(model), device="cpu", **SMALL) as llm:
             found += llm.generate([prompt(name)], GREEDY)
     return found
-
-
-def prompt(name: str) -> list[int]:
-    return references(name)[0].prompt.tolist()
 
 
 def requests(adapters: list[Path]) -> list[LoRARequest]:

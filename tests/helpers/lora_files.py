@@ -13,9 +13,26 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
+from .tiny_models import directory, references
+
 #: What PEFT calls "all-linear", by the ends of module names: not the head.
 ALL_LINEAR = ("_proj", "c_attn", "c_proj", "c_fc")
 _PREFIX = "base_model.model."
+
+# Eight adapters as different as they come. Those of three endings adapt parts of fused matrices.
+KINDS: list[dict[str, Any]] = [
+    {},
+    {"rank": 1, "alpha": 2.0},
+    {"rank": 16, "alpha": 16.0, "spread": 0.2},
+    {"rslora": True, "alpha": 4.0},
+    {"modules": ("q_proj", "v_proj", "c_attn"), "spread": 0.6},
+    {"modules": ("up_proj", "down_proj", "c_fc"), "spread": 0.6},
+    {"modules": ("k_proj", "o_proj", "gate_proj", "attn.c_proj"), "rank": 8, "alpha": 16.0},
+    {
+        "rank_pattern": {"q_proj": 2, "mlp.c_proj": 2},
+        "alpha_pattern": {"up_proj": 32.0, "c_fc": 32.0},
+    },
+]
 
 
 def write_adapter(
@@ -115,3 +132,15 @@ def _by_end(patterns: Mapping[str, Any] | None, module: str, default: Any) -> An
 def _is_gpt2(base: Path) -> bool:
     """Whether the checkpoint stores matrices `[in, out]`."""
     return bool(json.loads((base / "config.json").read_text())["model_type"] == "gpt2")
+
+
+def write_adapters(name: str, root: Path) -> list[Path]:
+    """A family's eight adapters."""
+    return [
+        write_adapter(directory(name), root / f"adapter-{i}", seed=i, **kind)
+        for i, kind in enumerate(KINDS)
+    ]
+
+
+def prompt(name: str) -> list[int]:
+    return references(name)[0].prompt.tolist()
