@@ -29,8 +29,8 @@ _HANDLE_BYTES = 64
 _BOOT_BYTES = 36
 # A trial of a group that works takes milliseconds.
 _TRIAL_SECONDS = 10.0
-# A decoded token's residual stream, and that of more and more of them.
-_TRIAL_BYTES = (8 << 10, 64 << 10, 512 << 10, 2 << 20)
+# A decoded token's residual stream, that of more and more of them, and a prefill step's.
+_TRIAL_BYTES = (8 << 10, 64 << 10, 512 << 10, 2 << 20, 4 << 20, 16 << 20)
 _TRIAL_SUMS = 50
 
 

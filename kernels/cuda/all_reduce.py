@@ -1,7 +1,8 @@
 """The sum of a small array over GPUs that map each other's memory, in one kernel.
 
-For what decoding adds up: some kilobytes, where a collective library's rounds take longer than the
-bytes. A rank writes to each of the others, so the bytes it sends grow with their number.
+For what decoding adds up, where a collective library's rounds take longer than the bytes. A rank
+writes to each of the others, so the bytes it sends grow with their number; of two ranks each sends
+no more than in a ring.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from tensorray.kernels.cuda.dtypes import ctype
 
 _BLOCKS = 64
 _THREADS = 512
-#: What a rank sends at most.
-_SENT_BYTES = 4 << 20
+#: What a rank sends at most: twice that, from each of the others, lies in its memory.
+_SENT_BYTES = 16 << 20
 
 CONSTANT_SETS = {
     "all_reduce.cu": [

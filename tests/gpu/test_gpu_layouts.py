@@ -13,6 +13,7 @@ from helpers.gpu_ranks import on_gpus
 from helpers.tiny_models import directory
 
 from tensorray.cluster.llm import LLM, SamplingParams
+from tensorray.kernels.cuda.all_reduce import most_bytes
 
 cupy = pytest.importorskip("cupy", reason="CuPy is not installed")
 
@@ -43,6 +44,7 @@ def test_sums_over_peers_memory(dtype: str) -> None:
     kind = np.dtype(getattr(ml_dtypes, dtype, dtype))
     rng = np.random.default_rng(0)
     sizes = [16 // kind.itemsize * n for n in (1, 7, 64, 513, 5000, 1, 40000, 3, 100000)] * 5
+    sizes.append(most_bytes(2) // kind.itemsize)
     parts = [[rng.standard_normal(n).astype(kind) for n in sizes] for _ in range(2)]
 
     ours, theirs = on_gpus(2, gpu_ranks.sums, parts)

@@ -15,6 +15,7 @@ import numpy as np
 
 from tensorray.actors.communicator import CommunicatorError
 from tensorray.actors.host_communicator import MeetingPoint
+from tensorray.kernels.cuda.all_reduce import most_bytes
 
 _SECONDS = 60
 
@@ -76,7 +77,7 @@ def sums(group: Any, rank: int, parts: list[list[Any]]) -> list[Any]:
     import cupy
 
     assert group.reaches_peers, "the GPUs do not map each other's memory"
-    group.most = 4 << 20
+    group.most = most_bytes(group.size)
     arrays = [cupy.asarray(x) for x in parts[rank]]
     stream = cupy.cuda.get_current_stream()
     eager = [cupy.asnumpy(group.all_reduce(x)) for x in arrays]
