@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from tensorray.kernels.cuda import compiler
@@ -22,8 +23,8 @@ CONSTANT_SETS = {
 }
 
 _THREADS = 256
-# Enough blocks to fill any GPU many times over; each goes on to further elements.
-_MOST_BLOCKS = 8192
+# As many as it holds at once; each goes on to further elements.
+_BLOCKS_PER_PROCESSOR = 4
 
 
 def silu(x: Any) -> Any:
@@ -83,10 +84,17 @@ def finish(
     )
     packs = out.size // vec
     module.function("elementwise")(
-        (min(-(-packs // _THREADS), _MOST_BLOCKS),),
+        (min(-(-packs // _THREADS), _most_blocks()),),
         (_THREADS,),
         *(rows, bias, base, out, columns, packs),
         *(stride(rows), stride(base), float(cap)),
         overlap=True,
     )
     return out
+
+
+@functools.cache
+def _most_blocks() -> int:
+    import cupy
+
+    return _BLOCKS_PER_PROCESSOR * int(cupy.cuda.Device().attributes["MultiProcessorCount"])
