@@ -295,6 +295,9 @@ class Engine:
         """What there is to do, as replicas are compared by."""
         return weight(self.scheduler.queued_tokens, self.scheduler.unfinished)
 
+    async def connect(self) -> None:
+        """See replicas.LoadedClient: it is right here."""
+
     def _with_adapter(self, request: GenerationRequest) -> GenerationRequest:
         """The request, with the version of its adapter that it began with, or the present one."""
         if self.adapters is None:
