@@ -103,6 +103,11 @@ async def until_answered(port: int, path: str, holds: Any) -> None:
         await asyncio.sleep(0.2)
 
 
+async def lose_the_shard(cluster: LastingCluster) -> None:
+    (engine, *_) = (await get(cluster.worker_http, "/status"))[1]["engines"]
+    os.kill(engine["shards"][0]["pid"], signal.SIGKILL)
+
+
 async def heads_come_and_go(cluster: LastingCluster, model: Path) -> None:
     deploy(cluster, model, 1)
     readers = Readers(f"http://127.0.0.1:{cluster.worker_http}", READERS)
@@ -114,8 +119,17 @@ async def heads_come_and_go(cluster: LastingCluster, model: Path) -> None:
         assert (await get(cluster.worker_http, "/health"))[0] == 200
         assert (await get(cluster.http, "/health"))[0] == 0
         without = readers.seen.pause
+        await lose_the_shard(cluster)
+        lost = time.monotonic() - killed
+        await until_answered(
+            cluster.worker_http,
+            "/health",
+            lambda found: found[0] == 503 and "shard" in found[1]["error"]["message"],
+        )
+        told = time.monotonic() - killed
         await asyncio.to_thread(cluster.start_head)
         back = time.monotonic() - killed
+        await readers.all_answered()
         await until_answered(cluster.http, "/health", lambda found: found[0] == 200)
         whole = time.monotonic() - killed
         await asyncio.to_thread(deploy, cluster, model, 2)
@@ -125,13 +139,12 @@ async def heads_come_and_go(cluster: LastingCluster, model: Path) -> None:
             lambda found: found[0] == 200 and len(found[1]["engines"]) == 2,
         )
         await readers.all_answered()
-        (first, *_) = (await get(cluster.worker_http, "/status"))[1]["engines"]
-        os.kill(first["shards"][0]["pid"], signal.SIGKILL)
+        await lose_the_shard(cluster)
         await readers.all_answered()
     seen = readers.seen
     print(
-        f"\n{seen.answers} answers, longest pause {without:.2f} s without a head; "
-        f"head back after {back:.1f} s, its proxy after {whole:.1f} s"
+        f"\n{seen.answers} answers; longest pause without a head {without:.2f} s; a shard's loss "
+        f"told after {told - lost:.1f} s; head back after {back:.1f} s, its proxy after {whole:.1f}"
     )
     assert not seen.errors
     assert not seen.wrong
