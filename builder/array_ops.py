@@ -198,16 +198,28 @@ class ArrayOps(Ops):
         """`rope` of q and k, each head normed before if weights for that are given, then
         `attention`. Not an op of its own: how these may run (joining.py)."""
         kv, batch = self.kv[layer], self.batch
-        new = (q, k, v, self._rope_table(spec), batch.positions)
-        pages, slots = (kv.k_pages, kv.v_pages), batch.slots[kv.group]
+        cos_sin, slots = self._rope_table(spec), batch.slots[kv.group]
+        new = (q, k, v, cos_sin, batch.positions, kv.k_pages, kv.v_pages, slots)
         held = (batch.query_starts, batch.seq_lens, batch.block_tables[kv.group])
-        norms: dict[str, Any] = {"q_norm": q_norm, "k_norm": k_norm, "eps": eps}
-        options: dict[str, Any] = {"scale": scale, "window": kv.window, "softcap": softcap}
-        options |= {"max_query": batch.max_query, "singles": batch.singles}
         if batch.chained:  # all of the step's keys are to be there before any query reads them
-            q = rope.rope_append(*new, *pages, slots, **norms)
-            return attention.paged_attention(q, *pages, *held, **options)
-        return rope.rope_attention(*new, *pages, slots, *held, **norms, **options)
+            q = rope.rope_append(*new, q_norm=q_norm, k_norm=k_norm, eps=eps)
+            return attention.paged_attention(
+                *(q, kv.k_pages, kv.v_pages, *held),
+                scale=scale,
+                window=kv.window,
+                softcap=softcap,
+                max_query=batch.max_query,
+            )
+        return rope.rope_attention(
+            *(*new, *held),
+            scale=scale,
+            window=kv.window,
+            softcap=softcap,
+            q_norm=q_norm,
+            k_norm=k_norm,
+            eps=eps,
+            max_query=batch.max_query,
+        )
 
     @kernel
     def select_rows(self, x: Tensor) -> Tensor:

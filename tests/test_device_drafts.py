@@ -8,17 +8,20 @@ from typing import Any
 import pytest
 from helpers.draft_cases import Ahead, alone, assert_like_the_cpu, scheduler, texts
 from helpers.gpu_shards import make_gpu_shard
+from helpers.host_device import HostDevice
 from helpers.oracle import Oracle
 from helpers.running import Arrival, run, sequence
 from helpers.tiny_models import directory
 
 from tensorray.actors.config import ShardConfig
 from tensorray.actors.device_drafts import DeviceDrafts
+from tensorray.actors.device_sampler import DeviceSampler
 from tensorray.actors.drafter import Drafter
 from tensorray.actors.gpu_shard import GpuShard, GraphSizes, Limits
 from tensorray.actors.lookup_drafter import LookupDrafter
-from tensorray.actors.protocol import Drafting, Logprobs, Sampling
+from tensorray.actors.protocol import Drafting, Logprobs, Sampling, SequenceStart, StepPlan
 from tensorray.actors.speculative_config import parse_speculative_config
+from tensorray.actors.step_buffers import RunningSequences
 
 LIMITS = Limits(max_model_len=64, max_num_seqs=8, step_tokens=40)
 EAGER = GraphSizes([], [])
@@ -136,6 +139,20 @@ def test_costs_are_what_steps_take() -> None:
 def test_at_most_so_many_guesses_run_in_a_step() -> None:
     assert drafts(LookupDrafter(1, 5), max_tokens=7).most(8) == 56
     assert drafts(LookupDrafter(1, 5), max_tokens=7).most(256) == 64
+    # Too many are cut to the same length.
+    guessing = drafts(Oracle([[9] * 30]), max_tokens=7)
+    running = RunningSequences(16, 1, 8)
+    sampler = DeviceSampler(HostDevice(), 32, 16)
+    starts = [SequenceStart(seq, [9] * (1 + seq), 1, 0, [[]], Sampling()) for seq in range(16)]
+    for start in starts:
+        sampler.start(start, start.seq)
+    guessing.take(StepPlan(0, [0], [1], starts=starts), running)
+    rooms = {seq: 7 if seq else 2 for seq in range(16)}
+    found = guessing.guess(rooms, sampler)
+    assert found.counts == {seq: 4 if seq else 2 for seq in range(16)}
+    assert [*found.tokens][-1] == 0
+    assert [len(each) for each in found.rounds] == [16, 16, 15, 15]
+
     sizes = GraphSizes.choose(Limits(64, 256, 2048), (), eager=False, drafts=64)
     assert sizes.chains == [1, 2, 4, 8, 16, 32, 64, 128]
     assert GraphSizes.choose(LIMITS, (4, 12, 99), eager=False, drafts=8).chains == [4, 12]
