@@ -72,9 +72,9 @@ class EngineConfig(BaseModel):
         "auto", description="auto: the model's defaults; vllm: none; or a directory"
     )
     chat_template: str | None = Field(None, description="A jinja file, or a template inline")
-    tool_call_parser: Literal["auto", "none", "hermes", "mistral", "llama3_json", "pythonic"] = (
-        Field("auto", description="How the model writes calls; auto: as its chat template shows")
-    )
+    tool_call_parser: Literal[
+        "auto", "none", "hermes", "mistral", "llama3_json", "pythonic", "qwen3_coder"
+    ] = Field("auto", description="How the model writes calls; auto: as its chat template shows")
     enable_auto_tool_choice: bool = Field(
         True, description="Let the model choose to call tools; off: only where a request says so"
     )
@@ -234,9 +234,7 @@ class EngineConfig(BaseModel):
         "path/to/file.py:Class; requests name it",
     )
     # --- LoRA adapters ---
-    enable_lora: bool = Field(
-        False, description="Serve LoRA adapters of the model beside it (on CPUs so far)"
-    )
+    enable_lora: bool = Field(False, description="Serve LoRA adapters of the model beside it")
     lora_modules: list[LoraModule] = Field(
         default_factory=list,
         description="Adapter to serve, as NAME=PATH or JSON; a directory that PEFT saved, or a Hub "
@@ -259,7 +257,7 @@ class EngineConfig(BaseModel):
         description="Speculative decoding, as JSON with vLLM's keys: "
         '{"method": "ngram", "num_speculative_tokens": 5, "prompt_lookup_max": 5, '
         '"prompt_lookup_min": 2}, {"model": "a draft model"}, or {"method": "medusa", "model": '
-        '"its heads"}; same tokens, fewer steps (CPU only)',
+        '"its heads"}; same tokens, fewer steps (on GPUs ngram alone)',
     )
     pooling_type: Literal["auto", "last", "mean", "cls"] = Field(
         "auto",
