@@ -174,7 +174,7 @@ class ReplyReader:
         if self._format.reasoning is not None:
             yield from self._read_reasoning(self._format.reasoning)
         if self._format.tools is not None:
-            yield from self._format.tools.read(self._source, self._format.use.names)
+            yield from self._format.tools.read(self._source, self._format.use.schemas())
         yield from self._source.rest()
 
     def _read_reasoning(self, format: ReasoningFormat) -> Reading[None]:

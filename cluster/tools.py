@@ -151,6 +151,11 @@ class ToolUse:
             for tool in self.tools
         ] or None
 
+    def schemas(self) -> dict[str, dict[str, Any]]:
+        """The schemas of the arguments of functions that may be called, as they came, by name."""
+        functions = (tool.function for tool in self.tools)
+        return {each.name: each.parameters or {} for each in functions if each.name in self.names}
+
     def callees(self) -> list[Callee]:
         """Functions that may be called, with schemas that guided decoding can follow.
 

@@ -402,6 +402,7 @@ FORMATS = {
     "mistral with [ARGS]": "{{ tools }}[TOOL_CALLS][ARGS]{{ messages }}",
     "llama3_json": "{{ tools }}<|python_tag|>{{ messages }}",
     "pythonic": "{{ tools }}[func_name1(params_name1=params_value1{{ messages }}",
+    "qwen3_coder": "{{ tools }}<tool_call><function=f><parameter=p>{{ messages }}",
 }
 
 
@@ -415,7 +416,7 @@ def llm(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
         yield llm
 
 
-#: How often four schemas are tried, in each of five formats. `make soak` asks for more.
+#: How often four schemas are tried, in each of six formats. `make soak` asks for more.
 EXAMPLES = int(os.environ.get("TENSORRAY_SOAK_SCHEMAS", "50")) // 25  # the first is trivial
 
 _objects = st.dictionaries(st.sampled_from(["a", "b_c", "é"]), schemas, max_size=3)

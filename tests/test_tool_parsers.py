@@ -15,12 +15,24 @@ from tensorray.cluster.reply import CallBegins, Part, Reply, Text, joined
 from tensorray.cluster.text_source import Source
 from tensorray.cluster.tool_parsers import FORMATS, format_of
 
-NAMES = frozenset({"get_weather", "add", "x.y"})
+STRING: dict[str, Any] = {"type": "string"}
+FUNCTIONS: dict[str, dict[str, Any]] = {
+    "get_weather": {"type": "object", "properties": {"city": STRING}},
+    "add": {"type": "object", "properties": {"a": {"type": "array"}, "c": {"type": "number"}}},
+    "x.y": {
+        "type": "object",
+        "properties": {
+            "a": {"type": ["boolean", "null"]},
+            "date": {"type": "string", "format": "date"},
+            "unit": {"enum": ["3", "4"]},
+        },
+    },
+}
 
 
 def read(kind: str, pieces: list[str]) -> list[Part]:
     source = Source()
-    reader = FORMATS[kind]("").read(source, NAMES)
+    reader = FORMATS[kind]("").read(source, FUNCTIONS)
     found: list[Part] = []
     for piece in [*pieces, None]:
         if piece is None:
@@ -44,6 +56,17 @@ ARGUMENTS = json.dumps(PARIS[1], ensure_ascii=False)
 OBJECT = f'{{"name": "get_weather", "arguments": {ARGUMENTS}}}'
 SUM = '{"name": "add", "parameters": {"a": [1, {"b": null}], "c": -1.5e3}}'
 ADDED = ("add", {"a": [1, {"b": None}], "c": -1500.0})
+DIGITS = "1" * 5000  # more than Python reads
+
+
+def tagged(function: str, **values: str) -> str:
+    """A call as Qwen3-Coder writes it."""
+    lines = [f"<parameter={key}>\n{value}\n</parameter>\n" for key, value in values.items()]
+    return f"<tool_call>\n<function={function}>\n{''.join(lines)}</function>\n</tool_call>"
+
+
+TAGGED = tagged("get_weather", city=PARIS[1]["city"])
+TAGGED_SUM = tagged("add", a='[1, {"b": null}]', c="-1.5e3")
 CALLS = {
     "hermes": [
         (f"<tool_call>\n{OBJECT}\n</tool_call>", "", [PARIS]),
@@ -80,6 +103,24 @@ CALLS = {
         ("[1, 2]", "[1, 2]", []),
         ("[add(1)] is text", "[add(1)] is text", []),
     ],
+    "qwen3_coder": [
+        (TAGGED, "", [PARIS]),
+        (f"I look.\n{TAGGED}\n{TAGGED_SUM}", "I look.", [PARIS, ADDED]),
+        (f"{TAGGED} and so on", "and so on", [PARIS]),
+        (TAGGED.removesuffix("\n</tool_call>"), "", [PARIS]),
+        (tagged("add"), "", [("add", {})]),
+        (tagged("x.y", a="True"), "", [("x.y", {"a": True})]),  # as Python has it
+        (tagged("x.y", a="null"), "", [("x.y", {"a": None})]),
+        (tagged("x.y", a="maybe"), "", [("x.y", {"a": "maybe"})]),
+        (tagged("x.y", date="2024"), "", [("x.y", {"date": "2024"})]),
+        (tagged("x.y", date='"2024-01-01"'), "", [("x.y", {"date": "2024-01-01"})]),
+        (tagged("x.y", unit="3"), "", [("x.y", {"unit": "3"})]),
+        (tagged("x.y", b="7"), "", [("x.y", {"b": "7"})]),  # of no schema
+        (tagged("get_weather", city="null"), "", [("get_weather", {"city": "null"})]),
+        (tagged("get_weather", city="\n a\n\n"), "", [("get_weather", {"city": "\n a\n\n"})]),
+        (tagged("add", c=DIGITS), "", [("add", {"c": DIGITS})]),
+        (tagged("add", c="NaN"), "", [("add", {"c": "NaN"})]),
+    ],
 }  # fmt: skip
 EXAMPLES = [(kind, *case) for kind, cases in CALLS.items() for case in cases]
 
@@ -91,7 +132,7 @@ def test_calls_are_found(
     assert reply(kind, text) == (content, calls)
 
 
-@pytest.mark.parametrize("kind", ["hermes", "mistral", "llama3_json", "pythonic"])
+@pytest.mark.parametrize("kind", sorted(FORMATS))
 @pytest.mark.parametrize(
     "text",
     [
@@ -104,6 +145,9 @@ def test_calls_are_found(
         '<tool_call>\n{"name": "nobody", "arguments": {"a": 1}}\n</tool_call> x',
         '<tool_call>{"name": "add", "arguments": [1]}</tool_call>',
         '<tool_call>{"name": "add", "arguments": "no"}',
+        "<tool_call>\n<function=nobody>\n</function>\n</tool_call>",
+        "<tool_call>\n<function=add",
+        "<tool_call>\n<function=add\n>",
         "[TOOL_CALLS]",
         "[TOOL_CALLS][]",
         "[TOOL_CALLS] [{]",
@@ -117,9 +161,6 @@ def test_calls_are_found(
 )
 def test_what_is_no_call_is_text(kind: str, text: str) -> None:
     assert read(kind, [text]) == ([Text(text)] if text else [])
-
-
-DIGITS = "1" * 5000  # more than Python reads
 
 
 @pytest.mark.parametrize(
@@ -146,7 +187,7 @@ def test_many_arguments_on_many_lines_are_each_their_own() -> None:
 
 def test_arguments_come_as_they_are_written() -> None:
     source = Source()
-    reader = FORMATS["hermes"]("").read(source, NAMES)
+    reader = FORMATS["hermes"]("").read(source, FUNCTIONS)
     found = []
     for piece in ['<tool_call>{"name": "add", "argu', 'ments": {"a"', ': "so ', "far"]:
         source.text += piece
@@ -170,7 +211,8 @@ _piece = st.sampled_from(
     [
         "<tool_call>", "</tool_call>", "[TOOL_CALLS]", "[ARGS]", "<|python_tag|>", "[", "]", ";",
         OBJECT, SUM, ARGUMENTS, "\n", " ", "get_weather", "add(a=1)", '{"name": "add", ', "text",
-        ",", '"arguments": {"a": 1', "}", "é", "<", "tool", '"', "\\",
+        ",", '"arguments": {"a": 1', "}", "é", "<", "tool", '"', "\\", "<function=add>",
+        "</function>", "<parameter=a>", "</parameter>", TAGGED_SUM,
     ]
 )  # fmt: skip
 _texts = st.lists(_piece, max_size=12).map("".join)
@@ -244,6 +286,7 @@ def test_a_scanner_takes_what_python_takes(text: str) -> None:
         ("{{ '<|python_tag|>' }}", "llama3_json"),
         ("use [func_name1(params_name1=params_value1)]", "pythonic"),
         ("<tool_call><function=f>", None),
+        ("<tool_call>\\n<function=' ~ name ~ '>\\n<parameter=' ~ key ~ '>", "qwen3_coder"),
         ("{{ messages }}", None),
     ],
 )

@@ -11,7 +11,6 @@ from collections.abc import Callable, Collection, Sequence
 from itertools import accumulate
 from typing import Any
 
-from tensorray.cluster.bad_request import BadRequest
 from tensorray.cluster.reply import Arguments
 from tensorray.cluster.text_source import Reading, Source
 from tensorray.cluster.tool_parsers.tool_format import Callee, Spell, ToolFormat, literal
@@ -139,31 +138,18 @@ def _value(text: str, node: ast.expr) -> Any:
 
 def _call_rules(number: int, function: Callee) -> list[str]:
     """Lark rules for a call with JSON values, in the schema's order."""
-    schema = function.schema
-    properties = schema.get("properties", {})
-    known = {"type", "properties", "required", "additionalProperties", "$defs", "definitions"}
-    known |= {"title", "description", "$schema", "x-guidance"}
-    if other := sorted(schema.keys() - known):
-        raise BadRequest(
-            f"{function.name}'s parameters have {', '.join(other)} at their top, which calls in "
-            "this model's format can't be held to",
-            param="tools",
-        )
-    shared = {key: schema[key] for key in ("$defs", "definitions", "x-guidance") if key in schema}
-    required = schema.get("required", [])
+    parameters = function.parameters()
     rules = []
     # tail: what may follow an argument; head: the same with nothing before it.
-    for i in reversed(range(len(properties) + 1)):
+    for i in reversed(range(len(parameters) + 1)):
         head, tail = f"head_{number}_{i}", f"tail_{number}_{i}"
-        if i == len(properties):
+        if i == len(parameters):
             rules += [f'{head}: ""', f'{tail}: ""']
             continue
-        key = list(properties)[i]
-        inner = properties[key]
-        value = json.dumps({**inner, **shared} if isinstance(inner, dict) else inner)
+        value = json.dumps(parameters[i].schema)
         rest = f"{number}_{i + 1}"
-        rules.append(f"value_{number}_{i}: {literal(key + '=')} %json {value}")
-        skip = key not in required
+        rules.append(f"value_{number}_{i}: {literal(parameters[i].name + '=')} %json {value}")
+        skip = not parameters[i].required
         rules.append(
             f"{head}: value_{number}_{i} tail_{rest}" + (f" | head_{rest}" if skip else "")
         )

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import secrets
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from tensorray.cluster.bad_request import BadRequest
 from tensorray.cluster.json_scanner import JsonScanner
 from tensorray.cluster.reply import Arguments, CallBegins
 from tensorray.cluster.text_source import Reading, Source
@@ -20,12 +21,46 @@ Schema = dict[str, Any]
 Spell = Callable[[str], str]
 
 
+# What a function's schema may have at its top where a call has its arguments one by one.
+_AT_TOP = {"type", "properties", "required", "additionalProperties", "$defs", "definitions"}
+_AT_TOP |= {"title", "description", "$schema", "x-guidance"}
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One of a function's arguments: its name, and a schema that stands on its own."""
+
+    name: str
+    schema: Schema | bool
+    required: bool
+
+
 @dataclass(frozen=True)
 class Callee:
     """A function that may be called: its name, and the JSON schema of its arguments."""
 
     name: str
     schema: Schema
+
+    def parameters(self) -> list[Parameter]:
+        """Its arguments one by one. Raises BadRequest for a schema that says more of them."""
+        schema = self.schema
+        if other := sorted(schema.keys() - _AT_TOP):
+            raise BadRequest(
+                f"{self.name}'s parameters have {', '.join(other)} at their top, which calls in "
+                "this model's format can't be held to",
+                param="tools",
+            )
+        shared = {
+            key: schema[key] for key in ("$defs", "definitions", "x-guidance") if key in schema
+        }
+        required = schema.get("required", [])
+        return [
+            Parameter(
+                name, {**inner, **shared} if isinstance(inner, dict) else inner, name in required
+            )
+            for name, inner in schema.get("properties", {}).items()
+        ]
 
 
 class ToolFormat(ABC):
@@ -47,9 +82,9 @@ class ToolFormat(ABC):
         """Whether a chat template writes calls, or asks for them, in this format."""
 
     @abstractmethod
-    def read(self, source: Source, names: Collection[str]) -> Reading[None]:
-        """Read an answer to its end. Calls are those of the functions named; what looks like a
-        call and is none is text."""
+    def read(self, source: Source, functions: Mapping[str, Schema]) -> Reading[None]:
+        """Read an answer to its end. Calls are those of these functions, whose schemas of arguments
+        are given by name; what looks like a call and is none is text."""
 
     @abstractmethod
     def calls(self, functions: Sequence[Callee], spell: Spell, *, single: bool) -> str:
@@ -157,16 +192,16 @@ class MarkedFormat(ToolFormat):
 
     marker: ClassVar[str]
 
-    def read(self, source: Source, names: Collection[str]) -> Reading[None]:
+    def read(self, source: Source, functions: Mapping[str, Schema]) -> Reading[None]:
         while (yield from source.write_until(self.marker)):
             source.at += len(self.marker)
-            if not (yield from self.read_marked(source, names)):
+            if not (yield from self.read_marked(source, functions)):
                 source.at = 0
                 source.write(self.marker)
                 source.at = len(self.marker)
 
     @abstractmethod
-    def read_marked(self, source: Source, names: Collection[str]) -> Reading[bool]:
+    def read_marked(self, source: Source, functions: Mapping[str, Schema]) -> Reading[bool]:
         """Read what follows a marker. False: it is no call; the reader goes back."""
 
     @abstractmethod
