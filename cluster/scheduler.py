@@ -454,10 +454,13 @@ class Scheduler:
         self._copies = {}
         self.blocks = BlockManager(kv, enable_prefix_caching=self.blocks.enable_prefix_caching)
         ran = self._prefilling + self._decoding
-        ran += [each.sequence for each in self._fetching.values() if _fetches(each.sequence)]
+        fetching = [each.sequence for each in self._fetching.values()]
+        ran += [s for s in fetching if _fetches(s)]
         self._prefilling, self._decoding = [], []
-        for s in self._held:
-            del self._sequences[s.seq]
+        for s in [*self._held, *(s for s in fetching if not _fetches(s))]:
+            self._sequences.pop(s.seq, None)
+            s.tables = []
+            s.status = Status.FINISHED
         self._held, self._fetching, self._to_fetch = set(), {}, []
         for s in ran:
             s.tables = []

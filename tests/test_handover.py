@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import msgspec
 import numpy as np
 import pytest
 from helpers.gpu_shards import make_gpu_shard
+from helpers.handover import Pair, engine, pair
 from helpers.running import make_shard
 from helpers.tiny_models import directory
 
 from tensorray.actors.gpu_shard import GraphSizes, Limits
 from tensorray.actors.kv_door import HandoverError, KVDoor, fetch
 from tensorray.actors.protocol import Sampling, SequenceStart, StepPlan
-from tensorray.actors.shard_host import ShardHost
-from tensorray.actors.tcp_link import TcpLink
-from tensorray.cluster.config import EngineConfig
 from tensorray.cluster.engine import Engine
 from tensorray.cluster.prefill_first import PrefillFirst
 from tensorray.cluster.request import BeamSearch, Delta, GenerationRequest, Source
@@ -28,52 +24,6 @@ from tensorray.cluster.request import BeamSearch, Delta, GenerationRequest, Sour
 GREEDY = Sampling(temperature=0.0)
 DRAWN = Sampling(temperature=0.9, seed=3, repetition_penalty=1.2, frequency_penalty=0.3, logprobs=2)
 PROMPT = [3 + (i * i * 7 + 5 * i) % 80 for i in range(30)]
-
-
-@asynccontextmanager
-async def engine(
-    model: str = "gemma3", hold_seconds: float = 60.0, **changes: Any
-) -> AsyncIterator[Engine]:
-    """One CPU shard over a tiny model, and its engine."""
-    settings: dict[str, Any] = {
-        "max_model_len": 64,
-        "num_kv_blocks": 200,
-        "block_size": 4,
-        "max_num_seqs": 8,
-        "max_num_batched_tokens": 24,
-    }
-    config = EngineConfig(
-        model=str(directory(model)), device="cpu", num_threads=1, **{**settings, **changes}
-    )
-    host = ShardHost(config.shard())
-    try:
-        loaded = host.loaded
-        host.join(0, [loaded.peers], loaded.info.kv.num_blocks)
-        link = await TcpLink.connect(loaded.steps)
-        found = Engine(link, config.scheduler(link.info), hold_seconds=hold_seconds)
-        await found.start()
-        try:
-            yield found
-        finally:
-            await found.close()
-    finally:
-        host.close()
-
-
-@dataclass
-class Pair:
-    prefill: Engine
-    decode: Engine
-    client: PrefillFirst = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.client = PrefillFirst(self.prefill, self.decode, 8)
-
-
-@asynccontextmanager
-async def pair(model: str = "gemma3", **changes: Any) -> AsyncIterator[Pair]:
-    async with engine(model, **changes) as prefill, engine(model, **changes) as decode:
-        yield Pair(prefill, decode)
 
 
 def request(name: str = "a", sampling: Sampling = GREEDY, **fields: Any) -> GenerationRequest:

@@ -147,10 +147,12 @@ class Rig:
         scheduler, blocks = self.scheduler, self.scheduler.blocks
         places: dict[Page, list[tuple[Sequence, int]]] = {}
         unfinished = scheduler._sequences.values()
-        running = [s for s in unfinished if s.status is Status.RUNNING]
+        running = [s for s in unfinished if s.status is not Status.WAITING]
+        gone = [each.sequence for each in scheduler._fetching.values()]
+        gone = [s for s in gone if s.status is Status.FINISHED]  # cancelled in mid-fetch
         groups = [group for group in scheduler._groups.values() if group.running]
         assert {s for s in running if s.group} == {s for g in groups for s in g.members.values()}
-        for s in running:
+        for s in [*running, *gone]:
             assert [table.kind for table in s.tables] == blocks._kinds
             for table in s.tables:
                 for column, page in enumerate(table.pages):
@@ -159,7 +161,7 @@ class Rig:
                         assert page.kind is table.kind
                         places.setdefault(page, []).append((s, column))
         for s in {*self.sequences.values(), *unfinished}:
-            if s not in running:
+            if s not in running and s not in gone:
                 assert not s.tables
 
         free, idle = blocks._free, blocks._idle
@@ -187,10 +189,10 @@ class Rig:
                 assert page.key == key
                 assert page.kind is kind
                 assert page in idle or page in places
-        assert set(blocks._coming.values()) <= set(running)
+        assert set(blocks._coming.values()) <= {*running, *gone}
 
         stats = scheduler.stats()
-        assert stats.running == len(running) <= scheduler._max_num_seqs
+        assert stats.running == len(running) <= scheduler._max_num_seqs - len(gone)
         in_tables = sum(len(page.blocks) for page in places)
         assert stats.free_blocks + in_tables == stats.total_blocks
         assert stats.running + stats.waiting == scheduler.unfinished

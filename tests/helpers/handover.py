@@ -1,0 +1,65 @@
+"""Pairs of engines over real shards, one of which prefills for the other."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tensorray.actors.shard_host import ShardHost
+from tensorray.actors.tcp_link import TcpLink
+from tensorray.cluster.config import EngineConfig
+from tensorray.cluster.engine import Engine
+from tensorray.cluster.prefill_first import PrefillFirst
+
+from .tiny_models import directory
+
+
+@asynccontextmanager
+async def engine(
+    model: str | Path = "gemma3", hold_seconds: float = 60.0, **changes: Any
+) -> AsyncIterator[Engine]:
+    """One shard over a tiny model, or one in a directory, and its engine; `changes` are
+    EngineConfig's fields."""
+    settings: dict[str, Any] = {
+        "model": str(directory(model) if isinstance(model, str) else model),
+        "device": "cpu",
+        "num_threads": 1,
+        "max_model_len": 64,
+        "num_kv_blocks": 200,
+        "block_size": 4,
+        "max_num_seqs": 8,
+        "max_num_batched_tokens": 24,
+    }
+    config = EngineConfig(**{**settings, **changes})
+    host = ShardHost(config.shard())
+    try:
+        loaded = host.loaded
+        host.join(0, [loaded.peers], loaded.info.kv.num_blocks)
+        link = await TcpLink.connect(loaded.steps)
+        found = Engine(link, config.scheduler(link.info), hold_seconds=hold_seconds)
+        await found.start()
+        try:
+            yield found
+        finally:
+            await found.close()
+    finally:
+        host.close()
+
+
+@dataclass
+class Pair:
+    prefill: Engine
+    decode: Engine
+    client: PrefillFirst = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.client = PrefillFirst(self.prefill, self.decode, 8)
+
+
+@asynccontextmanager
+async def pair(model: str | Path = "gemma3", **changes: Any) -> AsyncIterator[Pair]:
+    async with engine(model, **changes) as prefill, engine(model, **changes) as decode:
+        yield Pair(prefill, decode)
