@@ -337,7 +337,8 @@ class _Line:
     def send(self, message: Submit | Cancel) -> None:
         if isinstance(message, Submit):
             asked = message.request
-            added = weight(max(0, len(asked.prompt) - asked.expected_hit), asked.n)
+            known = asked.expected_hit if asked.source is None else len(asked.prompt)
+            added = weight(max(0, len(asked.prompt) - known), asked.n)
             self._unseen.append((message.stream, added))
             self._unseen_weight += added
             self.load += added

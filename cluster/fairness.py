@@ -128,5 +128,6 @@ class AdmissionQueue:
 
 
 def _to_compute(s: Sequence) -> int:
-    """Its known tokens, but for those that it was sent here for."""
-    return max(0, len(s.tokens) - s.request.expected_hit)
+    """Its known tokens, but for those that it was sent here for, or that come from elsewhere."""
+    known = s.request.expected_hit if s.source is None else s.prompt_len
+    return max(0, len(s.tokens) - known)

@@ -19,7 +19,7 @@ CONFIGS = sorted(DEPLOY.glob("*.yaml"))
 
 
 def config_of(application: Any) -> EngineConfig:
-    config, _ = application._bound_deployment.init_args
+    config, *_ = application._bound_deployment.init_args
     assert isinstance(config, EngineConfig)
     return config
 
@@ -79,3 +79,15 @@ def test_local_paths_become_absolute(monkeypatch: pytest.MonkeyPatch, tmp_path: 
         assert app.settled(EngineConfig(model="m", plan_store=store)).plan_store == store
     store = app.settled(EngineConfig(model="m", plan_store="not-there-yet")).plan_store
     assert store == str(Path.cwd() / "not-there-yet")
+
+
+def test_replicas_that_prefill_are_a_deployment_of_their_own() -> None:
+    def deployments(**args: object) -> dict[str, int]:
+        built: Any = build(app.build_app, {"model": "m", "data_parallel_size": 2, **args})
+        _, *routers = built._bound_deployment.init_args
+        return {
+            each._bound_deployment.name: each._bound_deployment.num_replicas for each in routers
+        }
+
+    assert deployments() == {"Router": 2}
+    assert deployments(prefill_replicas=3) == {"Router": 2, "Prefill": 3}
