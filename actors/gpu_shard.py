@@ -552,7 +552,8 @@ class GpuShard:
             self._leave()
         if self._adapters is not None:
             del self._adapted
-        del self._forward, self._forwards, self._adapters
+        self._adapters = None
+        del self._forward, self._forwards
         del self._sampler, self._buffers, self._cache, self._ops, self._head_weights
         gc.collect()
         self._device.release()
