@@ -37,10 +37,10 @@ pytest: $(VENV)/.installed-dev
 bench: $(VENV)/.installed-demo
 	@$(BIN)/python tests/benchmarks/bench_gemma.py
 
-# Kill shards, nodes and routers under load, twenty times each (about ten minutes), and the head node;
-# tell what clients see of each fault, and of 10,000 that disconnect; follow 500 random JSON schemas;
-# check guessed tokens' distribution and schedules at length. Then 1,000 streams for SOAK_SECONDS on a null device,
-# and 64 on the demo model, on a machine with nothing else to do.
+# Kill shards, nodes and routers under load, twenty times each (about ten minutes), and the head
+# node; tell what clients see of each fault, and of 10,000 that disconnect; follow 500 random JSON
+# schemas; check guessed tokens' distribution and schedules at length. Then 1,000 streams for
+# SOAK_SECONDS on a null device, and 64 on the demo model, on a machine with nothing else to do.
 SOAK_SECONDS ?= 300
 
 soak: $(VENV)/.installed-dev
