@@ -183,12 +183,25 @@ def test_what_can_not_be_fetched_is_computed(spoil: Spoil) -> None:
     asyncio.run(run())
 
 
-def test_pages_of_another_shape_are_refused_and_computed() -> None:
+@pytest.mark.parametrize("other", [{"block_size": 8}, {"tensor_parallel_size": 2}])
+def test_replicas_unlike_each_other_compute_their_own(other: dict[str, Any]) -> None:
     async def run() -> None:
-        async with engine(block_size=8) as prefill, engine(block_size=4) as decode:
+        async with engine("gemma3", **other) as prefill, engine("gemma3") as decode:
             client = PrefillFirst(prefill, decode, 8)
             assert await answer(client, request()) == await answer(decode, request())
             assert decode.handovers.stats.failed == 1
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("layout", ["tensor_parallel_size", "pipeline_parallel_size"])
+def test_each_shard_fetches_its_part(layout: str) -> None:
+    async def run() -> None:
+        async with pair("gemma3", enable_prefix_caching=False, **{layout: 2}) as both:
+            asked = REQUESTS["drawn"]
+            assert await answer(both.client, asked) == await answer(both.prefill, asked)
+            assert both.decode.handovers.stats.fetched == 1
+            assert both.decode.handovers.stats.failed == 0
 
     asyncio.run(run())
 

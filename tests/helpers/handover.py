@@ -8,8 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tensorray.actors.shard_host import ShardHost
-from tensorray.actors.tcp_link import TcpLink
+from tensorray.actors.local_replica import LocalReplica
 from tensorray.cluster.config import EngineConfig
 from tensorray.cluster.engine import Engine
 from tensorray.cluster.prefill_first import PrefillFirst
@@ -21,7 +20,7 @@ from .tiny_models import directory
 async def engine(
     model: str | Path = "gemma3", hold_seconds: float = 60.0, **changes: Any
 ) -> AsyncIterator[Engine]:
-    """One shard over a tiny model, or one in a directory, and its engine; `changes` are
+    """The shards of a tiny model, or one in a directory, and their engine; `changes` are
     EngineConfig's fields."""
     settings: dict[str, Any] = {
         "model": str(directory(model) if isinstance(model, str) else model),
@@ -34,11 +33,9 @@ async def engine(
         "max_num_batched_tokens": 24,
     }
     config = EngineConfig(**{**settings, **changes})
-    host = ShardHost(config.shard())
+    replica = LocalReplica([config.shard(rank) for rank in range(config.num_shards)])
     try:
-        loaded = host.loaded
-        host.join(0, [loaded.peers], loaded.info.kv.num_blocks)
-        link = await TcpLink.connect(loaded.steps)
+        link = await replica.connect()
         found = Engine(link, config.scheduler(link.info), hold_seconds=hold_seconds)
         await found.start()
         try:
@@ -46,7 +43,7 @@ async def engine(
         finally:
             await found.close()
     finally:
-        host.close()
+        replica.close()
 
 
 @dataclass
