@@ -68,8 +68,9 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   const int module = column / most;
   const int count = min(ROWS, rows - first);
 
+  // Whole chunks, as `expand` reads them; beyond the adapter's rank A is zero.
   auto has = [&](int slot) {
-    return slot >= 0 && column % most < ranks[slot * ranks_stride + module];
+    return slot >= 0 && column % most / CHUNK * CHUNK < ranks[slot * ranks_stride + module];
   };
   auto matrix = [&](int slot) {
     return a + slot * a_stride + static_cast<long long>(column) * in;
