@@ -51,7 +51,7 @@ class Callee:
                 "this model's format can't be held to",
                 param="tools",
             )
-        shared = {
+        shared: Schema = {
             key: schema[key] for key in ("$defs", "definitions", "x-guidance") if key in schema
         }
         required = schema.get("required", [])
