@@ -9,6 +9,7 @@ from typing import Any
 
 from tensorray.kernels.cuda import compiler, rope
 from tensorray.kernels.cuda.dtypes import ctype, expect
+from tensorray.kernels.cuda.scratch import lasting_zeros
 
 _TILE = 16  # positions
 _HEADS = 8  # of a KV head's group that a block takes
@@ -368,5 +369,5 @@ def _arrivals() -> Any:
     key = (cupy.cuda.runtime.getDevice(), cupy.cuda.get_current_stream().ptr)
     known = _arrival_counters.get(key)
     if known is None:
-        known = _arrival_counters[key] = cupy.zeros(_MOST_ITEMS, "uint32")
+        known = _arrival_counters[key] = lasting_zeros(_MOST_ITEMS, "uint32")
     return known

@@ -15,6 +15,7 @@ import numpy as np
 
 from tensorray.kernels.cuda import compiler
 from tensorray.kernels.cuda.dtypes import ctype
+from tensorray.kernels.cuda.scratch import lasting_zeros
 
 # struct Step of prefill.cuh.
 _STEP = np.dtype(
@@ -332,5 +333,5 @@ def _taken() -> Any:
     key = (cupy.cuda.runtime.getDevice(), cupy.cuda.get_current_stream().ptr)
     known = _counters.get(key)
     if known is None:
-        known = _counters[key] = cupy.zeros(2, "uint32")
+        known = _counters[key] = lasting_zeros(2, "uint32")
     return known

@@ -25,6 +25,7 @@ if not cupy.cuda.is_available():
     pytest.skip("no NVIDIA GPU", allow_module_level=True)
 
 from tensorray.kernels.cuda import attention as cuda  # noqa: E402
+from tensorray.kernels.cuda import prefill  # noqa: E402
 
 CACHES = DTYPES | {"float8": np.dtype(ml_dtypes.float8_e4m3fn)}
 # Of the difference's norm to the result's: rounded weights and results, accumulation in float32.
@@ -407,3 +408,26 @@ def test_metadata_of_another_type_is_refused() -> None:
         attention.paged_attention(
             *(q, k, v, starts, lens.astype("int64"), table), scale=1.0, max_query=1
         )
+
+
+def test_what_blocks_count_by_is_not_in_memory_that_graphs_write_to(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A graph that was recorded before goes on writing to what its allocator has free since."""
+    monkeypatch.setattr(cuda, "_arrival_counters", {})
+    monkeypatch.setattr(prefill, "_counters", {})
+    pool, stream = cupy.cuda.MemoryPool(), cupy.cuda.Stream(non_blocking=True)
+
+    def work() -> None:
+        cupy.ndarray((1 << 21,), np.uint8).fill(0xFF)
+
+    with stream, cupy.cuda.using_allocator(pool.malloc):
+        work()
+        stream.begin_capture()
+        work()
+        graph = stream.end_capture()
+        counters = [cuda._arrivals(), prefill._taken()]
+        graph.launch()
+    stream.synchronize()
+    for counter in counters:
+        assert not counter.any()
