@@ -19,6 +19,8 @@ _WAVES = 4
 # The same where it is not known how many sequences there are: few long ones are not to wait for one
 # block each, and blocks without work cost little.
 _SPLITS_OF_SOME = 4
+# With more tokens in a step, and 16-bit pages, one kernel for both decodes and prefill is faster.
+_SPLIT_TOKENS = 640
 # Of what is split, a sequence's KV head each: more than `_WAVES` times what any GPU holds.
 _MOST_ITEMS = 1 << 14
 _SIMPLE_WARPS = 4
@@ -91,8 +93,9 @@ def paged_attention(
 ) -> Any:
     """See `tensorray.kernels.attention.paged_attention`.
 
-    With `max_query` 1 row i is sequence i, or a padded one of length 0. Sequences of one query that
-    come first, `singles` of them, go to the kernel for decodes, the others to that for prefill.
+    With `max_query` 1 row i is sequence i, or a padded one of length 0. Where that is faster,
+    sequences of one query that come first, `singles` of them, go to the kernel for decodes, and
+    only the others to that for prefill.
     """
     head_dim = q.shape[2]
     one_each = max_query == 1 and len(q) == len(seq_lens)
@@ -123,6 +126,8 @@ def paged_attention(
     options["kv_scale"] = kv_scale
     out = cupy.empty(q.shape, q.dtype)
     rows = min(len(q), len(seq_lens))
+    if k_pages.itemsize > 1 and len(q) > _SPLIT_TOKENS:
+        singles = None
     if singles is not None and rows:
         decode(
             q[:rows],

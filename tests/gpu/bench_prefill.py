@@ -5,7 +5,7 @@
 Operations are counted by the keys that each query sees, so causal ones count half. Every replay
 takes other arrays of a set larger than the L2 cache. PyTorch has the same sequences in padded
 batches, without pages; a mixed step has no counterpart there. "by two": decodes that come first by
-the kernel for decodes, as a shard's mixed steps have it.
+the kernel for decodes.
 """
 
 from __future__ import annotations
@@ -131,6 +131,7 @@ def main() -> None:
     parser.add_argument("--mma", action="store_true", help="without Hopper's own kernel")
     parsed = parser.parse_args()
     dtype = parsed.dtype
+    attention._SPLIT_TOKENS = 1 << 30  # to measure both ways of every step
     if parsed.mma:
         prefill._WGMMA_SHAPES.clear()
     rng = np.random.default_rng(0)
