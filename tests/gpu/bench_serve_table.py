@@ -251,6 +251,7 @@ def main() -> int:
     parser.add_argument("settings", nargs="*", metavar="NAME=VALUE")
     arguments = parser.parse_args()
     parent = Path(tempfile.mkdtemp(prefix="bench-serve-"))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # not without ending the service
     found = {
         name: measure(name, make_dummy_model(name, parent), arguments)
         for name in arguments.models.split(",")
