@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from multiprocessing.connection import wait
 
 from helpers.limited_pool import GivenUp, LimitedPool, Note
 
@@ -18,6 +19,8 @@ def _task(task: str, note: Note) -> str:
 
 
 def _prepare() -> None:
+    if os.environ["WORKER"] == "broken":
+        os._exit(1)
     os.environ["PREPARED"] = "prepared"
 
 
@@ -48,12 +51,21 @@ def test_a_task_without_end_is_given_up_and_the_rest_is_done() -> None:
 def test_what_is_under_way_at_the_deadline_is_given_up_and_the_rest_left() -> None:
     tasks = iter([("hangs", 600.0), ("left", 60.0)])
     pool = _pool(1)
+    worker = pool._workers[0]
+    wait([worker.connection])  # have the process up: the deadline is for tasks
+    worker.look()
     deadline = time.perf_counter() + 1
-    while not pool._workers[0].idle:  # the deadline is for tasks: have the process up before
-        pool._workers[0].look()
-        deadline = time.perf_counter() + 1
     ((task, result),) = pool.run(tasks, deadline)
     assert task == "hangs"
     assert isinstance(result, GivenUp)
     assert result.why == "time was up"
     assert next(tasks)[0] == "left"
+
+
+def test_a_process_that_cannot_start_leaves_the_work_to_others() -> None:
+    pool = LimitedPool(_task, [{"WORKER": "0"}, {"WORKER": "broken"}], _prepare)
+    tasks = iter([("first", 60.0), ("second", 60.0)])
+    results = dict(pool.run(tasks, time.perf_counter() + 120))
+    assert results == {each: f"{each} by 0, prepared" for each in ("first", "second")}
+    broken = LimitedPool(_task, [{"WORKER": "broken"}], _prepare)
+    assert list(broken.run(iter([("left", 60.0)]), time.perf_counter() + 120)) == []

@@ -97,7 +97,7 @@ class _Worker:
     def _start(self) -> None:
         self.connection: Connection
         self.connection, theirs = _SPAWN.Pipe()
-        self._note = _SPAWN.Array("c", _NOTE_BYTES)
+        self._note: Any = _SPAWN.Array("c", _NOTE_BYTES)
         self._process = _SPAWN.Process(
             target=_serve, args=(theirs, self._function, self._prepare, self._note), daemon=True
         )
@@ -109,17 +109,20 @@ class _Worker:
             os.environ.clear()
             os.environ.update(before)
         theirs.close()
-        self.starting, self.busy = True, False
+        self.starting, self.busy, self._lost = True, False, False
 
     @property
     def idle(self) -> bool:
-        return not (self.starting or self.busy)
+        return not (self.starting or self.busy or self._lost)
 
     def look(self) -> None:
         """Whether it has started."""
         if self.starting and self.connection.poll():
-            self.connection.recv()  # EOFError: it can't start, and another would not either
             self.starting = False
+            try:
+                self.connection.recv()
+            except EOFError:  # it can't start, as it says itself; nor would another
+                self._lost = True
 
     def begin(self, task: Any, limit: float) -> None:
         self._task, self._began, self._limit = task, time.perf_counter(), limit
@@ -153,7 +156,7 @@ class _Worker:
         if now < deadline:
             self._start()
         else:
-            self.starting = self.busy = False
+            self.starting, self.busy, self._lost = False, False, True
         return self._task, GivenUp(now - self._began, why, note)
 
     def stop(self) -> None:
