@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from typing import Any
 
 import msgspec
@@ -17,9 +18,11 @@ from helpers.tiny_models import directory
 from tensorray.actors.gpu_shard import GraphSizes, Limits
 from tensorray.actors.kv_door import HandoverError, KVDoor, fetch
 from tensorray.actors.protocol import Sampling, SequenceStart, StepPlan
+from tensorray.actors.tcp_link import ShardServer, TcpLink
 from tensorray.cluster.engine import Engine
 from tensorray.cluster.prefill_first import PrefillFirst
 from tensorray.cluster.request import BeamSearch, Delta, GenerationRequest, Source
+from tensorray.cluster.scheduler import Scheduler
 
 GREEDY = Sampling(temperature=0.0)
 DRAWN = Sampling(temperature=0.9, seed=3, repetition_penalty=1.2, frequency_penalty=0.3, logprobs=2)
@@ -261,6 +264,42 @@ def test_shards_on_any_device_read_each_others_pages() -> None:
     expected = gpu.read_blocks(np.array([3, 30, 60], np.int32))
     assert np.array_equal(found, expected)
     assert found.any()
+
+
+@asynccontextmanager
+async def gpu_engine() -> AsyncIterator[Engine]:
+    """Over a GPU shard on NumPy arrays, two steps ahead."""
+    limits = Limits(max_model_len=64, max_num_seqs=8, step_tokens=24)
+    shard = make_gpu_shard(directory("gemma3"), limits=limits, graphs=GraphSizes([], []))
+    door, server = KVDoor(shard), ShardServer(shard)
+    shard.info = msgspec.structs.replace(shard.info, doors=[door.renew()])
+    link = await TcpLink.connect(server.endpoint)
+    scheduler = Scheduler(link.info.kv, max_model_len=64, max_num_seqs=8, max_num_batched_tokens=24)
+    found = Engine(link, scheduler)
+    await found.start()
+    try:
+        yield found
+    finally:
+        await found.close()
+        door.close()
+        server.close()
+
+
+def test_gpu_shards_fetch_between_their_steps() -> None:
+    async def run() -> None:
+        async with gpu_engine() as prefill, gpu_engine() as decode:
+            client = PrefillFirst(prefill, decode, 8)
+            many = [
+                request(str(i), DRAWN, prompt=PROMPT[i:] + PROMPT[:i], max_tokens=25)
+                for i in range(10)
+            ]
+            alone = await asyncio.gather(*(answer(prefill, each) for each in many))
+            split = await asyncio.gather(*(answer(client, each) for each in many))
+            assert split == alone
+            assert decode.handovers.stats.fetched == len(many)
+            await until(lambda: free(prefill) and free(decode))
+
+    asyncio.run(run())
 
 
 def test_a_source_that_nobody_answers_for_is_given_up_in_time() -> None:

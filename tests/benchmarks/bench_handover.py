@@ -76,7 +76,7 @@ async def measure(both: Pair, length: int, rounds: int) -> dict[str, float]:
 async def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="Qwen3-0.6B")
-    parser.add_argument("--layers", type=int, help="of the model's, the first so many")
+    parser.add_argument("--layers", type=int, help="so many only, and a small vocabulary")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--prompts", type=int, nargs="+", default=[64, 256, 1024])
     parser.add_argument("--rounds", type=int, default=5)
@@ -96,7 +96,10 @@ async def main() -> None:
             "enable_prefix_caching": False,
         }
         if options.layers:
-            settings["hf_overrides"] = {"num_hidden_layers": options.layers}
+            settings["hf_overrides"] = {
+                "num_hidden_layers": options.layers,
+                "vocab_size": 4096,
+            }
         async with pair(path, **settings) as both:
             print(f"{options.model} on {both.decode.info.device}, over loopback")
             found = []
