@@ -105,8 +105,8 @@ def paged_attention(
     if is_cuda(q):
         from tensorray.kernels.cuda import attention
 
-        hints: dict[str, Any] = {"max_query": max_query, "singles": singles}
-        return attention.paged_attention(*arrays, **options, **hints)
+        options |= {"max_query": max_query, "singles": singles}
+        return attention.paged_attention(*arrays, **options)
     if not _native_takes(q, k_pages, kv_scale):
         return paged_attention_numpy(*arrays, **options)
     out = np.zeros(q.shape, np.float32)
