@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import gcd
 from typing import Any
 
 import numpy as np
@@ -98,6 +99,7 @@ class SlotLayout:
                 b=_view(xp, slots[:, each.b :], each.outs, self.rank),
                 ranks=integers[:, each.ranks : each.ranks + count],
                 starts=xp.asarray(np.array(starts, np.int32)),
+                grain=gcd(*starts),
             )
         return found
 

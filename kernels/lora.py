@@ -31,6 +31,7 @@ class Stack:
     b: Any  # [slots, out, rank]: each module's B in its rows
     ranks: Any  # int32 [slots, P]: the adapter's own, 0 where it has nothing for a module
     starts: Any  # int32 [P + 1]: where each module's outputs start, and the end
+    grain: int = 1  # all of `starts` are multiples of it
 
 
 def shrink(x: Any, stack: Stack, slots: Any) -> Any:

@@ -1,7 +1,8 @@
 // Low-rank additions by each row's own adapter (Punica, arXiv 2310.18547). See kernels/lora.py.
 //
 // ELEMENT: type of rows, matrices and result; VEC: elements of a row that a thread moves at once;
-// ROWS: rows of one block; RANKS: ranks of one block of `shrink`; THREADS: its threads.
+// ROWS: rows of one block; RANKS: ranks of one block of `shrink`; OUTS: outputs of one thread of
+// `expand`; THREADS: of a block.
 //
 // Rows that follow each other mostly have one adapter in a prefill, whose matrices a block then
 // reads once for ROWS of them; where they differ it takes them one by one.
@@ -93,14 +94,14 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   }
 }
 
-// A thread for each ROWS rows and an output.
+// A thread for each ROWS rows and OUTS outputs, which are one module's.
 extern "C" __global__ void __launch_bounds__(THREADS)
     expand(E* y, const float* inner, const E* b, const int* ranks, const int* slots,
            const int* starts, int rows, int outs, int modules, int most, long long y_stride,
            long long b_stride, long long ranks_stride) {
   wait_for_previous_kernel();
   let_next_kernel_start();
-  const int first = blockIdx.y * ROWS, out = blockIdx.x * THREADS + threadIdx.x;
+  const int first = blockIdx.y * ROWS, out = (blockIdx.x * THREADS + threadIdx.x) * OUTS;
   if (out >= outs) return;
   int module = 0;
   while (out >= starts[module + 1]) module++;
@@ -112,30 +113,42 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     rank[i] = slot[i] < 0 ? 0 : ranks[slot[i] * ranks_stride + module];
     highest = max(highest, rank[i]);
   }
-  float sums[ROWS] = {};
+  float sums[ROWS][OUTS] = {};
   const int width = modules * most;
   inner += static_cast<long long>(first) * width + module * most;
   b += static_cast<long long>(out) * most;
   for (int r = 0; r < highest; r += CHUNK) {
-    Pack<E, CHUNK> factors;
+    float factors[OUTS][CHUNK] = {};
     int held = -1;
 #pragma unroll
     for (int i = 0; i < ROWS; i++) {
       if (r >= rank[i]) continue;
       if (slot[i] != held) {
         held = slot[i];
-        factors = *reinterpret_cast<const Pack<E, CHUNK>*>(b + held * b_stride + r);
+#pragma unroll
+        for (int o = 0; o < OUTS; o++) {
+          const auto pack = *reinterpret_cast<const Pack<E, CHUNK>*>(b + held * b_stride +
+                                                                     o * most + r);
+#pragma unroll
+          for (int j = 0; j < CHUNK; j++) factors[o][j] = to_float(pack.at[j]);
+        }
       }
       const auto own = *reinterpret_cast<const Pack<float, CHUNK>*>(
           inner + static_cast<long long>(i) * width + r);
 #pragma unroll
-      for (int j = 0; j < CHUNK; j++) sums[i] += own.at[j] * to_float(factors.at[j]);
+      for (int o = 0; o < OUTS; o++)
+#pragma unroll
+        for (int j = 0; j < CHUNK; j++) sums[i][o] += own.at[j] * factors[o][j];
     }
   }
 #pragma unroll
   for (int i = 0; i < ROWS; i++) {
     if (rank[i] == 0) continue;
-    E* place = y + (first + i) * y_stride + out;
-    *place = from_float<E>(to_float(*place) + sums[i]);
+    auto* place = reinterpret_cast<Pack<E, OUTS>*>(y + (first + i) * y_stride + out);
+    Pack<E, OUTS> values = *place;
+#pragma unroll
+    for (int o = 0; o < OUTS; o++)
+      values.at[o] = from_float<E>(to_float(values.at[o]) + sums[i][o]);
+    *place = values;
   }
 }

@@ -15,15 +15,16 @@ _FEW: dict[str, int | str] = {"ROWS": 1, "RANKS": 2, "THREADS": 256}
 _MANY: dict[str, int | str] = {"ROWS": 8, "RANKS": 8, "THREADS": 128}
 CONSTANT_SETS = {
     "lora.cu": [
-        {"ELEMENT": "__half", "VEC": 8, **_FEW},
-        {"ELEMENT": "__nv_bfloat16", "VEC": 8, **_MANY},
-        {"ELEMENT": "float", "VEC": 1, **_MANY},
-        {"ELEMENT": "float", "VEC": 8, **_FEW},
+        {"ELEMENT": "__half", "VEC": 8, "OUTS": 1, **_FEW},
+        {"ELEMENT": "__nv_bfloat16", "VEC": 8, "OUTS": 4, **_MANY},
+        {"ELEMENT": "float", "VEC": 1, "OUTS": 1, **_MANY},
+        {"ELEMENT": "float", "VEC": 8, "OUTS": 4, **_MANY},
     ]
 }
 
 # Up to here, every row has blocks of its own: decodes have different adapters, and few blocks.
 _FEW_ROWS = 64
+_OUTS = 4
 
 
 def shrink(x: Any, stack: Stack, slots: Any) -> Any:
@@ -56,8 +57,11 @@ def expand(y: Any, inner: Any, stack: Stack, slots: Any) -> None:
     most = stack.b.shape[2]
     constants = _constants(rows)
     threads = int(constants["THREADS"])
-    _load(y, 8, constants).function("expand")(
-        (-(-outs // threads), -(-rows // int(constants["ROWS"]))),
+    # Few rows need all the blocks there can be.
+    several = rows > _FEW_ROWS and stack.grain % _OUTS == 0 and aligned(y[:, :1])
+    each = _OUTS if several else 1
+    _load(y, 8, constants, each).function("expand")(
+        (-(-outs // (threads * each)), -(-rows // int(constants["ROWS"]))),
         (threads,),
         *(y, inner, stack.b, stack.ranks, slots, stack.starts, rows, outs),
         *(stack.a.shape[1] // most, most, stride(y), stride(stack.b), stride(stack.ranks)),
@@ -69,8 +73,8 @@ def _constants(rows: int) -> dict[str, int | str]:
     return _FEW if rows <= _FEW_ROWS else _MANY
 
 
-def _load(x: Any, vec: int, constants: dict[str, int | str]) -> compiler.Module:
-    return compiler.load("lora.cu", None, ELEMENT=ctype(x), VEC=vec, **constants)
+def _load(x: Any, vec: int, constants: dict[str, int | str], outs: int = 1) -> compiler.Module:
+    return compiler.load("lora.cu", None, ELEMENT=ctype(x), VEC=vec, OUTS=outs, **constants)
 
 
 def _check(rows: Any, stack: Stack, slots: Any) -> None:

@@ -29,10 +29,11 @@ from tensorray.actors.link import PendingStep
 from tensorray.actors.protocol import Sampling, SequenceStart, StepPlan
 from tensorray.kernels.low_rank import Block, LowRank
 
-# Of Llama-3.1-8B and rank 16, in milliseconds: 11 launches a layer more, some 1.5 us each, and each
-# row's matrices (84 MB) from the L2 cache at some 6 TB/s.
-PREDICTED = {1: "0.5-0.8", 16: "0.7-1.0", 64: "1.5-2.2"}
-PREDICTED_PREFILL = "7-12"
+# Of Llama-3.1-8B and rank 16 on an H200, in milliseconds: 11 launches a layer more, some 2.5 us
+# each, and each row's matrices (84 MB) from the L2 cache at some 6 TB/s; of many rows, the products
+# read and written once more, and tiles of 8 rows from the L2 cache.
+PREDICTED = {1: "0.9", 16: "1.1", 64: "1.6"}
+PREDICTED_PREFILL = "8-10"
 
 
 class WithAdapters:

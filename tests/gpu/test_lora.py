@@ -6,6 +6,7 @@ python3 -m pytest tests/gpu/test_lora.py -q --import-mode=importlib -p no:cachep
 from __future__ import annotations
 
 from functools import cache
+from math import gcd
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,7 @@ def random_stack(
         strides = (memory.strides[0], values.shape[2] * memory.itemsize, memory.itemsize)
         views.append(cupy.lib.stride_tricks.as_strided(memory[:, first:], values.shape, strides))
     apart = cupy.asarray(np.pad(ranks, ((0, 0), (0, 5))))[:, : len(modules)]
-    return Stack(*views, apart, cupy.asarray(starts))
+    return Stack(*views, apart, cupy.asarray(starts), gcd(*starts.tolist()))
 
 
 def on_host(stack: Stack) -> Stack:
