@@ -166,8 +166,11 @@ class Drafting(msgspec.Struct, frozen=True):
     draft_cost: float  # of guessing one token
     max_batch: int | None = None  # no drafts where more sequences than so many decode
     # Of planning each step after the result of the one before: what the device stands still then.
-    # 0: it does in any case.
+    # 0: it does in any case. What comes to that for each sequence that decodes, and for each draft
+    # of the one that has most.
     wait_cost: float = 0.0
+    sequence_cost: float = 0.0
+    round_cost: float = 0.0
 
 
 class Door(msgspec.Struct, frozen=True):

@@ -24,6 +24,7 @@ from tensorray.actors.protocol import Drafting
 from tensorray.cluster.sequence import OPTIMISM, Sequence
 
 _MEMORY = 0.85  # what one draft leaves of the weight of those before it
+_MISSED = 0.6  # what nothing to guess leaves of the confidence; tries cost two turns
 _RECOVERY = 1 / 64  # of the way back to optimism, for a step without drafts
 _SUREST = 0.98  # a chance that is never exceeded, as any text ends
 
@@ -49,14 +50,16 @@ class DraftLength:
         how, batch = self._drafting, len(decoding)
         if not how.wait_cost:
             return False
-        gained = drafts = 0.0
+        gained, drafts, most = 0.0, 0, 0
         for s in decoding:
             if length := self.length(s):
                 chance = min(s.acceptance, _SUREST)
                 gained += chance * (1 - chance**length) / (1 - chance)
                 drafts += length
+                most = max(most, length)
         step = 1 + how.row_cost * (batch - 1)
-        cost = how.wait_cost + drafts * (how.row_cost + how.draft_cost)
+        cost = how.wait_cost + batch * how.sequence_cost + most * how.round_cost
+        cost += drafts * (how.row_cost + how.draft_cost)
         if gained * step > batch * cost:
             return True
         self._least = 1.0
@@ -81,7 +84,7 @@ class DraftLength:
 
     def miss(self, s: Sequence) -> None:
         """There was room, and nothing to guess."""
-        s.acceptance *= _MEMORY
+        s.acceptance *= _MISSED
 
     def record(self, s: Sequence, drafted: int, accepted: int) -> None:
         """So many of its drafts were right; after the first wrong one none was looked at."""

@@ -128,7 +128,9 @@ def test_costs_are_what_steps_take() -> None:
     found = DeviceDrafts(LookupDrafter(2, 5), DRAFTING)
     found.price({1: 4e-3, 16: 4.6e-3})
     assert found.drafting.row_cost == pytest.approx(0.01)
-    assert found.drafting.wait_cost == pytest.approx(0.125)
+    assert found.drafting.wait_cost == pytest.approx(0.35 / 4)
+    assert found.drafting.sequence_cost == pytest.approx(0.04 / 4)
+    assert found.drafting.round_cost == pytest.approx(0.045 / 4)
     found.price({1: 1e-3, 16: 0.9e-3})  # more rows never pay for themselves
     assert found.drafting.row_cost > 0
     before = found.drafting

@@ -7,6 +7,7 @@ from contextlib import suppress
 from random import Random
 from typing import Any
 
+import msgspec
 import pytest
 from helpers.scheduling import Rig
 from hypothesis import HealthCheck, given, settings
@@ -65,7 +66,9 @@ class SpeculativeMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.rig.scheduler.unfinished)
     @rule(data=st.data())
     def cancel(self, data: st.DataObject) -> None:
-        self.rig.cancel(data.draw(st.sampled_from(sorted(self.rig.scheduler._sequences))))
+        scheduler = self.rig.scheduler
+        leaders = sorted({scheduler.leader(seq) for seq in scheduler._sequences})
+        self.rig.cancel(data.draw(st.sampled_from(leaders)))
 
     @precondition(lambda self: self.rig.in_flight < self.rig.depth)
     @rule()
@@ -241,10 +244,10 @@ WAITING = Drafting(max_tokens=4, row_cost=0.01, draft_cost=0.0, wait_cost=0.2)
 
 
 def test_plans_wait_for_results_while_drafts_gain_more_than_that_costs() -> None:
-    rule = DraftLength(WAITING)
     sequences = [Rig().sequence([1]) for _ in range(16)]
 
-    def waits(chances: list[float]) -> bool:
+    def waits(chances: list[float], **costs: float) -> bool:
+        rule = DraftLength(msgspec.structs.replace(WAITING, **costs))
         decoding = sequences[: len(chances)]
         for s, chance in zip(decoding, chances, strict=True):
             s.acceptance = chance
@@ -258,6 +261,9 @@ def test_plans_wait_for_results_while_drafts_gain_more_than_that_costs() -> None
     assert waits([0.9, 0.0, 0.0])
     assert waits([0.9] + [0.0] * 15) is False  # fifteen would wait for one
     assert waits([0.9] * 16)
+    assert waits([0.9] * 16, sequence_cost=0.3) is False
+    assert waits([0.9], sequence_cost=0.3)
+    assert waits([0.9], round_cost=1.0) is False
     assert waits([]) is False
 
 
