@@ -11,8 +11,10 @@ replica it prints what users would see, and what deciding costs on this machine.
 from __future__ import annotations
 
 import argparse
+import asyncio
 import gc
 import resource
+import socket
 import sys
 import time
 from functools import partial
@@ -24,19 +26,44 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from helpers.cluster_simulation import Policy, Report, Workload, simulate
 
+from tensorray.actors.wire import frame, read_frame
 from tensorray.cluster.engine_link import Item, Told
 from tensorray.cluster.request import Delta
 from tensorray.cluster.router_share import Place
 
 
-def frame_cost(items: int) -> float:
-    """CPU seconds to read a frame with the news of so many streams, without the system's part."""
-    data = msgspec.msgpack.encode(Told([Item(i, [Delta(0, [i])]) for i in range(items)], 1, 1))
-    decoder = msgspec.msgpack.Decoder(Told)
-    began = time.process_time()
-    for _ in range(20_000):
-        decoder.decode(data)
-    return (time.process_time() - began) / 20_000
+async def frame_cost(items: float, connections: int = 250) -> float:
+    """CPU seconds to read and decode a frame with the news of so many streams, as an ingress does:
+    of many connections, each of which has one."""
+    count = max(1, round(items))
+    told = Told([Item(i, [Delta(0, [i])]) for i in range(count)], 1, 1)
+    data = frame(msgspec.msgpack.encode(told))
+    pairs = [socket.socketpair() for _ in range(connections)]
+    heard = asyncio.Semaphore(0)
+
+    async def listen(end: socket.socket) -> None:
+        reader, _ = await asyncio.open_connection(sock=end)
+        decoder = msgspec.msgpack.Decoder(Told)
+        while True:
+            decoder.decode(await read_frame(reader))
+            heard.release()
+
+    listeners = [asyncio.create_task(listen(near)) for near, _ in pairs]
+    await asyncio.sleep(0)
+    spent, rounds = 0.0, 20
+    for _ in range(rounds):
+        for _, far in pairs:
+            far.sendall(data)
+        began = time.process_time()
+        for _ in pairs:
+            await heard.acquire()
+        spent += time.process_time() - began
+    for listener in listeners:
+        listener.cancel()
+    for _, far in pairs:
+        far.close()
+    await asyncio.gather(*listeners, return_exceptions=True)
+    return spent / (rounds * connections)
 
 
 def table(report: Report, replicas: int, ingresses: int, wall: float) -> None:
@@ -68,7 +95,7 @@ def table(report: Report, replicas: int, ingresses: int, wall: float) -> None:
         f"a step of {step.mean() * 1e3:.1f} ms: {scheduler / step.mean():.1%} of a router's core",
         "an ingress sends to": f"{replicas * place.senders(replicas) / ingresses:,.0f} replicas",
         "frames read by an ingress": f"{frames:,.0f}/s of {items:.1f} streams: "
-        f"{frames * frame_cost(round(items)):.1%} of its core for decoding alone",
+        f"{frames * asyncio.run(frame_cost(items)):.1%} of its core",
         "memory so far, a replica's share": f"{memory / 1024:.1f} GB, {memory / replicas:.1f} MB",
     }
     for name, value in rows.items():
