@@ -141,11 +141,18 @@ class DeviceAdapters(AdapterBooks[PinnedAdapter]):
         max_rank: int,
         slots: int,
     ) -> None:
-        """`slots` different adapters may run at once, with matrices of `dtype`."""
+        """`slots` different adapters may run at once, with matrices of `dtype`. Raises ValueError
+        if the device has no room for them."""
         super().__init__(model, layers, source=source, max_rank=max_rank)
         self._device = device
         self._layout = layout = SlotLayout(model, weights, layers, max_rank, dtype)
         xp = device.xp
+        size, free = slots * layout.words * layout.dtype.itemsize, device.free_memory()
+        if size > free:
+            raise ValueError(
+                f"{slots} adapters of rank {max_rank} take {size >> 20} MiB of GPU memory, of "
+                f"which {free >> 20} MiB are free: lower --max-loras or --max-lora-rank"
+            )
         self._memory = xp.zeros((slots, layout.words), layout.dtype)
         places = layout.stacks(xp, self._memory)
         self._stacks = {id(a): places[p] for p, a in placed_weights(weights) if p in places}

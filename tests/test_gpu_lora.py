@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from helpers.equality import assert_same_tokens
 from helpers.gpu_shards import StepwiseShard, make_gpu_shard
+from helpers.host_device import HostDevice
 from helpers.lora_cases import (
     GREEDY,
     LORA,
@@ -293,6 +294,11 @@ def test_steps_without_adapters_run_as_if_there_were_none(
     step({0: 1, 1: 1})
     assert len(ran) == 2
     assert device.uploaded.count(size) == 1  # slots of rows that stay need no second upload
+
+
+def test_room_for_adapters_has_to_be_there() -> None:
+    with pytest.raises(ValueError, match="lower --max-loras or --max-lora-rank"):
+        make_gpu_shard(directory("llama3"), limits=LIMITS, adapters=8, device=HostDevice(1 << 16))
 
 
 def test_a_shard_without_adapters_takes_none() -> None:
