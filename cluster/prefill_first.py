@@ -18,6 +18,7 @@ from typing import cast
 import msgspec
 
 from tensorray.cluster.engine import EngineFailed
+from tensorray.cluster.errors import InternalError
 from tensorray.cluster.frontend import EngineClient
 from tensorray.cluster.replicas import UnderWay
 from tensorray.cluster.request import Delta, GenerationRequest, RequestRefused, Source
@@ -29,7 +30,8 @@ class PrefillFirst:
     """An EngineClient over two: replicas that prefill, and replicas that decode."""
 
     def __init__(self, prefill: EngineClient, decode: EngineClient, min_tokens: int) -> None:
-        """Prompts of fewer than `min_tokens` tokens are computed where they are decoded."""
+        """What goes wrong on `prefill` is logged, and no error while `decode` serves. Prompts of
+        fewer than `min_tokens` tokens are computed where they are decoded."""
         self._prefill = prefill
         self._decode = decode
         self._min_tokens = min_tokens
@@ -49,9 +51,10 @@ class PrefillFirst:
                 if under_way.finished:
                     return
                 asked = under_way.request(self._decode)
+                left: set[int] = set()
                 if source is not None:
                     asked = msgspec.structs.replace(asked, source=source, whole=False)
-                left = set(range(request.n)) if source is not None else set()
+                    left = {each.index for each in asked.resumed or ()}
                 async with aclosing(_stream(self._decode, asked)) as items:
                     async for deltas in items:
                         if left and not (left := left - {each.index for each in deltas}):
@@ -89,17 +92,24 @@ class PrefillFirst:
         try:
             arriving = await held.enter_async_context(aclosing(_stream(self._prefill, asked)))
             async for deltas in arriving:
-                fresh = [each for each in deltas if each.index in left]
-                for each in fresh:
+                fresh = []
+                for each in deltas:
+                    if each.index not in left:
+                        continue
                     if each.source is not None:
                         each.finish_reason = None  # not held any more; so it will not be found
                     if each.source is not None or each.finish_reason is not None:
-                        left.discard(each.index)
-                under_way.take(fresh)
-                yield fresh
+                        left.remove(each.index)
+                    if each.finish_reason not in ("error", "abort"):
+                        fresh.append(each)
+                    elif each.error:
+                        logger.warning("a prompt was not prefilled apart: %s", each.error)
+                if fresh:
+                    under_way.take(fresh)
+                    yield fresh
                 if not left:
                     break
-        except (EngineFailed, RequestRefused) as error:
+        except (EngineFailed, RequestRefused, InternalError) as error:
             logger.warning("a prompt was not prefilled apart: %s", error)
         under_way.refused()  # by who prefills, from here on
 

@@ -219,6 +219,32 @@ def test_who_prefills_not_at_all_is_done_without() -> None:
     asyncio.run(run())
 
 
+def test_an_engine_that_fails_in_mid_prompt_loses_nothing() -> None:
+    async def run() -> None:
+        async with pair() as both:
+            asked = request(n=2, sampling=DRAWN)
+            whole = await answer(both.decode, asked)
+            task = asyncio.create_task(answer(both.client, asked))
+            await until(lambda: both.prefill.scheduler.unfinished > 0)
+            both.prefill.fail("lost")
+            assert await task == whole
+
+    asyncio.run(run())
+
+
+def test_sequences_that_end_at_once_do_not_keep_others_held() -> None:
+    async def run() -> None:
+        async with pair() as both:
+            (one, other) = await answer(both.decode, request(n=2, sampling=DRAWN, max_tokens=1))
+            stops = msgspec.structs.replace(DRAWN, stop_token_ids=one["tokens"])
+            assert one["tokens"] != other["tokens"]
+            async for deltas in both.client.generate(request(n=2, sampling=stops)):
+                if any(not delta.source and delta.index == 1 for delta in deltas):
+                    assert not both.prefill.handovers._held
+
+    asyncio.run(run())
+
+
 def start(seq: int) -> StepPlan:
     held = SequenceStart(seq, [5, 6, 7], 3, 0, [[1]], GREEDY)
     return StepPlan(0, [seq], [3], starts=[held])
