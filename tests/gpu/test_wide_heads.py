@@ -35,11 +35,12 @@ MAX_MODEL_LEN = 704
 REQUESTS = 24
 
 
-def model(directory: Path, head_dim: int, group: int) -> Path:
+def model(directory: Path, head_dim: int, kv_heads: int, group: int) -> Path:
     config = {
         **{"architectures": ["LlamaForCausalLM"], "hidden_act": "silu", "rms_norm_eps": 1e-5},
         **{"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 3},
-        **{"num_attention_heads": 2 * group, "num_key_value_heads": 2, "head_dim": head_dim},
+        **{"num_attention_heads": kv_heads * group, "num_key_value_heads": kv_heads},
+        **{"head_dim": head_dim},
         **{"vocab_size": VOCABULARY, "max_position_embeddings": 1024, "rope_theta": 1e4},
     }
     (directory / "config.json").write_text(json.dumps(config))
@@ -101,10 +102,11 @@ class Pipelined:
 
 
 @cache
-def alone_on_the_cpu(head_dim: int, group: int) -> list[tuple[list[int], list[Any]]]:
+def alone_on_the_cpu(head_dim: int, kv_heads: int, group: int) -> list[tuple[list[int], list[Any]]]:
     """Each request's tokens, and the logits they were chosen by."""
     with tempfile.TemporaryDirectory() as directory:
-        shard = RecordingShard.load(settings(model(Path(directory), head_dim, group), device="cpu"))
+        path = model(Path(directory), head_dim, kv_heads, group)
+        shard = RecordingShard.load(settings(path, device="cpu"))
     found = []
     for arrival in arrivals():
         shard.reset()
@@ -115,11 +117,13 @@ def alone_on_the_cpu(head_dim: int, group: int) -> list[tuple[list[int], list[An
 
 
 @pytest.mark.parametrize("eager", [True, False], ids=["eager", "graphs"])
-@pytest.mark.parametrize(("head_dim", "group"), [(128, 4), (64, 2), (256, 1), (96, 3)])
-def test_tokens_are_the_cpu_path_s(head_dim: int, group: int, eager: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("heads", [(128, 8, 4), (64, 2, 2), (256, 2, 1), (96, 2, 3)], ids=str)
+def test_tokens_are_the_cpu_path_s(
+    heads: tuple[int, int, int], eager: bool, tmp_path: Path
+) -> None:
     shard = GpuShard.load(
         settings(
-            model(tmp_path, head_dim, group),
+            model(tmp_path, *heads),
             device="cuda",
             dtype="float16",
             segment_backend="kernels",
@@ -131,7 +135,7 @@ def test_tokens_are_the_cpu_path_s(head_dim: int, group: int, eager: bool, tmp_p
             pages.fill(float("nan"))
     outcomes = run(Pipelined(shard), scheduler(shard), arrivals(), depth=DEPTH)  # type: ignore[arg-type]
     shard.close()
-    references = alone_on_the_cpu(head_dim, group)
+    references = alone_on_the_cpu(*heads)
     for outcome, arrival, (tokens, rows) in zip(outcomes, arrivals(), references, strict=True):
 
         def clear(position: int, arrival: Any = arrival, rows: Any = rows, tokens: Any = tokens):
