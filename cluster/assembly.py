@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import msgspec
+
 from tensorray.actors.protocol import Logprobs
 from tensorray.cluster.detokenizer import OutputText
 from tensorray.cluster.outputs import (
@@ -41,6 +43,7 @@ class PreparedRequest:
     params: SamplingParams
     prompt: str | None = None
     echo: bool = False
+    only_echo: bool = False  # and nothing of what is generated after it
     reply: ReplyFormat | None = None
 
     @property
@@ -202,6 +205,8 @@ class _Sequence:
     def add(
         self, delta: Delta, prompt_logprobs: list[TokenLogprob | None]
     ) -> CompletionOutput | None:
+        if self._prepared.only_echo:
+            delta = _without_tokens(delta)
         reason = delta.finish_reason
         stop_reason: str | int | None = None
         if delta.stop_token is not None and delta.stop_token in self._stop_ids:
@@ -264,6 +269,13 @@ class _Sequence:
         if output.logprobs is not None:
             unknown = [None] * (len(tokens) - len(prompt_logprobs))
             output.logprobs = [*prompt_logprobs, *unknown, *output.logprobs]
+
+
+def _without_tokens(delta: Delta) -> Delta:
+    reason = "length" if delta.finish_reason == "stop" else delta.finish_reason
+    return msgspec.structs.replace(
+        delta, tokens=[], logprobs=[], stop_token=None, finish_reason=reason
+    )
 
 
 def spell_logprob(tokenizer: Tokenizer, entry: Logprobs) -> TokenLogprob:

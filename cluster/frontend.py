@@ -232,12 +232,14 @@ class Frontend:
         lora: str = "",
         add_special_tokens: bool = True,
         echo: bool = False,
+        only_echo: bool = False,
         prediction: str = "",
     ) -> PreparedRequest:
         """A request the engine can run: tokens, and every limit resolved.
 
         Without `max_tokens` the answer may fill the context. With `echo` the answer begins with
-        the prompt, and its log-probabilities if the answer's are asked for. `prediction` is text
+        the prompt, and its log-probabilities if the answer's are asked for; with `only_echo` that
+        is all of it. `prediction` is text
         that the answer may repeat: it changes how fast that comes. Raises BadRequest.
         """
         tokens = self.prompt_tokens(prompt, add_special_tokens)
@@ -269,7 +271,11 @@ class Frontend:
             prediction=self._predicted_tokens(prediction),
         )
         return PreparedRequest(
-            request, params, prompt=prompt if isinstance(prompt, str) else None, echo=echo
+            request,
+            params,
+            prompt=prompt if isinstance(prompt, str) else None,
+            echo=echo,
+            only_echo=only_echo,
         )
 
     def _predicted_tokens(self, text: str) -> list[int]:

@@ -266,6 +266,7 @@ class _Service:
                     cache_salt=request.cache_salt or "",
                     lora=lora,
                     echo=bool(request.echo),
+                    only_echo=request.only_echo,
                     add_special_tokens=request.add_special_tokens is not False,
                 )
                 for i, prompt in enumerate(request.prompts())

@@ -318,9 +318,14 @@ class CompletionRequest(GenerateRequest):
     """`POST /v1/completions`."""
 
     prompt: Annotated[Prompt, BeforeValidator(check_prompts("prompt"))]
-    echo: bool | None = False
+    echo: bool | None = Field(False, description="alone, to score a prompt, with max_tokens 0")
     logprobs: int | None = Field(None, description="top alternatives to report a token")
     add_special_tokens: bool | None = True
+
+    @property
+    def only_echo(self) -> bool:
+        """Whether it wants to know about its prompt and nothing else."""
+        return self.max_tokens == 0 and bool(self.echo)
 
     def prompts(self) -> list[str | list[int]]:
         """The request's prompts, one choice (or n) each."""
@@ -330,6 +335,8 @@ class CompletionRequest(GenerateRequest):
     def sampling(self) -> dict[str, Any]:
         fields = super().sampling()
         fields.setdefault("max_tokens", 16)  # OpenAI's default for completions
+        if self.only_echo:
+            fields["max_tokens"] = 1  # which nobody is told
         if self.logprobs is not None:
             fields["logprobs"] = self.logprobs
         return fields

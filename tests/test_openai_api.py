@@ -186,6 +186,31 @@ async def test_echo_begins_with_the_prompt_and_its_logprobs(client: Client) -> N
     assert len(choice.logprobs.tokens) == 12
 
 
+@pytest.mark.parametrize("stream", [False, True])
+async def test_an_echo_alone_scores_the_prompt(client: Client, stream: bool) -> None:
+    with_answer = (await completion(client, echo=True, logprobs=1)).choices[0].logprobs
+    asked: dict[str, Any] = {"echo": True, "logprobs": 1, "max_tokens": 0}
+    if stream:
+        chunks = [chunk async for chunk in await completion(client, **asked, stream=True)]
+        choices = [chunk.choices[0] for chunk in chunks]
+        assert "".join(choice.text for choice in choices) == "Hello"
+        tokens = [token for choice in choices for token in choice.logprobs.tokens]
+    else:
+        answer = await completion(client, **asked)
+        (choice,) = answer.choices
+        assert choice.text == "Hello"
+        assert choice.finish_reason == "length"
+        assert choice.logprobs.token_logprobs == with_answer.token_logprobs[:6]
+        assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (6, 0)
+        tokens = choice.logprobs.tokens
+    assert tokens == with_answer.tokens[:6]
+
+
+async def test_nothing_at_all_is_refused(client: Client) -> None:
+    with pytest.raises(openai.BadRequestError, match="max_tokens"):
+        await completion(client, max_tokens=0)
+
+
 async def test_logprobs_in_a_stream_are_those_of_the_whole(client: Client) -> None:
     whole = (await completion(client, logprobs=1, max_tokens=30)).choices[0].logprobs
     tokens, offsets = [], []
