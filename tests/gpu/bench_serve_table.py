@@ -118,7 +118,7 @@ def serving(model: Path, settings: dict[str, str]) -> Iterator[Service]:
     finally:
         process.send_signal(signal.SIGTERM)
         try:
-            process.wait(30)
+            process.wait(15)
         except subprocess.TimeoutExpired:
             process.kill()
 
