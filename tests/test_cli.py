@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
 import subprocess
 import sys
 from collections.abc import Callable
@@ -332,8 +331,7 @@ def test_doctor_reports_this_machine(tensorray: Command) -> None:
 
 
 def test_help_is_quick() -> None:
-    """What makes a start slow is imports; CPU time says so on a busy machine too."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    """What makes a start slow is imports."""
     check = (
         "import sys; sys.argv = ['tensorray', '--help']\n"
         "from tensorray.cluster.cli import main\n"
@@ -342,6 +340,4 @@ def test_help_is_quick() -> None:
         "print('heavy:', *{'ray', 'numpy', 'tokenizers', 'aiohttp', 'fastapi'} & set(sys.modules))"
     )
     answer = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert answer.stdout.splitlines()[-1].strip() == "heavy:"
-    assert (after.ru_utime + after.ru_stime) - (before.ru_utime + before.ru_stime) < 1.0
