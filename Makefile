@@ -73,14 +73,14 @@ clean:
 	find kernels -name '*.so' -delete
 
 # uv installs in a fraction of pip's time, from the index that pip is told to use. Where there is no
-# uv, or it fails, pip does it, or says why not.
+# uv, or it fails, pip does it, or says why not. Reinstalling compiles kernels that have changed.
 PIP := $(BIN)/python -m pip
 DEV_EXTRAS := demo,dev,rtx
 define install
 	@$(PIP) install -qq --disable-pip-version-check uv 2>/dev/null; \
 	index=$$($(PIP) config list 2>/dev/null | sed -n "s/^.*[.]index-url='\(.*\)'$$/\1/p" | tail -n 1); \
 	$(BIN)/uv pip install --quiet --python $(BIN)/python $${index:+--default-index "$$index"} \
-		--editable '.[$(1)]' 2>/dev/null \
+		--reinstall-package tensorray --editable '.[$(1)]' 2>/dev/null \
 	|| $(PIP) install -qq --disable-pip-version-check --editable '.[$(1)]'
 endef
 
