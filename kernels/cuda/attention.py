@@ -9,6 +9,7 @@ from typing import Any
 
 from tensorray.kernels.cuda import compiler, rope
 from tensorray.kernels.cuda.dtypes import ctype, expect
+from tensorray.kernels.cuda.layout import row_stride
 from tensorray.kernels.cuda.scratch import lasting_zeros
 
 _TILE = 16  # positions
@@ -183,7 +184,7 @@ def rope_attention(
         and head_dim % 64 == 0
         and head_dim <= 256
         and table.shape[1] == head_dim
-        and all(_row_stride(x) % 8 == 0 and x.data.ptr % 16 == 0 for x in (q, k, v))
+        and all(row_stride(x) % 8 == 0 and x.data.ptr % 16 == 0 for x in (q, k, v))
     )
     if fits:
         newest = Newest(k, v, table, positions, slots, q_norm, k_norm, eps)
@@ -249,7 +250,7 @@ def decode(
     kv_heads, block_size = k_pages.shape[1:3]
     if sequences != len(seq_lens):
         raise ValueError(f"{sequences} queries for {len(seq_lens)} sequences in a decode step")
-    if _row_stride(q) % 8 or q.data.ptr % 16:
+    if row_stride(q) % 8 or q.data.ptr % 16:
         q = cupy.array(q, order="C")
     group = heads // kv_heads
     head_tiles = -(-group // _HEADS)
@@ -292,7 +293,7 @@ def decode(
         (kv_heads * head_tiles, splits, sequences),
         (32 * int(chosen["WARPS"]),),
         *(q, k_pages, v_pages, seq_lens, block_table, out, partials, arrivals),
-        *(_row_stride(q), kv_heads, _row_stride(block_table), window or 0),
+        *(row_stride(q), kv_heads, row_stride(block_table), window or 0),
         *(score_scale, cap, kv_scale, *_newest_arguments(newest), count),
         overlap=True,
     )
@@ -308,7 +309,7 @@ def _newest_arguments(newest: Newest | None) -> tuple[Any, ...]:
     expect(newest.k.dtype.name, v=newest.v, q_norm=newest.q_norm, k_norm=newest.k_norm)
     return (
         *(newest.k, newest.v, newest.table, newest.positions, newest.slots),
-        *(newest.q_norm, newest.k_norm, _row_stride(newest.k), _row_stride(newest.v), newest.eps),
+        *(newest.q_norm, newest.k_norm, row_stride(newest.k), row_stride(newest.v), newest.eps),
     )
 
 
@@ -340,20 +341,11 @@ def simple(
         (heads, -(-rows // _SIMPLE_WARPS)),
         (32 * _SIMPLE_WARPS,),
         *(q, k_pages, v_pages, query_starts, seq_lens, block_table, out),
-        *(rows, len(seq_lens), _row_stride(q), kv_heads, _row_stride(block_table), window or 0),
+        *(rows, len(seq_lens), row_stride(q), kv_heads, row_stride(block_table), window or 0),
         *(scale * kv_scale, softcap or 0.0, kv_scale),
         overlap=True,
     )
     return out
-
-
-def _row_stride(x: Any) -> int:
-    """Elements between rows of x, each of which must be contiguous."""
-    row = x.strides[0]
-    inner = [stride // x.itemsize for stride in x.strides[1:]]
-    if inner != [math.prod(x.shape[axis + 1 :]) for axis in range(1, x.ndim)]:
-        raise ValueError(f"rows must be contiguous, got strides {x.strides} in bytes")
-    return int(row // x.itemsize)
 
 
 @functools.cache

@@ -26,6 +26,20 @@ def stride(rows: Any | None) -> np.int64:
     return elements
 
 
+def row_stride(x: Any) -> int:
+    """Elements between rows of `[T, ...]`, each contiguous; 0 where there is but one row.
+
+    Axes of one element may have any stride: a slice of a single KV head has its row's. Raises
+    ValueError.
+    """
+    expected = x.itemsize
+    for extent, bytes_apart in zip(reversed(x.shape[1:]), reversed(x.strides[1:]), strict=True):
+        if extent > 1 and bytes_apart != expected:
+            raise ValueError(f"rows must be contiguous, got strides {x.strides} in bytes")
+        expected *= extent
+    return int(x.strides[0] // x.itemsize) if len(x) > 1 else 0
+
+
 def aligned(rows: Any) -> bool:
     """Whether every row of `as_rows` starts at a multiple of 16 bytes."""
     start: int = rows.data.ptr

@@ -6,6 +6,7 @@ from typing import Any
 
 from tensorray.kernels.cuda import compiler
 from tensorray.kernels.cuda.dtypes import ctype, expect
+from tensorray.kernels.cuda.layout import row_stride
 
 _THREADS = 128
 
@@ -93,7 +94,7 @@ def _launch(
     tokens, kv_heads, head_dim = k.shape
     heads = 0 if q is None else q.shape[1]
     rotary = 0 if table is None else table.shape[1]
-    strides = [0 if x is None else _row_stride(x) for x in (q, k, v)]
+    strides = [0 if x is None else row_stride(x) for x in (q, k, v)]
     vec = 16 // k.itemsize
     while head_dim % vec or (rotary // 2) % vec or any(stride % vec for stride in strides):
         vec //= 2
@@ -110,11 +111,3 @@ def _launch(
         *(groups, heads, kv_heads, *strides, k_pages.shape[2], inverse_scale, eps),
         overlap=True,
     )
-
-
-def _row_stride(x: Any) -> int:
-    """Elements between rows of `[T, heads, head_dim]`, whose heads must lie side by side."""
-    row, head, element = (stride // x.itemsize for stride in x.strides)
-    if (element != 1 and x.shape[2] > 1) or (head != x.shape[2] and x.shape[1] > 1):
-        raise ValueError(f"each row's heads must be contiguous, got strides {x.strides} in bytes")
-    return int(row) if len(x) > 1 else 0
