@@ -18,19 +18,14 @@ from tensorray.kernels.cuda.dtypes import ctype
 
 _BLOCKS = 64
 _THREADS = 512
-# What a rank sends at most where each four bytes go with a call's number beside them.
-_SMALL_SENT_BYTES = 512 << 10
 #: What a rank sends at most: twice that, from each of the others, lies in its memory.
 _SENT_BYTES = 16 << 20
 
 CONSTANT_SETS = {
     "all_reduce.cu": [
-        {"ELEMENT": kind, "RANKS": ranks, "BLOCKS": _BLOCKS, "THREADS": _THREADS, "SHARE": share}
-        for kind, ranks, share in (
-            ("__half", 2, _SENT_BYTES // _BLOCKS),
-            ("__nv_bfloat16", 8, 37440),
-            ("float", 4, 87376),
-        )
+        {"ELEMENT": "__half", "RANKS": 2, "BLOCKS": _BLOCKS, "SHARE": _SENT_BYTES // _BLOCKS},
+        {"ELEMENT": "__nv_bfloat16", "RANKS": 8, "BLOCKS": _BLOCKS, "SHARE": 9360},
+        {"ELEMENT": "float", "RANKS": 4, "BLOCKS": _BLOCKS, "SHARE": 21840},
     ]
 }
 
@@ -59,9 +54,8 @@ def most_bytes(ranks: int) -> int:
 
 def bytes_needed(ranks: int) -> int:
     """Each rank's memory, in bytes."""
-    counts = (ranks + 2) * _BLOCKS * 4
-    lines = 2 * ranks * _BLOCKS * _THREADS * 32
-    return counts + 2 * ranks * most_bytes(ranks) + lines
+    head = -(-(ranks + 1) * _BLOCKS * 4 // 16) * 16
+    return head + 2 * ranks * most_bytes(ranks)
 
 
 def takes(x: Any, ranks: int) -> bool:
@@ -84,13 +78,11 @@ def all_reduce(x: Any, memory: PeerMemory) -> Any:
         ELEMENT=ctype(x),
         RANKS=memory.ranks,
         BLOCKS=_BLOCKS,
-        THREADS=_THREADS,
         SHARE=_share(memory.ranks),
     )
     # A pack a thread, as long as there are blocks for it, and shares that fit.
     blocks = max(min(_BLOCKS, -(-packs // _THREADS)), -(-x.nbytes // _share(memory.ranks)))
-    small = x.nbytes * (memory.ranks - 1) <= _SMALL_SENT_BYTES
-    module.function("all_reduce_small" if small else "all_reduce")(
+    module.function("all_reduce")(
         (blocks,),
         (_THREADS,),
         *(x, out, packs, _addresses(memory), memory.rank, np.uint64(memory.stop)),
