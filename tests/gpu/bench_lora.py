@@ -33,7 +33,7 @@ from tensorray.kernels.low_rank import Block, LowRank
 # each, and each row's matrices (84 MB) from the L2 cache at some 6 TB/s; of many rows, the products
 # read and written once more, and tiles of 8 rows from the L2 cache.
 PREDICTED = {1: "0.9", 16: "1.1", 64: "1.6"}
-PREDICTED_PREFILL = "8-10"
+PREDICTED_PREFILL = "13-15"
 
 
 class WithAdapters:
