@@ -49,6 +49,10 @@ class Vocabulary:
     encode: Callable[[bytes], list[int]]
 
 
+class NoEndToken(ValueError):
+    """Nothing would say that a text which follows a grammar is over."""
+
+
 class Guide:
     """One sequence's place in its grammar."""
 
@@ -107,6 +111,8 @@ class Guidance:
             time.sleep(left)
         try:
             self._compiled()
+        except NoEndToken as error:  # no request with a grammar gets here
+            logger.info("%s", error)
         except Exception:  # the first grammar will say it to who can do something about it
             logger.exception("the vocabulary for guided decoding can't be loaded")
 
@@ -163,8 +169,11 @@ class Guidance:
 
 
 def compile_vocabulary(vocabulary: Vocabulary, vocab_size: int) -> LLTokenizer:
-    """The vocabulary as llguidance searches it: a trie of the tokens' bytes."""
+    """The vocabulary as llguidance searches it: a trie of the tokens' bytes. Raises NoEndToken."""
     from llguidance import LLTokenizer
+
+    if not vocabulary.ends:
+        raise NoEndToken("the model has no end-of-sequence token, so it can't follow a grammar")
 
     return LLTokenizer(
         _Tokens(vocabulary, vocab_size),  # type: ignore[arg-type]  # one by duck typing

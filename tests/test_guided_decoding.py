@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 
 from tensorray.actors.device_sampler import DeviceSampler
 from tensorray.actors.gpu_shard import GpuShard
-from tensorray.actors.guidance import Guidance, Vocabulary
+from tensorray.actors.guidance import Guidance, NoEndToken, Vocabulary, compile_vocabulary
 from tensorray.actors.link import PendingStep
 from tensorray.actors.protocol import Sampling, SequenceStart, StepPlan, StepResult
 from tensorray.actors.sampler import Sampler
@@ -355,3 +355,9 @@ def test_a_special_token_never_counts_as_text(tmp_path: Path) -> None:
     (mask,) = guidance.masks([guide]).view(np.uint32)
     allowed = [id for id in range(259) if mask[id // 32] >> (id % 32) & 1]
     assert allowed == [known.tokens.index(b"<")]
+
+
+def test_a_model_without_an_end_token_follows_no_grammar() -> None:
+    endless = Vocabulary([b"a", b"b"], [], [], lambda data: [])
+    with pytest.raises(NoEndToken, match="no end-of-sequence token"):
+        compile_vocabulary(endless, 2)
