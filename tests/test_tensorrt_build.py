@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -50,6 +51,7 @@ from tensorray.builder.tensorrt_flavour import (
     Flavour,
     Target,
     TargetError,
+    TensorRT8,
     TensorRTError,
     TimingCache,
     load_flavour,
@@ -400,6 +402,24 @@ def test_targets_hold_the_builders_settings(flavour: Flavour) -> None:
     settings = dict(flavour.target("sm_89").settings)
     assert settings.keys() == {"flags", "optimization_level", "tactic_sources"}
     assert settings["flags"] & 1 << int(flavour.trt.BuilderFlag.TF32) == 0
+
+
+@pytest.mark.parametrize(("heads", "asked", "level"), [(1, None, 3), (4, None, 0), (4, 2, 3)])
+def test_norms_of_heads_are_not_searched_for_long(
+    flavour: Flavour, heads: int, asked: int | None, level: int
+) -> None:
+    """By TensorRT 8.6, whose networks are read as TensorRT-RTX's are."""
+    network = flavour.create_network()
+    ops = TensorRTOps(flavour, network, DTypes())
+    x, weight = (
+        ops.input(name, Spec(shape, "compute"))
+        for name, shape in (("x", (ROWS, 32)), ("w", (32 // heads,)))
+    )
+    ops.output("y", ops.rms_norm(ops.heads(x, 32 // heads) if heads > 1 else x, weight, 1e-6))
+    config = SimpleNamespace(builder_optimization_level=3)
+    old = SimpleNamespace(trt=flavour.trt, optimization_level=asked)
+    TensorRT8.limit_search(old, config, network)  # type: ignore[arg-type]
+    assert config.builder_optimization_level == level
 
 
 def test_nothing_is_timed_ahead_of_time(flavour: Flavour) -> None:
