@@ -9,7 +9,7 @@ from numpy.typing import DTypeLike
 
 
 def lasting_zeros(count: int, dtype: DTypeLike) -> Any:
-    """Zeros `[count]` from CuPy's default pool, whatever allocator is the current one.
+    """Zeros `[count]` in memory of their own, outside of CuPy's pools: they live as long as used.
 
     Graphs are recorded with an allocator of their own, whose free memory earlier graphs go on
     writing to. An array made there that is still used later would be overwritten. They are zero
@@ -18,7 +18,7 @@ def lasting_zeros(count: int, dtype: DTypeLike) -> Any:
     import cupy
 
     kind = np.dtype(dtype)
-    memory = cupy.get_default_memory_pool().malloc(count * kind.itemsize)
+    memory = cupy.cuda.MemoryPointer(cupy.cuda.Memory(count * kind.itemsize), 0)
     stream = cupy.cuda.Stream(non_blocking=True)
     memory.memset_async(0, count * kind.itemsize, stream)
     stream.synchronize()
