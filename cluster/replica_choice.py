@@ -119,7 +119,8 @@ class ReplicaChoice(Generic[Name]):
         """It is gone; what was sent there is forgotten as it is met."""
         self._names.remove(replica)
         self._known.remove(replica)
-        left = [place for place, owner in enumerate(self._owners) if owner is not replica]
+        self._turn %= max(1, len(self._names))
+        left = [place for place, owner in enumerate(self._owners) if owner != replica]
         self._points = [self._points[place] for place in left]
         self._owners = [self._owners[place] for place in left]
 

@@ -122,6 +122,18 @@ def test_one_that_cannot_be_used_is_passed_over_and_one_that_is_gone_forgotten()
     assert chosen(choice, prompt, Loads(0, 0, 0, 0)) == (3, 0)
 
 
+@pytest.mark.parametrize("count", [3, 8, 30])
+def test_whoever_is_left_is_chosen_however_many_have_gone_at_once(count: int) -> None:
+    choice = choice_of(count)
+    for _ in range(count - 1):  # it is the last one's turn
+        chosen(choice, request([1, 2, 3]), Loads(*[0] * count))
+    for name in range(1, count):
+        choice.remove(name)
+    assert chosen(choice, request([1, 2, 3]), Loads(0)) == (0, 0)
+    choice.remove(0)
+    assert choice.choose(request([1, 2, 3]), Loads()) is None
+
+
 @pytest.mark.parametrize("routing", ["prefix", "balanced"])
 def test_skewed_prefixes_leave_no_replica_behind(routing: Routing) -> None:
     """Nine of ten requests share one prefix; each weighs what it leaves to compute."""
