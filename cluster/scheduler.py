@@ -165,6 +165,7 @@ class Scheduler:
         self._fetching: dict[int, Fetch] = {}  # cancelled sequences' included
         self._to_fetch: list[Fetch] = []  # of these, the ones that have not begun
         self._groups: dict[int, BeamGroup] = {}  # unfinished beam searches, by their leaders
+        self._guessing: dict[Sequence, int] = {}  # who has room for drafts in which plan that is out
         self._admitted = 0
         self._step = 0
         # Plans whose results are not back: (step, [(sequence, tokens cached after its chunk)]).
@@ -262,6 +263,7 @@ class Scheduler:
         if s.status is Status.FINISHED:
             self.blocks.release(s)
         elif came:
+            s.source = None  # it is not held for a second time
             s.computed = fetch.given * self.blocks.block_size
             self.blocks.register(s, s.computed)
             s.status = Status.RUNNING
@@ -290,6 +292,8 @@ class Scheduler:
         resting = self._others_turn() if self._micro_batches > 1 else set()
         if self._drafts is not None:
             resting |= {s for s in self._decoding if self._drafts.awaits(s)}
+            # Whether drafts pay may have changed since; how far these have come is still not known.
+            resting.update(self._guessing)
         resting |= self._extend_decodes(resting)
         self._admit()
         chunks = self._share_out(resting) if self._prefilling else []
@@ -368,6 +372,8 @@ class Scheduler:
             expected = self._in_flight[0][0] if self._in_flight else "none"
             raise ValueError(f"result of step {step} out of order, expected {expected}")
         _, reached = self._in_flight.popleft()
+        if self._guessing:
+            self._guessing = {s: plan for s, plan in self._guessing.items() if plan > step}
         progress: list[Progress] = []
         ended: list[Sequence] = []
         sequences = self._sequences
@@ -449,6 +455,7 @@ class Scheduler:
             if group.running:
                 self._fold(group)
         self._in_flight.clear()
+        self._guessing = {}
         self._ends = []
         self._new_blocks = {}
         self._copies = {}
@@ -566,6 +573,8 @@ class Scheduler:
             room = upto - s.computed - 1
             counts[i] += room
             left -= room
+            if room:
+                self._guessing[s] = self._step
 
     def _add_blocks(self, s: Sequence, added: list[list[int]]) -> None:
         """Tell the shard of blocks, after those that the plan has for the sequence already."""
@@ -601,7 +610,7 @@ class Scheduler:
     def _admit(self) -> None:
         """Move waiting sequences to the prefilling ones, as far as slots and blocks go."""
         put_aside: list[Sequence] = []
-        adapters = _AdapterRoom(self._max_adapters, chain(self._decoding, self._prefilling))
+        adapters = _AdapterRoom(self._max_adapters, self._admitted_ones())
         while (s := self._waiting.head()) is not None:
             if self._running == self._max_num_seqs and not self._priorities:
                 break
@@ -615,6 +624,12 @@ class Scheduler:
                 break
         for s in reversed(put_aside):
             self._waiting.put_back(s)
+
+    def _admitted_ones(self) -> Iterator[Sequence]:
+        """All that have slots; a search is its leader, also while it waits for its results."""
+        searching = (group.leader for group in self._groups.values() if group.running)
+        fetching = (each.sequence for each in self._fetching.values())
+        return chain(self._decoding, self._prefilling, self._held, fetching, searching)
 
     def _try_to_admit(self, s: Sequence) -> bool:
         if self._running + _slots(s) > self._max_num_seqs:

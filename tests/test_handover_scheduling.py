@@ -72,6 +72,14 @@ def spoil(rig: Rig, fetch: Fetch) -> None:
             rig.shard.slots[ours, at] = (-1, -1, rig.shard.next_step - 1, -1)
 
 
+def bring(far: Rig, near: Rig, fetch: Fetch) -> None:
+    """What a fetch writes in the end."""
+    for theirs, ours in zip(fetch.theirs, fetch.ours, strict=True):
+        for at in range(near.shard.kv.block_size):
+            group, content, _, _ = far.shard.slots[theirs, at]
+            near.shard.slots[ours, at] = (group, content, near.shard.next_step - 1, -1)
+
+
 class HandoverMachine(RuleBasedStateMachine):
     far: Rig  # prefills
     near: Rig  # decodes
@@ -150,11 +158,7 @@ class HandoverMachine(RuleBasedStateMachine):
         spoil(self.near, fetch)
         came = lucky and seq in self.held and fetch.source.blocks == self.held[seq]
         if came:
-            for theirs, ours in zip(fetch.theirs, fetch.ours, strict=True):
-                for at in range(self.near.shard.kv.block_size):
-                    group, content, _, _ = self.far.shard.slots[theirs, at]
-                    step = self.near.shard.next_step - 1
-                    self.near.shard.slots[ours, at] = (group, content, step, -1)
+            bring(self.far, self.near, fetch)
         self.near.scheduler.fetched(fetch.sequence.seq, came)
 
     @precondition(lambda self: self.held)
@@ -258,6 +262,26 @@ def test_who_has_the_same_prompt_waits_for_the_fetch() -> None:
     near.scheduler.fetched(fetch.sequence.seq, False)
     near.run()
     assert near.sequences[other].cached_tokens == 16
+
+
+def test_blocks_that_came_and_were_given_up_are_not_fetched_again() -> None:
+    far, near = rig(), rig(policy="priority", enable_prefix_caching=False)
+    prompt = list(range(22))
+    held = far.add(prompt, hand_over=True)
+    (gain,) = far.step()
+    assert gain.lent is not None
+    first = near.add(prompt, priority=1, source=Source([], held, gain.lent))
+    near.schedule()
+    (fetch,) = near.scheduler.fetches()
+    bring(far, near, fetch)
+    near.scheduler.fetched(first, True)
+    near.step()
+    assert len(near.outputs[first]) == 1
+    near.add(range(50, 86), priority=0)
+    near.run()
+    assert near.scheduler.stats().preemptions == 1
+    assert not near.scheduler.wants_fetches
+    assert near.outputs[first] == generate_alone(prompt, near.sequences[first].sampling, 8)
 
 
 def test_a_window_that_has_moved_on_has_nothing_to_lend() -> None:
