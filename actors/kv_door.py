@@ -34,6 +34,7 @@ from tensorray.actors.protocol import Door
 from tensorray.actors.wire import (
     HANDSHAKE_SECONDS,
     LENGTH,
+    PEER_SECONDS,
     SECRET_BYTES,
     Endpoint,
     check_length,
@@ -200,10 +201,13 @@ class KVDoor:
     def _reach(self, source: Door, deadline: float) -> AbstractContextManager[socket.socket]:
         """A connection to another shard's door. Raises OSError or HandoverError."""
         place = source.endpoint
-        peer = socket.create_connection((place.host, place.port), _left(deadline))
+        # A machine that is gone does not answer at all, and not before the deadline either.
+        patience = min(_left(deadline), PEER_SECONDS)
+        peer = socket.create_connection((place.host, place.port), patience)
         try:
             peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             keep_alive(peer)
+            peer.settimeout(_left(deadline))
             peer.sendall(place.secret)
             hello = msgspec.msgpack.decode(_receive_frame(peer, deadline), type=Hello)
             if hello.layout != self._pages.page_layout:

@@ -1,8 +1,9 @@
 """An engine's part in handing prompts from replicas that prefill to replicas that decode.
 
 On the one side sequences are held until whoever asked for that cancels them, or for so long at
-most; on the other side blocks are fetched, by each shard from its like (actors/kv_door.py). What
-does not come is computed: a fetch can't fail a request.
+most; on the other side blocks are fetched, by each shard from its like (actors/kv_door.py), a few
+prompts at a time and in order: were all to share what the network carries, then under load none
+might come in time. What does not come is computed: a fetch can't fail a request.
 
 Splitting the two phases up is DistServe's and Splitwise's idea (arXiv 2401.09670, 2311.18677).
 """
@@ -21,8 +22,12 @@ from tensorray.actors.link import ShardError
 from tensorray.actors.protocol import Door
 from tensorray.cluster.request import Source
 from tensorray.cluster.scheduler import Fetch, Scheduler
+from tensorray.cluster.sequence import Status
 
 logger = logging.getLogger(__name__)
+
+#: Prompts that are fetched at once: enough that one is read while another is written.
+AT_ONCE = 4
 
 
 @dataclass
@@ -50,15 +55,16 @@ class Handovers:
         wake: Callable[[], None],
         fail: Callable[[ShardError], None],
     ) -> None:
-        """`seconds` is the most that a sequence is held, and that a fetch takes. `expire` ends a
-        sequence held too long, `wake` says that a fetch has ended, `fail` that a shard does not
-        answer."""
+        """`seconds` is the most that a sequence is held, and that it waits for its blocks. `expire`
+        ends a sequence held too long, `wake` says that a fetch has ended, `fail` that a shard does
+        not answer."""
         self.stats = HandoverStats()
         self._scheduler = scheduler
         self._seconds = seconds
         self._expire, self._wake, self._fail = expire, wake, fail
         self._held: dict[int, asyncio.TimerHandle] = {}
         self._fetching: set[asyncio.Task[None]] = set()
+        self._turns = asyncio.Semaphore(AT_ONCE)
 
     def hold(self, seq: int, doors: list[Door], blocks: list[list[int]]) -> Source:
         """A sequence is held from now on; where it is found."""
@@ -75,9 +81,9 @@ class Handovers:
         return timer is not None
 
     def begin(self, doors: list[Door]) -> None:
-        """Start the fetches that may begin, for the shards behind `doors`, by rank."""
+        """Fetch what may be fetched from now on, for the shards behind `doors`, by rank."""
         for fetch in self._scheduler.fetches():
-            task = asyncio.create_task(self._fetch(fetch, doors))
+            task = asyncio.create_task(self._in_turn(fetch, doors))
             self._fetching.add(task)
             task.add_done_callback(self._fetching.discard)
 
@@ -89,10 +95,21 @@ class Handovers:
             self.release(seq)
             self._expire(seq)
 
-    async def _fetch(self, fetch: Fetch, doors: list[Door]) -> None:
+    async def _in_turn(self, fetch: Fetch, doors: list[Door]) -> None:
+        deadline = time.monotonic() + self._seconds
+        async with self._turns:
+            if fetch.sequence.status is Status.FETCHING:
+                await self._fetch(fetch, doors, deadline - time.monotonic())
+            else:  # cancelled meanwhile
+                self._scheduler.fetched(fetch.sequence.seq, False)
+        self._wake()
+
+    async def _fetch(self, fetch: Fetch, doors: list[Door], seconds: float) -> None:
         began = time.perf_counter()
         source, stats = fetch.source, self.stats
         try:
+            if seconds <= 0:
+                raise HandoverError("too many came before it")
             if len(source.doors) != len(doors):
                 raise HandoverError(
                     f"a replica of {len(source.doors)} shards can't hand over to one of "
@@ -100,7 +117,7 @@ class Handovers:
                 )
             came = await asyncio.gather(
                 *(
-                    kv_door.fetch(here, there, source.seq, fetch.theirs, fetch.ours, self._seconds)
+                    kv_door.fetch(here, there, source.seq, fetch.theirs, fetch.ours, seconds)
                     for here, there in zip(doors, source.doors, strict=True)
                 ),
                 return_exceptions=True,
@@ -117,11 +134,12 @@ class Handovers:
             logger.warning("a prompt is computed here, as it could not be fetched: %s", error)
             stats.failed += 1
             self._scheduler.fetched(fetch.sequence.seq, False)
-        except ShardError as error:
+        except Exception as error:
             # Its blocks can't be given to anybody before the shards have started anew.
             stats.failed += 1
+            if not isinstance(error, ShardError):
+                error = ShardError(f"a fetch failed: {error!r}")
             self._fail(error)
-        self._wake()
 
     def _too_late(self, seq: int) -> None:
         if self.release(seq):

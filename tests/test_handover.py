@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -15,11 +16,14 @@ from helpers.handover import Pair, engine, pair
 from helpers.running import make_shard
 from helpers.tiny_models import directory
 
+from tensorray.actors import kv_door
 from tensorray.actors.gpu_shard import GraphSizes, Limits
 from tensorray.actors.kv_door import HandoverError, KVDoor, fetch
-from tensorray.actors.protocol import Sampling, SequenceStart, StepPlan
+from tensorray.actors.protocol import Door, Sampling, SequenceStart, StepPlan
 from tensorray.actors.tcp_link import ShardServer, TcpLink
+from tensorray.actors.wire import PEER_SECONDS, Endpoint
 from tensorray.cluster.engine import Engine
+from tensorray.cluster.handover import AT_ONCE
 from tensorray.cluster.prefill_first import PrefillFirst
 from tensorray.cluster.request import BeamSearch, Delta, GenerationRequest, Source
 from tensorray.cluster.scheduler import Scheduler
@@ -207,6 +211,90 @@ def test_each_shard_fetches_its_part(layout: str) -> None:
             assert both.decode.handovers.stats.failed == 0
 
     asyncio.run(run())
+
+
+def test_a_few_prompts_are_fetched_at_a_time_and_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what nobody waits for any more is not."""
+
+    async def run() -> None:
+        go = asyncio.Event()
+        begun: list[int] = []
+
+        async def wait(door: Door, source: Door, seq: int, *rest: Any) -> int:
+            begun.append(seq)
+            await go.wait()
+            return await fetch(door, source, seq, *rest)
+
+        monkeypatch.setattr(kv_door, "fetch", wait)
+        async with pair("llama3", enable_prefix_caching=False) as both:
+            names = [str(number) for number in range(8)]
+            tasks = [asyncio.create_task(answer(both.client, request(name))) for name in names]
+            await until(lambda: len(both.decode.scheduler._fetching) == len(names))
+            await until(lambda: len(begun) == AT_ONCE)
+            waiting = list(both.decode.scheduler._fetching.values())[AT_ONCE:]
+            await both.decode.cancel(waiting[-1].sequence.request.request_id)
+            assert len(begun) == AT_ONCE
+            go.set()
+            await asyncio.gather(*tasks)
+            assert begun[AT_ONCE:] == [each.source.seq for each in waiting[:-1]]
+            assert both.decode.handovers.stats.fetched == len(begun)
+            await until(lambda: free(both.prefill) and free(both.decode))
+
+    asyncio.run(run())
+
+
+def test_who_waits_too_long_for_a_turn_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def run() -> None:
+        async def never(*rest: Any) -> int:
+            raise AssertionError("there was no time left")
+
+        monkeypatch.setattr(kv_door, "fetch", never)
+        async with pair("llama3") as both:
+            both.decode.handovers._seconds = -1.0
+            assert await answer(both.client, request()) == await answer(both.prefill, request())
+            assert both.decode.handovers.stats.failed == 1
+
+    asyncio.run(run())
+
+
+def test_nobody_gets_blocks_that_may_still_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fetch that ends in a way nobody foresaw is a shard that failed."""
+
+    async def run() -> None:
+        async def surprise(*rest: Any) -> int:
+            raise KeyError("unforeseen")
+
+        monkeypatch.setattr(kv_door, "fetch", surprise)
+        async with pair() as both:
+            (found,) = await answer(both.client, request())
+            assert found["end"] == "error"
+            assert both.decode.failure is not None
+            assert "unforeseen" in both.decode.failure
+
+    asyncio.run(run())
+
+
+def test_a_machine_that_is_gone_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would answer no call at all; a fetch has until much later."""
+    waited: list[float] = []
+
+    def connect(address: object, timeout: float) -> socket.socket:
+        waited.append(timeout)
+        raise TimeoutError("no answer")
+
+    monkeypatch.setattr(socket, "create_connection", connect)
+
+    async def run() -> None:
+        door = KVDoor(make_shard(directory("llama3"), num_blocks=8))
+        try:
+            gone = Door(Endpoint.new("192.0.2.1", 1), 0)
+            with pytest.raises(HandoverError, match="no answer"):
+                await fetch(door.renew(), gone, 7, [3], [4], 600)
+        finally:
+            door.close()
+
+    asyncio.run(run())
+    assert waited == [PEER_SECONDS]
 
 
 def test_who_prefills_not_at_all_is_done_without() -> None:
