@@ -29,14 +29,18 @@ GPU_PACKAGES = {
 }
 # Kept by hand, and only for what has been run: a claim here needs a test behind it.
 TESTED = {
-    "CPU, x86-64 with AVX-512, Linux, float32, one shard": "by the test suite",
+    "CPU, x86-64 with AVX-512, Linux, float32": "by the test suite",
+    "layouts over several CPU shards and Ray nodes": "by the test suite, nodes on one machine",
     "Python 3.11": "by the test suite",
-    "Python 3.10, 3.12, 3.13": "not tested",
+    "Python 3.12": "by tests/gpu",
+    "Python 3.10, 3.13": "not tested",
     "ARM CPUs, macOS, Windows": "not tested",
     "TensorRT-RTX plans, built without a GPU": "by the test suite",
-    "one NVIDIA H200, CUDA 13, CuPy 14.2, Linux": "by tests/gpu: tokens, and times in process",
+    "TensorRT 8.6 on one NVIDIA H200": "by tests/gpu: results, and times of plans",
+    "one NVIDIA H200, CUDA 13, CuPy 14.2, Linux": "by tests/gpu: tokens, and times",
+    "two NVIDIA H200s of one machine": "by tests/gpu: tokens, and times, of TP and PP; tokens of EP",
+    "more GPUs, or GPUs of several machines": "not tested",
     "other NVIDIA GPUs": "kernels compile from compute capability 8.0 on; not tested",
-    "more than one shard or node": "not supported yet",
 }
 
 
