@@ -38,7 +38,7 @@ TESTED = {
     "TensorRT-RTX plans, built without a GPU": "by the test suite",
     "TensorRT 8.6 on one NVIDIA H200": "by tests/gpu: results, and times of plans",
     "one NVIDIA H200, CUDA 13, CuPy 14.2, Linux": "by tests/gpu: tokens, and times",
-    "two NVIDIA H200s of one machine": "by tests/gpu: tokens, and times, of TP and PP; tokens of EP",
+    "two NVIDIA H200s of one machine": "by tests/gpu: tokens of TP, PP and EP",
     "more GPUs, or GPUs of several machines": "not tested",
     "other NVIDIA GPUs": "kernels compile from compute capability 8.0 on; not tested",
 }
