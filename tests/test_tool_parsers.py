@@ -25,6 +25,9 @@ FUNCTIONS: dict[str, dict[str, Any]] = {
             "a": {"type": ["boolean", "null"]},
             "date": {"type": "string", "format": "date"},
             "unit": {"enum": ["3", "4"]},
+            "code": {"anyOf": [STRING, {"type": "null"}]},
+            "size": {"type": ["string", "number"]},
+            "some": {"anyOf": [STRING, {"$ref": "#/$defs/some"}]},
         },
     },
 }
@@ -115,6 +118,13 @@ CALLS = {
         (tagged("x.y", date="2024"), "", [("x.y", {"date": "2024"})]),
         (tagged("x.y", date='"2024-01-01"'), "", [("x.y", {"date": "2024-01-01"})]),
         (tagged("x.y", unit="3"), "", [("x.y", {"unit": "3"})]),
+        (tagged("x.y", code="10115"), "", [("x.y", {"code": "10115"})]),
+        (tagged("x.y", code="(1, 2)"), "", [("x.y", {"code": "(1, 2)"})]),
+        (tagged("x.y", code="None"), "", [("x.y", {"code": None})]),
+        (tagged("x.y", code='"a"'), "", [("x.y", {"code": "a"})]),
+        (tagged("x.y", size="1.5"), "", [("x.y", {"size": 1.5})]),
+        (tagged("x.y", size="true"), "", [("x.y", {"size": "true"})]),
+        (tagged("x.y", some='{"a": 1}'), "", [("x.y", {"some": {"a": 1}})]),
         (tagged("x.y", b="7"), "", [("x.y", {"b": "7"})]),  # of no schema
         (tagged("get_weather", city="null"), "", [("get_weather", {"city": "null"})]),
         (tagged("get_weather", city="\n a\n\n"), "", [("get_weather", {"city": "\n a\n\n"})]),

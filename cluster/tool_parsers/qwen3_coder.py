@@ -8,8 +8,9 @@
     </function>
     </tool_call>
 
-A value is text as it stands if the function's schema wants a string there, else JSON. A string of
-certain letters or lengths is JSON, too, where a grammar has to see to them.
+A value is text as it stands if the function's schema wants a string there, else JSON, or text again
+if there may be strings and none of what that JSON is. A string of certain letters or lengths is
+JSON, too, where a grammar has to see to them.
 https://huggingface.co/Qwen/Qwen3-Coder-480B-A35B-Instruct/blob/main/chat_template.jinja
 """
 
@@ -142,17 +143,63 @@ def _as_json(text: str, schema: Any) -> str:
     is_text = _is_text(schema)
     if not is_text or _has_rules_of_letters(schema):
         try:
-            value = json.loads(text, parse_constant=_refuse)
-            if not is_text or isinstance(value, str):
+            if _fits(json.loads(text, parse_constant=_refuse), schema):
                 return text.strip()
         except (ValueError, RecursionError):  # a number may have more digits than Python reads
             pass
     if not is_text:
         try:
-            return json.dumps(ast.literal_eval(text.strip()), allow_nan=False)
+            value = ast.literal_eval(text.strip())
+            if _fits(value, schema):
+                return json.dumps(value, allow_nan=False)
         except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
             pass
     return json.dumps(text, ensure_ascii=False)
+
+
+def _fits(value: Any, schema: Any) -> bool:
+    """False where the schema has room for strings and for none of the value's type: a postal code
+    that may be missing is text or null, and no number."""
+    types = _types(schema)
+    return types is None or "string" not in types or bool(types & _types_of(value))
+
+
+def _types(schema: Any) -> set[str] | None:
+    """The JSON types that a value may have; None if that is not plain to see."""
+    if not isinstance(schema, dict):
+        return None
+    if options := _options(schema):
+        return set().union(*map(_types_of, options))
+    types = schema.get("type")
+    if types is not None:
+        listed = types if isinstance(types, list) else [types]
+        return {each for each in listed if isinstance(each, str)}
+    found: set[str] = set()
+    alternatives = schema.get("anyOf", schema.get("oneOf"))
+    for each in alternatives if isinstance(alternatives, list) else [None]:
+        if (types := _types(each)) is None:
+            return None
+        found |= types
+    return found
+
+
+def _types_of(value: Any) -> set[str]:
+    match value:
+        case None:
+            return {"null"}
+        case bool():
+            return {"boolean"}
+        case int():
+            return {"integer", "number"}
+        case float():
+            return {"integer", "number"} if value.is_integer() else {"number"}
+        case str():
+            return {"string"}
+        case list() | tuple():
+            return {"array"}
+        case dict():
+            return {"object"}
+    return set()
 
 
 def _refuse(constant: str) -> None:
