@@ -78,7 +78,7 @@ class PrefillFirst:
             and request.resumed is None
             and request.beams is None
             and not request.pooling
-            and not request.lora  # its versions are counted by each replica for itself
+            and not request.lora  # adapters are loaded where requests are decoded
         )
 
     async def _begin(
