@@ -845,6 +845,26 @@ def test_a_search_takes_its_slots_from_its_admission_on() -> None:
         rig.add(range(5), beams=BeamSearch(width=5))
 
 
+def test_a_search_keeps_its_adapter_while_it_waits_for_results() -> None:
+    rig = Rig(depth=2, max_adapters=1)
+    rig.add(range(5), max_tokens=6, beams=BeamSearch(width=2), adapter=1)
+    rig.add(range(10, 15), max_tokens=6, adapter=2)
+    rig.add(range(20, 25), max_tokens=20)
+    held: dict[int, int] = {}
+    seen = set()
+    while rig.scheduler.unfinished:
+        while rig.in_flight < 2 and (plan := rig.schedule()) is not None:
+            for seq in plan.ends:
+                del held[seq]
+            held |= {start.seq: start.adapter for start in plan.starts}
+            running = {*held.values()} - {0}
+            assert len(running) <= 1
+            seen |= running
+        rig.update()
+    assert seen == {1, 2}
+    rig.check_outputs()
+
+
 def test_beams_that_can_never_fit_are_refused_and_those_that_just_fit_run() -> None:
     rules = BeamSearch(width=4)
     for blocks in range(3, 40):

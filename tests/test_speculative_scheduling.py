@@ -267,6 +267,28 @@ def test_plans_wait_for_results_while_drafts_gain_more_than_that_costs() -> None
     assert waits([]) is False
 
 
+@pytest.mark.parametrize("change", ["cancelled", "joined"])
+def test_a_sequence_whose_drafts_are_on_their_way_waits_whatever_else_changes(change: str) -> None:
+    drafting = msgspec.structs.replace(WAITING, max_batch=2)
+    rig = Rig(depth=2, drafting=drafting, luck=Random(0))
+    seqs = [rig.add(range(10 * i, 10 * i + 9), max_tokens=20) for i in range(2)]
+    rig.schedule()
+    rig.update()
+    for seq, chance in zip(seqs, (0.1, 0.98), strict=True):
+        rig.sequences[seq].acceptance = chance
+    if change == "joined":
+        rig.add(range(50, 59), max_tokens=20)  # a third decode, with which nobody has drafts
+    plan = rig.schedule()
+    assert plan is not None
+    assert all(dict(zip(plan.seqs, plan.counts, strict=True))[seq] > 1 for seq in seqs)
+    if change == "cancelled":
+        rig.cancel(seqs[1])  # for the other one alone nobody would wait
+    ahead = rig.schedule()
+    assert ahead is None or not {*ahead.seqs} & {*seqs}
+    rig.run()
+    rig.check_outputs()
+
+
 def test_nobody_waits_for_a_shard_that_finds_nothing_to_guess_for_long() -> None:
     rig = Rig(depth=2, drafting=WAITING, luck=Random(0))
     rig.shard._guess = lambda *_: []  # type: ignore[method-assign]
