@@ -165,7 +165,7 @@ class Scheduler:
         self._fetching: dict[int, Fetch] = {}  # cancelled sequences' included
         self._to_fetch: list[Fetch] = []  # of these, the ones that have not begun
         self._groups: dict[int, BeamGroup] = {}  # unfinished beam searches, by their leaders
-        self._guessing: dict[Sequence, int] = {}  # who has room for drafts in which plan that is out
+        self._guessing: dict[Sequence, int] = {}  # with drafts in a plan that is out: which
         self._admitted = 0
         self._step = 0
         # Plans whose results are not back: (step, [(sequence, tokens cached after its chunk)]).

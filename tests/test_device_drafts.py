@@ -14,7 +14,7 @@ from helpers.running import Arrival, run, sequence
 from helpers.tiny_models import directory
 
 from tensorray.actors.config import ShardConfig
-from tensorray.actors.device_drafts import DeviceDrafts
+from tensorray.actors.device_drafts import DeviceDrafts, Guesses, with_drafts
 from tensorray.actors.device_sampler import DeviceSampler
 from tensorray.actors.drafter import Drafter
 from tensorray.actors.gpu_shard import GpuShard, GraphSizes, Limits
@@ -136,6 +136,23 @@ def test_costs_are_what_steps_take() -> None:
     before = found.drafting
     found.price({1: 1e-3})
     assert found.drafting == before
+
+
+def test_a_prompt_s_last_token_stays_with_its_sequence() -> None:
+    """A step that is like one of decodes, where one who guesses comes after one who prefills."""
+    running = RunningSequences(4, 1, 8)
+    starts = [SequenceStart(seq, [9] * 3, 3, 0, [[1 + seq]], Sampling()) for seq in range(2)]
+    running.take(StepPlan(0, [0, 1], [2, 3], starts=starts))
+    step = running.take(StepPlan(1, [0, 1], [1, 1]))
+    assert step.is_decode
+    assert step.given is not None
+    found = with_drafts(step, Guesses([1], {1: [7]}), running)
+    assert found.is_decode
+    assert found.given is not None
+    rows = [running.rows[seq] for seq in (1, 0, 1)]
+    assert found.rows.tolist() == found.sample_rows.tolist() == rows
+    assert found.lens.tolist() == [4, 3, 5]
+    assert found.given.tolist() == [-1, 9, 7]
 
 
 def test_at_most_so_many_guesses_run_in_a_step() -> None:
