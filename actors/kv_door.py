@@ -52,6 +52,9 @@ CHUNK_BYTES = 8 << 20
 # How much longer than the fetch itself the shard's answer may take.
 _ANSWER_SECONDS = 10.0
 
+# How long it pauses when a connection could not be taken.
+_PAUSE_SECONDS = 0.1
+
 _HELD, _GONE = b"\1", b"\0"
 
 
@@ -123,6 +126,7 @@ class KVDoor:
         self._lock = threading.Lock()  # of the life: none ends in mid-write
         self._listener = socket.create_server((host, 0))
         self._endpoint = Endpoint.new(host, self._listener.getsockname()[1])
+        self._closed = threading.Event()
         threading.Thread(target=self._listen, name="kv-door", daemon=True).start()
 
     def renew(self) -> Door:
@@ -133,6 +137,7 @@ class KVDoor:
 
     def close(self) -> None:
         self.renew()
+        self._closed.set()
         with contextlib.suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
@@ -141,8 +146,11 @@ class KVDoor:
         while True:
             try:
                 connection, peer = self._listener.accept()
-            except OSError:
-                return  # closed
+            except OSError as error:  # closed; or a caller has left, or no descriptor is
+                if self._closed.wait(_PAUSE_SECONDS):
+                    return
+                logger.warning("nobody could come in: %s", error)
+                continue
             threading.Thread(
                 target=self._serve, args=(connection, peer), name="kv-door-peer", daemon=True
             ).start()

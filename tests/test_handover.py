@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -295,6 +296,29 @@ def test_a_machine_that_is_gone_is_not_waited_for(monkeypatch: pytest.MonkeyPatc
 
     asyncio.run(run())
     assert waited == [PEER_SECONDS]
+
+
+def test_a_door_stays_open_when_one_caller_can_not_come_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    accept, failures = socket.socket.accept, [OSError(errno.EMFILE, "too many open files")]
+
+    def fail_first(listener: socket.socket) -> Any:
+        if failures:
+            raise failures.pop()
+        return accept(listener)
+
+    monkeypatch.setattr(socket.socket, "accept", fail_first)
+
+    async def run() -> None:
+        door = KVDoor(make_shard(directory("llama3"), num_blocks=8))
+        try:
+            own = door.renew()
+            with pytest.raises(HandoverError, match="held no more"):
+                await fetch(own, own, 7, [3], [4], 60)
+        finally:
+            door.close()
+
+    asyncio.run(run())
+    assert not failures
 
 
 def test_who_prefills_not_at_all_is_done_without() -> None:
