@@ -60,6 +60,7 @@ class Member(Generic[Client]):
     retiring: bool = False
     lost: ReplicaLost | None = None  # the last attempt to reach it failed so
     retry_at: float = 0.0  # by time.monotonic()
+    ahead: int = 0  # ingresses that rank higher with it
     near: bool = True  # in the share of those sent to
 
 
@@ -165,8 +166,8 @@ class Replicas(Generic[Client]):
 
     def add(self, name: str, client: Client) -> None:
         """There is a replica more."""
-        member = self._members[name] = Member(name, client)
-        member.near = self._place.sends_to(name, self._senders)
+        member = self._members[name] = Member(name, client, ahead=self._place.ahead(name))
+        member.near = member.ahead < self._senders
         self._choice_of(member).add(member, name)
         self._share_out()
         for each in list(self._members.values()):
@@ -267,7 +268,7 @@ class Replicas(Generic[Client]):
             return
         self._senders = senders
         for member in self._members.values():
-            near = self._place.sends_to(member.name, senders)
+            near = member.ahead < senders
             if near != member.near:
                 self._choice_of(member).remove(member)
                 member.near = near

@@ -33,13 +33,14 @@ class Place:
         enough = -(-_LEAST_ROUTERS * self.ingresses // max(1, routers))
         return min(self.ingresses, max(_LEAST_INGRESSES, enough))
 
+    def ahead(self, router: str) -> int:
+        """How many ingresses rank higher with a router: with more senders than that it is one."""
+        own = _rank(router, self.number)
+        return sum(_rank(router, other) > own for other in range(self.ingresses))
+
     def sends_to(self, router: str, senders: int) -> bool:
         """Whether this is one of the ingresses that send to a router."""
-        if senders >= self.ingresses:
-            return True
-        own = _rank(router, self.number)
-        ahead = sum(_rank(router, other) > own for other in range(self.ingresses))
-        return ahead < senders
+        return self.ahead(router) < senders
 
 
 def _rank(router: str, ingress: int) -> tuple[bytes, int]:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tensorray.cluster import router_share
+from tensorray.cluster.replicas import Replicas
 from tensorray.cluster.router_share import Place
 
 
@@ -50,3 +54,24 @@ def test_more_ingresses_for_a_router_are_those_it_has_and_others() -> None:
         held = [place.sends_to(router, senders) for senders in range(1, 13)]
         assert held == sorted(held)
         assert held[-1]
+
+
+def test_ingresses_are_ranked_once_with_each_router(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However often the number of senders changes: it stops all streams meanwhile."""
+    ranked: list[str] = []
+    rank = router_share._rank
+
+    def count(router: str, ingress: int) -> tuple[bytes, int]:
+        ranked.append(router)
+        return rank(router, ingress)
+
+    monkeypatch.setattr(router_share, "_rank", count)
+    place = Place(3, 10)
+    replicas: Replicas[Any] = Replicas(place=place)
+    for number in range(150):
+        replicas.add(str(number), None)
+    assert len({place.senders(routers) for routers in range(1, 151)}) > 5
+    assert max(Counter(ranked).values()) == 1 + 10
+    monkeypatch.undo()
+    near = {each.name for each in replicas.members() if each.near}
+    assert near == share(place, [str(number) for number in range(150)])
