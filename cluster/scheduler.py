@@ -463,6 +463,8 @@ class Scheduler:
         ran = self._prefilling + self._decoding
         fetching = [each.sequence for each in self._fetching.values()]
         ran += [s for s in fetching if _fetches(s)]
+        for s in fetching:
+            s.source = None  # the fetch may be what the shards failed of
         self._prefilling, self._decoding = [], []
         for s in [*self._held, *(s for s in fetching if not _fetches(s))]:
             self._sequences.pop(s.seq, None)

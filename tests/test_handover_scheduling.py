@@ -284,6 +284,17 @@ def test_blocks_that_came_and_were_given_up_are_not_fetched_again() -> None:
     assert near.outputs[first] == generate_alone(prompt, near.sequences[first].sampling, 8)
 
 
+def test_a_fetch_that_shards_fail_of_is_not_begun_again() -> None:
+    near = rig()
+    prompt = list(range(22))
+    seq = near.add(prompt, source=Source([], 0, [[7, 8, 9, 10, 11]]))
+    near.schedule()
+    assert len(near.scheduler.fetches()) == 1
+    near.lose_shard()
+    near.run()
+    assert near.outputs[seq] == generate_alone(prompt, near.sequences[seq].sampling, 8)
+
+
 def test_a_window_that_has_moved_on_has_nothing_to_lend() -> None:
     """In chunks of one token the window leaves the last full page before the prompt's end."""
     far = Rig((3,), num_blocks=20, block_size=4, max_num_seqs=1, max_num_batched_tokens=1)
