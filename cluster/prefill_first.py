@@ -30,12 +30,13 @@ class PrefillFirst:
     """An EngineClient over two: replicas that prefill, and replicas that decode."""
 
     def __init__(self, prefill: EngineClient, decode: EngineClient, min_tokens: int) -> None:
-        """What goes wrong on `prefill` is logged, and no error while `decode` serves. Prompts of
-        fewer than `min_tokens` tokens are computed where they are decoded."""
+        """What goes wrong on `prefill` is logged once, and no error while `decode` serves. Prompts
+        of fewer than `min_tokens` tokens are computed where they are decoded."""
         self._prefill = prefill
         self._decode = decode
         self._min_tokens = min_tokens
         self._running: dict[str, UnderWay] = {}  # by request id
+        self._wrong = ""  # what went wrong last, and has not gone well since
 
     async def generate(self, request: GenerationRequest) -> AsyncIterator[list[Delta]]:
         """See EngineClient. Raises RequestRefused, QueueFull or EngineFailed."""
@@ -103,15 +104,22 @@ class PrefillFirst:
                     if each.finish_reason not in ("error", "abort"):
                         fresh.append(each)
                     elif each.error:
-                        logger.warning("a prompt was not prefilled apart: %s", each.error)
+                        self._note(each.error)
+                    if each.source is not None:
+                        self._wrong = ""
                 if fresh:
                     under_way.take(fresh)
                     yield fresh
                 if not left:
                     break
         except (EngineFailed, RequestRefused, InternalError) as error:
-            logger.warning("a prompt was not prefilled apart: %s", error)
+            self._note(str(error))
         under_way.refused()  # by who prefills, from here on
+
+    def _note(self, wrong: str) -> None:
+        if wrong != self._wrong:
+            logger.warning("prompts are not prefilled apart: %s", wrong)
+        self._wrong = wrong
 
 
 def _stream(client: EngineClient, request: GenerationRequest) -> AsyncGenerator[list[Delta], None]:

@@ -23,6 +23,7 @@ from tensorray.actors.kv_door import HandoverError, KVDoor, fetch
 from tensorray.actors.protocol import Door, Sampling, SequenceStart, StepPlan
 from tensorray.actors.tcp_link import ShardServer, TcpLink
 from tensorray.actors.wire import PEER_SECONDS, Endpoint
+from tensorray.cluster import prefill_first
 from tensorray.cluster.engine import Engine
 from tensorray.cluster.handover import AT_ONCE
 from tensorray.cluster.prefill_first import PrefillFirst
@@ -321,14 +322,20 @@ def test_a_door_stays_open_when_one_caller_can_not_come_in(monkeypatch: pytest.M
     assert not failures
 
 
-def test_who_prefills_not_at_all_is_done_without() -> None:
+def test_who_prefills_not_at_all_is_done_without(monkeypatch: pytest.MonkeyPatch) -> None:
     async def run() -> None:
         async with pair() as both:
             whole = await answer(both.decode, request())
-            both.prefill.fail("lost")
             assert await answer(both.client, request()) == whole
+            assert not said
+            both.prefill.fail("lost")
+            for _ in range(3):
+                assert await answer(both.client, request()) == whole
 
+    said: list[str] = []
+    monkeypatch.setattr(prefill_first.logger, "warning", lambda _, why: said.append(why))
     asyncio.run(run())
+    assert said == ["lost"]  # once, not with each prompt
 
 
 def test_an_engine_that_fails_in_mid_prompt_loses_nothing() -> None:
