@@ -24,6 +24,8 @@ from starlette.responses import Response
 from tensorray.cluster import openai_api as api
 from tensorray.cluster.bad_request import BadRequest
 from tensorray.cluster.bodies import all_of
+from tensorray.cluster.chat_fields import TemplateFields
+from tensorray.cluster.conversation import Conversation
 from tensorray.cluster.errors import ApiError, bad_request, explain
 from tensorray.cluster.frontend import EngineClient, Frontend, PreparedRequest
 from tensorray.cluster.judge import Judge
@@ -42,7 +44,7 @@ from tensorray.cluster.responses import WholeResponse
 #: Most inputs of one request.
 MAX_INPUTS = 2048
 
-Prompts = Sequence[str | list[int]]
+Prompts = Sequence[str | list[int] | Conversation]
 
 # --- requests ---------------------------------------------------------------------------------
 
@@ -68,15 +70,30 @@ class PoolingRequest(api.ApiRequest):
         return False
 
 
-class EmbeddingRequest(PoolingRequest):
-    """`POST /v1/embeddings`."""
+class EmbeddingRequest(PoolingRequest, TemplateFields):
+    """`POST /v1/embeddings`: inputs, or messages (vLLM), which are one."""
 
-    input: Annotated[api.Prompt, BeforeValidator(api.check_prompts("input"))]
+    input: Annotated[api.Prompt, BeforeValidator(api.check_prompts("input"))] | None = None
+    messages: api.Messages | None = Field(None, description="as chat would render them")
+    add_generation_prompt: bool | None = False  # nothing is generated
     encoding_format: Literal["float", "base64"] | None = "float"
     dimensions: int | None = Field(None, description="leading numbers of each vector to keep")
     normalize: bool | None = Field(True, description="give each vector length 1 (vLLM)")
 
     def inputs(self) -> Prompts:
+        """Raises ApiError or BadRequest for fields that contradict each other."""
+        if self.messages is not None:
+            if self.input is not None:
+                raise bad_request("input and messages both say what to embed; send one.", "input")
+            if self.add_special_tokens and "add_special_tokens" in self.model_fields_set:
+                why = "chat templates write special tokens by themselves; leave it out."
+                raise bad_request(f"add_special_tokens: {why}", "add_special_tokens")
+            return [self.conversation(self.messages)]
+        if self.input is None:
+            raise bad_request("input is missing; send it, or messages.", "input")
+        for name in TemplateFields.model_fields:
+            if getattr(self, name):
+                raise bad_request(f"{name} goes with messages, not with input.", name)
         value: Any = self.input
         return list(value) if isinstance(value, list) and type(value[0]) is not int else [value]
 

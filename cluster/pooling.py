@@ -19,6 +19,7 @@ from tensorray.actors.protocol import Sampling
 from tensorray.cluster.assembly import GenerationFailed
 from tensorray.cluster.bad_request import BadRequest
 from tensorray.cluster.bodies import all_of
+from tensorray.cluster.conversation import Conversation
 from tensorray.cluster.frontend import EngineClient, Frontend
 from tensorray.cluster.pooling_type import PoolingType
 from tensorray.cluster.request import Delta, GenerationRequest
@@ -89,7 +90,7 @@ class Embedder:
 
     def request(
         self,
-        prompt: str | Sequence[int],
+        prompt: str | Sequence[int] | Conversation,
         params: PoolingParams,
         *,
         request_id: str,
@@ -98,9 +99,13 @@ class Embedder:
     ) -> GenerationRequest:
         """A request the engine can run; `routing` is `priority`, `user`, `cache_salt`, `lora`.
 
+        A conversation is what the model's chat template makes of it.
+
         Raises BadRequest.
         """
         frontend = self._frontend
+        if isinstance(prompt, Conversation):
+            prompt = frontend.render(prompt)
         tokens = frontend.prompt_tokens(prompt, add_special_tokens)
         if len(tokens) > frontend.max_model_len:
             raise BadRequest(

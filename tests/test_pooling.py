@@ -358,6 +358,7 @@ def client(http: httpx.AsyncClient) -> openai.AsyncOpenAI:
 
 
 TEXTS = ["the rain in the thin train", "then the other one", "in"]
+SAID = [{"role": "user", "content": "in"}]
 
 
 @pytest.mark.parametrize("form", [openai.NOT_GIVEN, "float", "base64"])
@@ -385,6 +386,30 @@ def post(llm: LLM, http: httpx.AsyncClient, path: str, **body: Any) -> tuple[int
     return response.status_code, response.json()
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"add_generation_prompt": True},
+        {"continue_final_message": True, "dimensions": 5},
+    ],
+    ids=str,
+)
+def test_messages_embed_as_the_template_renders_them(
+    llm: LLM, http: httpx.AsyncClient, fields: dict[str, Any]
+) -> None:
+    template = {name: value for name, value in fields.items() if name != "dimensions"}
+    tokens = llm.frontend.chat(SAID, **{"add_generation_prompt": False, **template})
+    plain = llm.frontend.chat(SAID, add_generation_prompt=False)
+    assert (tokens == plain) == (not template)
+    (wanted,) = llm.embed(tokens, PoolingParams(dimensions=fields.get("dimensions")))
+    status, answer = post(llm, http, "/v1/embeddings", messages=SAID, **fields)
+    assert status == 200, answer
+    assert answer["usage"]["prompt_tokens"] == len(tokens)
+    (found,) = answer["data"]
+    np.testing.assert_allclose(found["embedding"], wanted.outputs.data, atol=1e-5)
+
+
 def test_scores_and_rankings_agree_with_embeddings(llm: LLM, http: httpx.AsyncClient) -> None:
     vectors = [each.outputs.data for each in llm.embed(TEXTS)]
     wanted = [cosine(vectors[0], each) for each in vectors]
@@ -407,7 +432,12 @@ def test_scores_and_rankings_agree_with_embeddings(llm: LLM, http: httpx.AsyncCl
 @pytest.mark.parametrize(
     ("path", "body", "param", "message"),
     [
-        ("/v1/embeddings", {}, "input", "required|missing"),
+        ("/v1/embeddings", {}, "input", "missing"),
+        ("/v1/embeddings", {"input": "a", "messages": SAID}, "input", "both"),
+        ("/v1/embeddings", {"input": "a", "enable_thinking": True}, "enable_thinking", "goes with"),
+        ("/v1/embeddings", {"messages": []}, "messages", "at least 1"),
+        ("/v1/embeddings", {"messages": [{"role": "x"}]}, r"messages[0].role", "one of system"),
+        ("/v1/embeddings", {"messages": SAID, "add_special_tokens": True}, "add_special", "leave"),
         ("/v1/embeddings", {"input": []}, "input", "input must be a string"),
         ("/v1/embeddings", {"input": ["a", 1]}, "input", r"input\[1\] must be a string"),
         ("/v1/embeddings", {"input": ""}, "prompt", "empty"),
