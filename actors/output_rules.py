@@ -37,7 +37,9 @@ class OutputRules:
         self._ngrams = _NGrams(sampling.no_repeat_ngram_size)
         self._recent: list[int] = []  # as many tokens as any rule looks back at
         self._reach = max(self._bad_words.longest, self._ngrams.size) - 1
-        for token in start.tokens:
+        # A beam starts anew with every token: n-grams alone look back farther than `_reach`.
+        first = 0 if self._ngrams.size else max(0, len(start.tokens) - self._reach)
+        for token in start.tokens[first:]:
             self._note(token)
 
     @property

@@ -159,6 +159,26 @@ def test_rules_that_start_late_are_those_that_were_told(
             assert allowed == [late.forced]
 
 
+def test_a_beam_s_step_does_not_read_its_whole_prompt_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    noted: list[int] = []
+    note = OutputRules._note
+
+    def count(rules: OutputRules, token: int) -> None:
+        noted.append(token)
+        note(rules, token)
+
+    monkeypatch.setattr(OutputRules, "_note", count)
+    sampling = Sampling(bad_words=[[3, 4], [8, 9, 5]], forced_prefix=[1, 2], beam=True)
+    tokens = [*range(10)] * 100
+    for length in (10, 1000):
+        noted.clear()
+        rules = OutputRules(start(0, sampling, tokens[:length], prompt=4))
+        assert noted == [8, 9]
+        assert rules.banned == [5]
+
+
 # --- in the samplers ---
 
 STEERED = [
