@@ -27,11 +27,12 @@ typecheck: $(VENV)/.installed-dev
 	@for room in $(ROOMS); do ln -sfn ../../$$room .typecheck/tensorray/$$room; done
 	@MYPYPATH=.typecheck $(BIN)/mypy $(addprefix -p tensorray.,$(ROOMS))
 
-# Unit tests side by side; then those that start a cluster or hold a model, two files of them at a
-# time, as they mostly wait. PYTEST_ARGS may narrow either down to nothing, which pytest calls 5.
+# Unit tests side by side; then those that start a cluster or hold a model, one after another, as
+# two clusters' starts wear out each other's patience. PYTEST_ARGS may narrow either down to nothing,
+# which pytest calls 5.
 pytest: $(VENV)/.installed-dev
 	@$(BIN)/python -m pytest -n 2 --dist worksteal -m "not ray and not model" $(PYTEST_ARGS) || [ $$? -eq 5 ]
-	@$(BIN)/python -m pytest -n 2 --dist loadfile -m "ray or model" $(PYTEST_ARGS) || [ $$? -eq 5 ]
+	@$(BIN)/python -m pytest -m "ray or model" $(PYTEST_ARGS) || [ $$? -eq 5 ]
 
 # REFERENCE_PYTHON=/path/to/python, one with torch and transformers, adds the comparison.
 bench: $(VENV)/.installed-demo

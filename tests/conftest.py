@@ -41,7 +41,11 @@ def a_place_for_ray() -> Iterator[None]:
     """Each process that runs tests, and what they start, sees no other's Ray."""
     place = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # paths of sockets have to be short
     os.environ["RAY_TMPDIR"] = place
-    for patience in ("RAY_raylet_start_wait_time_s", "RAY_DASHBOARD_STARTUP_TIMEOUT_S"):
+    for patience in (
+        "RAY_raylet_start_wait_time_s",
+        "RAY_DASHBOARD_STARTUP_TIMEOUT_S",
+        "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S",  # a proxy that is not up after 5 s is killed
+    ):
         os.environ.setdefault(patience, "300")  # on a busy machine
     os.environ.pop("RAY_ADDRESS", None)
     yield
