@@ -27,7 +27,7 @@ from tests.helpers.ports import free_port
 
 pytestmark = pytest.mark.ray
 
-PATIENCE = 120.0  # seconds until a test gives up
+PATIENCE = 400.0
 READERS = 12
 
 
