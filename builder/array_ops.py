@@ -201,25 +201,13 @@ class ArrayOps(Ops):
         cos_sin, slots = self._rope_table(spec), batch.slots[kv.group]
         new = (q, k, v, cos_sin, batch.positions, kv.k_pages, kv.v_pages, slots)
         held = (batch.query_starts, batch.seq_lens, batch.block_tables[kv.group])
+        norms: dict[str, Any] = {"q_norm": q_norm, "k_norm": k_norm, "eps": eps}
+        options: dict[str, Any] = {"scale": scale, "window": kv.window, "softcap": softcap}
+        options["max_query"] = batch.max_query
         if batch.chained:  # all of the step's keys are to be there before any query reads them
-            q = rope.rope_append(*new, q_norm=q_norm, k_norm=k_norm, eps=eps)
-            return attention.paged_attention(
-                *(q, kv.k_pages, kv.v_pages, *held),
-                scale=scale,
-                window=kv.window,
-                softcap=softcap,
-                max_query=batch.max_query,
-            )
-        return rope.rope_attention(
-            *(*new, *held),
-            scale=scale,
-            window=kv.window,
-            softcap=softcap,
-            q_norm=q_norm,
-            k_norm=k_norm,
-            eps=eps,
-            max_query=batch.max_query,
-        )
+            q = rope.rope_append(*new, **norms)
+            return attention.paged_attention(*(q, kv.k_pages, kv.v_pages, *held), **options)
+        return rope.rope_attention(*(*new, *held), **(norms | options))
 
     @kernel
     def select_rows(self, x: Tensor) -> Tensor:

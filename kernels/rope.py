@@ -124,14 +124,13 @@ def rope_attention(
     k_norm: Any | None = None,
     eps: float = 0.0,
     max_query: int | None = None,
-    singles: Any | None = None,
 ) -> Any:
     """`rope_append`, then `attention.paged_attention` of the rotated queries; arguments as theirs.
 
     On a GPU one kernel does all of it where `max_query` is 1: a decode step.
     """
     options: dict[str, Any] = {"scale": scale, "window": window, "softcap": softcap}
-    options |= {"kv_scale": kv_scale, "max_query": max_query, "singles": singles}
+    options |= {"kv_scale": kv_scale, "max_query": max_query}
     norms: dict[str, Any] = {"q_norm": q_norm, "k_norm": k_norm, "eps": eps}
     new = (q, k, v, table, positions, k_pages, v_pages, slots)
     if is_cuda(q):

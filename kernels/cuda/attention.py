@@ -167,7 +167,6 @@ def rope_attention(
     k_norm: Any | None = None,
     eps: float = 0.0,
     max_query: int | None = None,
-    singles: Any | None = None,
 ) -> Any:
     """See `tensorray.kernels.rope.rope_attention`: one kernel in a decode step.
 
@@ -197,10 +196,7 @@ def rope_attention(
         eps=eps,
     )
     return paged_attention(
-        *(q, k_pages, v_pages, query_starts, seq_lens, block_table),
-        **options,
-        max_query=max_query,
-        singles=singles,
+        *(q, k_pages, v_pages, query_starts, seq_lens, block_table), **options, max_query=max_query
     )
 
 
