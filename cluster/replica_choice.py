@@ -136,24 +136,20 @@ class ReplicaChoice(Generic[Name]):
         cached = self._cached(keys) if request.reuse_prefix else {}
         home = self._home(request) if self._meet and keys else None
         meeting = min(_MEETING_TOKENS, 2 * len(request.prompt))
-        best: Name | None = None
-        least = hit = 0
-        for name, found in self._others(load):
-            held = cached.pop(name, 0)
-            cost = found - (held if name != home else max(held, meeting))
-            if best is None or cost < least:
-                best, least, hit = name, cost, held
-        if best is None:
+        loads = dict(self._others(load))
+        for name in cached if home is None else (*cached, home):
+            if name not in loads and (found := load(name)) is not None:
+                loads[name] = found
+        if not loads:
             return None
-        if home is not None:
-            cached.setdefault(home, 0)
-        for name, held in cached.items():
-            if (known := load(name)) is not None:
-                cost = known - (held if name != home else max(held, meeting))
-                if cost < least:
-                    best, least, hit = name, cost, held
+
+        def cost(name: Name) -> int:
+            held = cached.get(name, 0)
+            return loads[name] - (max(held, meeting) if name == home else held)
+
+        best = min(loads, key=cost)
         self._remember(keys, best)
-        return Choice(best, hit)
+        return Choice(best, cached.get(best, 0))
 
     def _others(self, load: Callable[[Name], int | None]) -> list[tuple[Name, int]]:
         """Who is looked at whatever they hold, with their loads: the next in turn of those that
