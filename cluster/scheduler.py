@@ -636,7 +636,7 @@ class Scheduler:
     def _try_to_admit(self, s: Sequence) -> bool:
         if self._running + _slots(s) > self._max_num_seqs:
             return False
-        given = 0 if s.source is None else self._given(s, s.source)
+        given = self._given(s)
         if not self.blocks.admit(s, self._reserve() + self._headroom(s), given):
             return False
         self._waiting.remove(s)
@@ -660,8 +660,10 @@ class Scheduler:
             self._prefilling.append(s)
         return True
 
-    def _given(self, s: Sequence, source: Source) -> int:
+    def _given(self, s: Sequence) -> int:
         """The leading columns that another replica holds for the sequence."""
+        if (source := s.source) is None:
+            return 0
         columns = {len(blocks) for blocks in source.blocks}
         if len(source.blocks) != self.blocks.num_groups or len(columns) != 1:
             return 0
@@ -710,7 +712,7 @@ class Scheduler:
         lower = [other for other in self._preemptible() if other.level > s.level]
         if not lower:
             return False
-        given = 0 if s.source is None else self._given(s, s.source)
+        given = self._given(s)
         missing = self.blocks.shortfall(s, self._reserve() + self._headroom(s), given)
         slots = self._max_num_seqs - self._running - _slots(s)
         victims: list[Sequence] = []
