@@ -18,7 +18,7 @@ from statistics import mean
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from helpers.cluster_simulation import H200_8B
+from helpers.cluster_simulation import H200_8B, who_gains
 
 from tensorray.actors.protocol import KVGroups, Sampling, StepResult
 from tensorray.cluster.request import GenerationRequest
@@ -81,14 +81,7 @@ def first_tokens(fair: bool) -> dict[str, list[float]]:
         assert plan is not None
         left.update({start.seq: len(start.tokens) - start.computed for start in plan.starts})
         now += H200_8B.seconds(sum(plan.counts), context)
-        done = []
-        for seq, count in zip(plan.seqs, plan.counts, strict=True):
-            if seq in left:
-                left[seq] -= count
-                if left[seq]:
-                    continue
-                del left[seq]
-            done.append(seq)
+        done, _ = who_gains(plan, left)
         for gain in scheduler.update(StepResult(plan.step, done, [7] * len(done))):
             s = gain.sequence
             asked = began[s.seq]

@@ -33,6 +33,21 @@ _TIMED = 16  # of so many decisions one is timed: looking at the clock is not fr
 _SAMPLING = Sampling()
 
 
+def who_gains(plan: StepPlan, left: dict[int, int]) -> tuple[list[int], list[int]]:
+    """The sequences that a step brings a token, and those of them whose prompts it completes.
+    `left` is how much of a prompt is still to be computed, by sequence; brought up to date."""
+    seqs, firsts = [], []
+    for seq, count in zip(plan.seqs, plan.counts, strict=True):
+        if seq in left:
+            left[seq] -= count
+            if left[seq]:
+                continue
+            del left[seq]
+            firsts.append(seq)
+        seqs.append(seq)
+    return seqs, firsts
+
+
 @dataclass(frozen=True)
 class StepTimes:
     """Seconds of a step: what it takes whatever it runs, for each token, and for each token of
@@ -212,18 +227,7 @@ class _Replica:
         left, requests = self._left, self.requests
         for seq in plan.ends:
             left.pop(seq, None)
-        seqs = plan.seqs
-        firsts: list[int] = []  # whose prompts are computed now
-        if left:
-            seqs = []
-            for seq, count in zip(plan.seqs, plan.counts, strict=True):
-                if seq in left:
-                    left[seq] -= count
-                    if left[seq]:
-                        continue
-                    del left[seq]
-                    firsts.append(seq)
-                seqs.append(seq)
+        seqs, firsts = who_gains(plan, left) if left else (plan.seqs, [])
         result = StepResult(plan.step, seqs, [_TOKEN] * len(seqs))
         timed = report.steps % _TIMED == 0
         began = time.process_time() if timed else 0.0
