@@ -117,13 +117,43 @@ class Fetched(msgspec.Struct, frozen=True):
     error: str = ""
 
 
+class _Life:
+    """The number of a shard's present books; none ends while something is written for it."""
+
+    def __init__(self) -> None:
+        self.number = 0
+        self._writes = 0  # under way
+        self._changed = threading.Condition()
+
+    def renew(self) -> int:
+        """A new one's number, once nothing is written for the one before any more."""
+        with self._changed:
+            self.number = secrets.randbits(63)
+            self._changed.wait_for(lambda: not self._writes)
+            return self.number
+
+    @contextlib.contextmanager
+    def writing(self, number: int) -> Iterator[None]:
+        """While something is written for life `number`; several may be. Raises HandoverError if
+        that has ended."""
+        with self._changed:
+            if number != self.number:
+                raise HandoverError("this shard has started anew")
+            self._writes += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._writes -= 1
+                self._changed.notify_all()
+
+
 class KVDoor:
     """Serves a shard's pages, a thread for each connection."""
 
     def __init__(self, pages: Pages, host: str = "127.0.0.1") -> None:
         self._pages = pages
-        self._life = 0
-        self._lock = threading.Lock()  # of the life: none ends in mid-write
+        self._life = _Life()
         self._listener = socket.create_server((host, 0))
         self._endpoint = Endpoint.new(host, self._listener.getsockname()[1])
         self._closed = threading.Event()
@@ -131,9 +161,7 @@ class KVDoor:
 
     def renew(self) -> Door:
         """The shard's books are about to be new ones: what belongs to the old writes no more."""
-        with self._lock:
-            self._life = secrets.randbits(63)
-            return Door(self._endpoint, self._life)
+        return Door(self._endpoint, self._life.renew())
 
     def close(self) -> None:
         self.renew()
@@ -176,7 +204,7 @@ class KVDoor:
             logger.exception("a connection from %s ended", peer)
 
     def _lends(self, message: Read) -> bool:
-        return message.life == self._life and self._pages.runs(message.seq)
+        return message.life == self._life.number and self._pages.runs(message.seq)
 
     def _read(self, connection: socket.socket, message: Read) -> None:
         for blocks in self._pieces(message.blocks):
@@ -197,9 +225,7 @@ class KVDoor:
                     if _receive(peer, 1, deadline) != _HELD:
                         raise HandoverError("they are held no more")
                     data = _receive(peer, len(blocks) * self._pages.block_bytes, deadline)
-                    with self._lock:
-                        if message.life != self._life:
-                            raise HandoverError("this shard has started anew")
+                    with self._life.writing(message.life):
                         self._pages.write_blocks(blocks, np.frombuffer(data, np.uint8))
                     nbytes += len(data)
         except (OSError, HandoverError, msgspec.MsgspecError) as error:

@@ -33,6 +33,10 @@ class Endpoint(msgspec.Struct, frozen=True):
         """With a secret of its own."""
         return cls(host, port, secrets.token_bytes(SECRET_BYTES))
 
+    def __repr__(self) -> str:
+        """Without the secret: endpoints are in what gets logged when something goes wrong."""
+        return f"Endpoint({self.host}:{self.port})"
+
     def admits(self, secret: bytes) -> bool:
         return hmac.compare_digest(secret, self.secret)
 

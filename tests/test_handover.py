@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import errno
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -16,6 +17,7 @@ from helpers.gpu_shards import make_gpu_shard
 from helpers.handover import Pair, engine, pair
 from helpers.running import make_shard
 from helpers.tiny_models import directory
+from numpy.typing import NDArray
 
 from tensorray.actors import kv_door
 from tensorray.actors.gpu_shard import GraphSizes, Limits
@@ -320,6 +322,100 @@ def test_a_door_stays_open_when_one_caller_can_not_come_in(monkeypatch: pytest.M
 
     asyncio.run(run())
     assert not failures
+
+
+class GatedPages:
+    """Pages of one byte a block, whose writes wait until somebody lets them."""
+
+    page_layout = "one byte"
+    block_bytes = 1
+
+    def __init__(self, pass_gate: Callable[[], object]) -> None:
+        self.pages = np.zeros(16, np.uint8)
+        self._pass_gate = pass_gate
+
+    def runs(self, seq: int) -> bool:
+        return True
+
+    def read_blocks(self, blocks: NDArray[np.int32]) -> NDArray[np.uint8]:
+        return self.pages[blocks]
+
+    def write_blocks(self, blocks: NDArray[np.int32], data: NDArray[np.uint8]) -> None:
+        self._pass_gate()
+        self.pages[blocks] = data
+
+
+@pytest.fixture
+def lender() -> Iterator[tuple[KVDoor, Door]]:
+    pages = GatedPages(lambda: None)
+    pages.pages[:] = range(16)
+    door = KVDoor(pages)
+    yield door, door.renew()
+    door.close()
+
+
+def test_a_fetch_does_not_wait_for_what_another_one_writes(lender: tuple[KVDoor, Door]) -> None:
+    met = threading.Barrier(2, timeout=60)  # each write waits for the other
+    pages = GatedPages(met.wait)
+    door = KVDoor(pages)
+    ours, theirs = door.renew(), lender[1]
+
+    async def run() -> None:
+        await asyncio.gather(*(fetch(ours, theirs, 7, [n], [n + 1], 120) for n in (3, 8)))
+
+    try:
+        asyncio.run(run())
+    finally:
+        door.close()
+    assert [pages.pages[4], pages.pages[9]] == [3, 8]
+
+
+def test_no_life_ends_while_something_is_written_for_it(lender: tuple[KVDoor, Door]) -> None:
+    written, renewed = threading.Event(), threading.Event()
+    begun, go = threading.Event(), threading.Event()
+
+    def gate() -> None:
+        begun.set()
+        assert go.wait(60)
+        assert not renewed.is_set()
+        written.set()
+
+    door = KVDoor(GatedPages(gate))
+    ours = door.renew()
+
+    def renew() -> None:
+        door.renew()
+        assert written.is_set()
+        renewed.set()
+
+    async def run() -> None:
+        writing = asyncio.create_task(fetch(ours, lender[1], 7, [3, 4], [5, 6], 120))
+        await until(begun.is_set)
+        renewing = asyncio.create_task(asyncio.to_thread(renew))
+        await until(lambda: door._life.number != ours.life)
+        with pytest.raises(HandoverError, match="started anew"):
+            await fetch(ours, lender[1], 7, [3], [7], 60)  # nor does one begin
+        go.set()
+        assert await writing == 2
+        await renewing
+
+    try:
+        asyncio.run(run())
+    finally:
+        door.close()
+
+
+def test_a_doors_secret_is_its_own_and_shown_to_nobody() -> None:
+    doors = [KVDoor(GatedPages(lambda: None)) for _ in range(2)]
+    one, other = (door.renew() for door in doors)
+    for door in doors:
+        door.close()
+    assert one.endpoint.secret != other.endpoint.secret
+    asked = request(source=Source([one], 7, [[1]]))
+    for shown in (repr(one), repr(asked), f"{Delta(0, [], source=asked.source)}"):
+        assert f"Endpoint(127.0.0.1:{one.endpoint.port})" in shown
+        assert "secret" not in shown
+        assert repr(one.endpoint.secret)[2:-1] not in shown
 
 
 def test_who_prefills_not_at_all_is_done_without(monkeypatch: pytest.MonkeyPatch) -> None:
