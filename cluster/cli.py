@@ -10,6 +10,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,13 +18,13 @@ import typer
 from pydantic import BaseModel, ValidationError
 
 from tensorray.cluster.build_config import BuildConfig
+from tensorray.cluster.command_lines import Command
 from tensorray.cluster.config import EngineConfig
 from tensorray.cluster.flags import Given, UsageError, explain, with_flags
 from tensorray.cluster.sampling_params import SamplingParams
 
 app = typer.Typer(
     name="tensorray",
-    help="Serve large language models on a Ray cluster.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -52,6 +53,21 @@ Dataset = Annotated[
     str | None,
     typer.Option(metavar="FILE", help="Prompts as JSON lines, instead of random ones."),
 ]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(version("tensorray"))
+        raise typer.Exit
+
+
+@app.callback()
+def _tensorray(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Say it, and stop.")
+    ] = False,
+) -> None:
+    """Serve large language models on a Ray cluster."""
 
 
 def main() -> None:
@@ -91,7 +107,7 @@ def command(
             parameters=[*signature.parameters.values(), option]
         )
         call.__annotations__["debug"] = Debug
-        group.command(name or function.__name__.replace("_", "-"))(call)
+        group.command(name or function.__name__.replace("_", "-"), cls=Command)(call)
         return call
 
     return decorate
@@ -191,9 +207,9 @@ def generate(
     as_json: AsJson = False,
     config_file: ConfigFile = None,
 ) -> None:
-    """Complete a prompt, or a file of prompts in one batch, in this process.
+    """Complete a prompt, or a file of them, in this process.
 
-    Sampling parameters that no flag sets are the model's own defaults.
+    A file is one batch. Sampling parameters that no flag sets are the model's own defaults.
     """
     if (prompt is None) == (prompts_file is None):
         raise UsageError("give either --prompt or --prompts-file")
@@ -217,7 +233,7 @@ def batch(
     ],
     config_file: ConfigFile = None,
 ) -> None:
-    """Answer a file of requests in OpenAI's batch format, in this process.
+    """Answer a file of requests, as OpenAI's batches, in this process.
 
     A line that is no request gets an error line. A run that was killed goes on where it ended.
     Exit status: 0 when every line has its answer or its error, 1 when the engine failed.
@@ -318,7 +334,7 @@ def build(
     path: Annotated[str | None, typer.Argument(metavar="[MODEL]", help="Same as --model.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Compile a model's engines for GPU architectures, on a Ray cluster, ahead of serving.
+    """Compile a model's engines, on a Ray cluster, ahead of serving.
 
     Only what the store lacks is compiled, on nodes that can: one with a GPU of the architecture
     for tensorrt, any with a CPU for tensorrt_rtx. Exit status: 0 when every plan is in the store,
@@ -356,10 +372,11 @@ def convert(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the mapping only.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Convert another trainer's checkpoint to safetensors, showing what becomes of each tensor.
+    """Convert another trainer's checkpoint to safetensors.
 
-    Reads NeMo's archives and distributed checkpoints, Megatron's, Meta's, and PyTorch state dicts.
-    Pickles are read as data: nothing in them is run, and what is no tensor is refused by name.
+    Reads NeMo's archives and distributed checkpoints, Megatron's, Meta's, and PyTorch state dicts,
+    and shows what becomes of each tensor. Pickles are read as data: nothing in them is run, and
+    what is no tensor is refused by name.
     """
     from tensorray.cluster import convert_command
 
@@ -381,7 +398,7 @@ def models(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """List the architectures there are definitions for, or say what one model resolves to."""
+    """List known architectures, or say what a model resolves to."""
     from tensorray.cluster import models as listing
 
     listing.run(path, as_json=as_json)
@@ -394,7 +411,10 @@ def api_key(
         str, typer.Option("--api-key-file", metavar="FILE", help="Where to add its digest.")
     ],
 ) -> None:
-    """Make an API key: printed once, and kept nowhere but as a digest in a file."""
+    """Make an API key, printed once.
+
+    It is kept nowhere but as a digest in a file.
+    """
     from tensorray.cluster import key_digests
 
     typer.echo(key_digests.add_key(file, name))
@@ -418,7 +438,7 @@ def demo(
         bool, typer.Option("--model-path", help="Print where the demo model is, and stop.")
     ] = False,
 ) -> None:
-    """Serve Gemma 3 270M on this machine and stream one completion to the terminal."""
+    """Serve Gemma 3 270M here, and stream one completion."""
     from tensorray.cluster import demo as show
 
     if model_path:

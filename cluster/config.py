@@ -13,7 +13,7 @@ from dataclasses import fields
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -45,6 +45,21 @@ class EngineConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
+    #: The parts of `--help`, by the first setting of each.
+    topics: ClassVar[dict[str, str]] = {
+        "model": "Model",
+        "chat_template": "Chats",
+        "device": "Device",
+        "max_model_len": "Memory and batching",
+        "tensor_parallel_size": "Many devices",
+        "data_parallel_size": "Many replicas",
+        "enable_lora": "LoRA adapters",
+        "pooling_type": "Embeddings and scores",
+        "api_key": "Keys and limits of the API",
+        "step_timeout_seconds": "When something fails",
+        "log_format": "Logs and traces",
+    }
+
     # --- model ---
     model: str = Field(description="A Hub id, a local directory in Hub layout, or a GGUF file")
     served_model_name: list[str] = Field(
@@ -71,6 +86,13 @@ class EngineConfig(BaseModel):
     generation_config: str = Field(
         "auto", description="auto: the model's defaults; vllm: none; or a directory"
     )
+    logits_processors: list[str] = Field(
+        default_factory=list,
+        description="Your own class between logits and choice, as pkg.module:Class or "
+        "path/to/file.py:Class; requests name it",
+    )
+    seed: int | None = Field(None, description="Base seed for requests without one")
+    # --- chats ---
     chat_template: str | None = Field(None, description="A jinja file, or a template inline")
     tool_call_parser: Literal[
         "auto", "none", "hermes", "mistral", "llama3_json", "pythonic", "qwen3_coder"
@@ -81,7 +103,7 @@ class EngineConfig(BaseModel):
     reasoning_parser: Literal["auto", "none", "qwen3", "deepseek_r1", "mistral"] = Field(
         "auto", description="How the model marks its reasoning; auto: as its chat template shows"
     )
-    # --- device and precision ---
+    # --- device ---
     device: Literal["auto", "cpu", "cuda", "null"] = Field(
         "auto",
         description="auto: the GPU if CuPy sees one, else the CPU; null: a device that answers at "
@@ -96,107 +118,6 @@ class EngineConfig(BaseModel):
         "auto", description="auto: as the activations; fp8: half the memory (GPU only)"
     )
     num_threads: int | None = Field(None, ge=1, description="CPU threads (default: all cores)")
-    step_timeout_seconds: float = Field(
-        300.0, gt=0, description="When serving: a shard that takes longer over a step is replaced"
-    )
-    # --- layout ---
-    tensor_parallel_size: int = Field(1, ge=1, description="Shards that split every layer")
-    pipeline_parallel_size: int = Field(
-        1,
-        ge=1,
-        description="Stages that share out the layers, each at work on a batch of its own",
-    )
-    data_parallel_size: int = Field(1, ge=1, description="Replicas of the whole model")
-    routing: Routing = Field(
-        "prefix",
-        description="Which replica a request goes to. prefix: one that holds its prompt's "
-        "beginning already, unless another is that much freer; balanced: the freer of two",
-    )
-    prefill_replicas: int = Field(
-        0,
-        ge=0,
-        description="When serving: replicas besides, which compute prompts and hand their KV "
-        "blocks to the others (disaggregation); 0: each computes its own",
-    )
-    prefill_min_tokens: int = Field(
-        256,
-        ge=1,
-        description="With --prefill-replicas: shorter prompts are computed where they are decoded",
-    )
-    handover_timeout_seconds: float = Field(
-        30.0,
-        gt=0,
-        description="With --prefill-replicas: how long a prompt's blocks are kept for the replica "
-        "that is to fetch them, which computes them itself after that",
-    )
-    enable_expert_parallel: bool = Field(
-        False, description="Share out whole experts over the tensor-parallel shards"
-    )
-    accelerator_type: str | None = Field(
-        None, description="Ray's name of the GPU type to run on, such as H100"
-    )
-    placement_strategy: Literal["pack", "spread"] = Field(
-        "pack", description="Pipeline stages on few nodes, or on as many as there are"
-    )
-    placement_timeout_seconds: float = Field(
-        600.0, gt=0, description="When serving: how long to wait for room in the cluster"
-    )
-    shard_lease_seconds: float = Field(
-        60.0, gt=0, description="How long shards whose router is gone wait for the next one"
-    )
-    router_timeout_seconds: float = Field(
-        120.0, ge=0, description="How long requests wait for a router that is lost; 0: not at all"
-    )
-    autoscaling_config: dict[str, Any] = Field(
-        default_factory=dict,
-        description="When serving: Serve's autoscaling settings for the replicas (min_replicas, "
-        "max_replicas, upscale_delay_s, ...; JSON), and target_queued_tokens, the prompt tokens "
-        "that one should have waiting, a running sequence counting as 128 (default: 96 for each "
-        "of max_num_seqs)",
-    )
-    enable_sleep_mode: bool = Field(
-        False,
-        description="When serving: POST /sleep frees the shards' place until POST /wake_up, or the "
-        "next request, which waits",
-    )
-    idle_timeout_seconds: float | None = Field(
-        None, gt=0, description="With --enable-sleep-mode: sleep after so long without a request"
-    )
-    drain_timeout_seconds: float = Field(
-        60.0, ge=0, description="When serving: how long a process that is to go ends its streams"
-    )
-    stall_seconds: float = Field(
-        30.0, gt=0, description="/health is red while a shard takes longer over a step"
-    )
-    collective_timeout_seconds: float = Field(
-        300.0, gt=0, description="A shard that its peers wait longer for within a step is given up"
-    )
-    disable_custom_all_reduce: bool = Field(
-        False, description="Have NCCL make all sums over GPUs, small ones too"
-    )
-    null_step_ms: float = Field(0.0, ge=0, description="Step time of the null device")
-    # --- memory and batching ---
-    max_model_len: int | None = Field(
-        None, ge=1, description="Context length (default: the model's)"
-    )
-    block_size: int = Field(16, ge=1, le=1024, description="Tokens per KV block")
-    gpu_memory_utilization: float = Field(
-        0.9,
-        gt=0,
-        le=1,
-        description="Share of a GPU's memory that weights, activations and KV cache may fill",
-    )
-    kv_cache_memory_bytes: int | None = Field(
-        None, ge=1, description="Size of the KV cache (default: from the free memory)"
-    )
-    num_kv_blocks: int | None = Field(None, ge=2, description="Size of the KV cache, in blocks")
-    max_num_seqs: int = Field(256, ge=1, description="Sequences running at once")
-    max_num_batched_tokens: int | None = Field(
-        None,
-        ge=1,
-        description="Tokens a step may run; more prefill faster and stall decodes longer (default: "
-        "2048 on a GPU, 512 on a CPU)",
-    )
     segment_backend: Literal["auto", "tensorrt", "kernels"] = Field(
         "auto",
         description="What runs dense math on a GPU. auto: TensorRT plans that are stored, where "
@@ -217,21 +138,98 @@ class EngineConfig(BaseModel):
         description="Sequences, or tokens, that a GPU's steps are padded to, a CUDA graph each "
         "(default: powers of two and, for many tokens, sizes between)",
     )
-    max_waiting: int = Field(
-        4096, ge=0, description="When serving: sequences that may wait before new ones get 429"
+    null_step_ms: float = Field(0.0, ge=0, description="Step time of the null device")
+    # --- memory and batching ---
+    max_model_len: int | None = Field(
+        None, ge=1, description="Context length (default: the model's)"
     )
-    max_waiting_tokens: int = Field(
-        1 << 23,
+    max_num_seqs: int = Field(256, ge=1, description="Sequences running at once")
+    max_num_batched_tokens: int | None = Field(
+        None,
         ge=1,
-        description="When serving: prompt tokens that may wait before new ones get 429; each takes "
-        "about 50 bytes",
+        description="Tokens a step may run; more prefill faster and stall decodes longer (default: "
+        "2048 on a GPU, 512 on a CPU)",
     )
+    gpu_memory_utilization: float = Field(
+        0.9,
+        gt=0,
+        le=1,
+        description="Share of a GPU's memory that weights, activations and KV cache may fill",
+    )
+    kv_cache_memory_bytes: int | None = Field(
+        None, ge=1, description="Size of the KV cache (default: from the free memory)"
+    )
+    num_kv_blocks: int | None = Field(None, ge=2, description="Size of the KV cache, in blocks")
+    block_size: int = Field(16, ge=1, le=1024, description="Tokens per KV block")
     enable_prefix_caching: bool = Field(True, description="Reuse KV blocks of equal prefixes")
     scheduling_policy: Literal["fcfs", "priority"] = "fcfs"
-    logits_processors: list[str] = Field(
-        default_factory=list,
-        description="Your own class between logits and choice, as pkg.module:Class or "
-        "path/to/file.py:Class; requests name it",
+    speculative_config: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Speculative decoding, as JSON with vLLM's keys: "
+        '{"method": "ngram", "num_speculative_tokens": 5, "prompt_lookup_max": 5, '
+        '"prompt_lookup_min": 2}, {"model": "a draft model"}, or {"method": "medusa", "model": '
+        '"its heads"}; same tokens, fewer steps (on GPUs ngram alone)',
+    )
+    # --- many devices ---
+    tensor_parallel_size: int = Field(1, ge=1, description="Shards that split every layer")
+    pipeline_parallel_size: int = Field(
+        1,
+        ge=1,
+        description="Stages that share out the layers, each at work on a batch of its own",
+    )
+    enable_expert_parallel: bool = Field(
+        False, description="Share out whole experts over the tensor-parallel shards"
+    )
+    accelerator_type: str | None = Field(
+        None, description="Ray's name of the GPU type to run on, such as H100"
+    )
+    placement_strategy: Literal["pack", "spread"] = Field(
+        "pack", description="Pipeline stages on few nodes, or on as many as there are"
+    )
+    disable_custom_all_reduce: bool = Field(
+        False, description="Have NCCL make all sums over GPUs, small ones too"
+    )
+    # --- many replicas ---
+    data_parallel_size: int = Field(1, ge=1, description="Replicas of the whole model")
+    num_ingress_replicas: int = Field(
+        1, ge=1, description="Processes that speak HTTP and turn text into tokens and back"
+    )
+    routing: Routing = Field(
+        "prefix",
+        description="Which replica a request goes to. prefix: one that holds its prompt's "
+        "beginning already, unless another is that much freer; balanced: the freer of two",
+    )
+    autoscaling_config: dict[str, Any] = Field(
+        default_factory=dict,
+        description="When serving: Serve's autoscaling settings for the replicas (min_replicas, "
+        "max_replicas, upscale_delay_s, ...; JSON), and target_queued_tokens, the prompt tokens "
+        "that one should have waiting, a running sequence counting as 128 (default: 96 for each "
+        "of max_num_seqs)",
+    )
+    enable_sleep_mode: bool = Field(
+        False,
+        description="When serving: POST /sleep frees the shards' place until POST /wake_up, or the "
+        "next request, which waits",
+    )
+    idle_timeout_seconds: float | None = Field(
+        None, gt=0, description="With --enable-sleep-mode: sleep after so long without a request"
+    )
+    prefill_replicas: int = Field(
+        0,
+        ge=0,
+        description="When serving: replicas besides, which compute prompts and hand their KV "
+        "blocks to the others (disaggregation); 0: each computes its own",
+    )
+    prefill_min_tokens: int = Field(
+        256,
+        ge=1,
+        description="With --prefill-replicas: shorter prompts are computed where they are decoded",
+    )
+    handover_timeout_seconds: float = Field(
+        30.0,
+        gt=0,
+        description="With --prefill-replicas: how long a prompt's blocks are kept for the replica "
+        "that is to fetch them, which computes them itself after that",
     )
     # --- LoRA adapters ---
     enable_lora: bool = Field(False, description="Serve LoRA adapters of the model beside it")
@@ -252,13 +250,7 @@ class EngineConfig(BaseModel):
         default_factory=list,
         description="Directory below which clients may load from (default: anywhere, and the Hub)",
     )
-    speculative_config: dict[str, Any] = Field(
-        default_factory=dict,
-        description="Speculative decoding, as JSON with vLLM's keys: "
-        '{"method": "ngram", "num_speculative_tokens": 5, "prompt_lookup_max": 5, '
-        '"prompt_lookup_min": 2}, {"model": "a draft model"}, or {"method": "medusa", "model": '
-        '"its heads"}; same tokens, fewer steps (on GPUs ngram alone)',
-    )
+    # --- embeddings and scores ---
     pooling_type: Literal["auto", "last", "mean", "cls"] = Field(
         "auto",
         description="Embeddings are the last hidden state of a prompt, the mean of all, or the "
@@ -272,28 +264,7 @@ class EngineConfig(BaseModel):
     score_tokens: list[str] = Field(
         ["yes", "no"], description="The two answers, yes first", min_length=2, max_length=2
     )
-    # --- limits of the API ---
-    max_logprobs: int = Field(20, ge=-1, description="Most top-logprobs a request may ask; -1: any")
-    max_n: int = Field(128, ge=1, le=128, description="Most sequences a request may ask")
-    max_body_bytes: int = Field(
-        16 << 20, ge=1024, description="Largest request body the server reads"
-    )
-    request_timeout_seconds: float | None = Field(
-        None,
-        gt=0,
-        description="Most that a request may take, its wait included; it may ask for less",
-    )
-    read_timeout_seconds: float = Field(
-        60.0, gt=0, description="A client that reads nothing for so long is dropped"
-    )
-    log_format: Literal["text", "json"] = Field(
-        "text", description="When serving: how lines of logs are written"
-    )
-    log_prompts: bool = Field(False, description="Log requests' bodies, up to 2000 characters each")
-    otlp_traces_endpoint: str | None = Field(
-        None,
-        description="Where OpenTelemetry traces go, over HTTP, such as http://host:4318/v1/traces",
-    )
+    # --- keys and limits of the API ---
     api_key: list[str] = Field(
         default_factory=list,
         repr=False,
@@ -312,10 +283,59 @@ class EngineConfig(BaseModel):
         default_factory=list,
         description="Web sites whose pages may use the API from a browser (CORS); *: any",
     )
-    num_ingress_replicas: int = Field(
-        1, ge=1, description="Processes that speak HTTP and turn text into tokens and back"
+    max_logprobs: int = Field(20, ge=-1, description="Most top-logprobs a request may ask; -1: any")
+    max_n: int = Field(128, ge=1, le=128, description="Most sequences a request may ask")
+    max_body_bytes: int = Field(
+        16 << 20, ge=1024, description="Largest request body the server reads"
     )
-    seed: int | None = Field(None, description="Base seed for requests without one")
+    max_waiting: int = Field(
+        4096, ge=0, description="When serving: sequences that may wait before new ones get 429"
+    )
+    max_waiting_tokens: int = Field(
+        1 << 23,
+        ge=1,
+        description="When serving: prompt tokens that may wait before new ones get 429; each takes "
+        "about 50 bytes",
+    )
+    request_timeout_seconds: float | None = Field(
+        None,
+        gt=0,
+        description="Most that a request may take, its wait included; it may ask for less",
+    )
+    read_timeout_seconds: float = Field(
+        60.0, gt=0, description="A client that reads nothing for so long is dropped"
+    )
+    # --- when something fails ---
+    step_timeout_seconds: float = Field(
+        300.0, gt=0, description="When serving: a shard that takes longer over a step is replaced"
+    )
+    stall_seconds: float = Field(
+        30.0, gt=0, description="/health is red while a shard takes longer over a step"
+    )
+    collective_timeout_seconds: float = Field(
+        300.0, gt=0, description="A shard that its peers wait longer for within a step is given up"
+    )
+    placement_timeout_seconds: float = Field(
+        600.0, gt=0, description="When serving: how long to wait for room in the cluster"
+    )
+    shard_lease_seconds: float = Field(
+        60.0, gt=0, description="How long shards whose router is gone wait for the next one"
+    )
+    router_timeout_seconds: float = Field(
+        120.0, ge=0, description="How long requests wait for a router that is lost; 0: not at all"
+    )
+    drain_timeout_seconds: float = Field(
+        60.0, ge=0, description="When serving: how long a process that is to go ends its streams"
+    )
+    # --- logs and traces ---
+    log_format: Literal["text", "json"] = Field(
+        "text", description="When serving: how lines of logs are written"
+    )
+    log_prompts: bool = Field(False, description="Log requests' bodies, up to 2000 characters each")
+    otlp_traces_endpoint: str | None = Field(
+        None,
+        description="Where OpenTelemetry traces go, over HTTP, such as http://host:4318/v1/traces",
+    )
 
     @field_validator("api_key")
     @classmethod

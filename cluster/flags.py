@@ -9,7 +9,9 @@ from __future__ import annotations
 import functools
 import inspect
 import json
+import re
 from collections.abc import Callable, Mapping
+from decimal import Decimal
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -17,6 +19,8 @@ import typer
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
+
+from tensorray.cluster.command_lines import ALIASES
 
 # The flags that were on the command line, by field name.
 Given = dict[str, Any]
@@ -31,7 +35,8 @@ def with_flags(**models: type[BaseModel]) -> Callable[[Callable[..., None]], Cal
 
     `models` names parameters of the command; each receives a dict of the flags that were given
     (`Given`), so that a default can still come from somewhere else. A field whose name an earlier
-    model or the command itself has taken gets no flag.
+    model or the command itself has taken gets no flag. A model's `topics` are the parts of its
+    flags' help, by the first field of each.
     """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
@@ -44,11 +49,14 @@ def with_flags(**models: type[BaseModel]) -> Callable[[Callable[..., None]], Cal
         owner: dict[str, str] = {}
         taken = {parameter.name for parameter in parameters}
         for group, model in models.items():
+            topics: Mapping[str, str] = getattr(model, "topics", {})
+            topic = None
             for name, field in model.model_fields.items():
+                topic = topics.get(name, topic)
                 if name not in taken:
                     taken.add(name)
                     owner[name] = group
-                    parameters.append(_parameter(name, field))
+                    parameters.append(_parameter(name, field, topic))
 
         @functools.wraps(command)
         def call(**values: Any) -> None:
@@ -100,14 +108,22 @@ def _hints(command: Callable[..., None]) -> dict[str, Any]:
     return hints
 
 
-def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
+def _parameter(name: str, field: FieldInfo, topic: str | None) -> inspect.Parameter:
     kind, metavar = _kind(field.annotation)
     is_switch = kind == bool | None
     names = flag(name) + (f"/--no-{name.replace('_', '-')}" if is_switch else "")
+    others = ALIASES.get(name, ())
     text = field.description or ""
     if field.default not in (None, PydanticUndefined) and not (is_switch and not field.default):
         text += f" [default: {str(field.default).lower() if is_switch else field.default}]"
-    option = typer.Option(names, help=text.strip(), metavar=metavar, show_default=False)
+    option = typer.Option(
+        *others,
+        names,
+        help=text.strip(),
+        metavar=metavar,
+        show_default=False,
+        rich_help_panel=topic,
+    )
     return inspect.Parameter(
         name,
         inspect.Parameter.KEYWORD_ONLY,
@@ -143,12 +159,29 @@ def _bare(annotation: Any) -> Any:
 
 
 def _parse(name: str, field: FieldInfo, value: Any) -> Any:
-    if get_origin(_bare(field.annotation)) is not dict:
-        return value
+    kind = _bare(field.annotation)
+    if get_origin(kind) is list and len(value) == 1 and value[0].startswith("["):
+        return _json(name, value[0], list)
+    if get_origin(kind) is dict:
+        return _json(name, value, dict)
+    return _whole(value) if kind is int else value
+
+
+def _json(name: str, text: str, kind: type) -> Any:
     try:
-        parsed = json.loads(value)
+        parsed = json.loads(text)
     except json.JSONDecodeError as error:
-        raise UsageError(f"{flag(name)}: not JSON: {error} (got {value!r})") from None
-    if not isinstance(parsed, Mapping):
-        raise UsageError(f"{flag(name)}: must be a JSON object (got {value!r})")
-    return dict(parsed)
+        raise UsageError(f"{flag(name)}: not JSON: {error} (got {text!r})") from None
+    if not isinstance(parsed, kind):
+        raise UsageError(f"{flag(name)}: must be a JSON object (got {text!r})")
+    return parsed
+
+
+def _whole(text: str) -> str:
+    """A number with a letter of vLLM's, as the number: 8k is 8000, 8K is 8192."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([kmgtKMGT])", text)
+    if found is None:
+        return text
+    number, letter = found.groups()
+    base = 1000 if letter.islower() else 1024
+    return str(int(Decimal(number) * base ** ("kmgt".index(letter.lower()) + 1)))

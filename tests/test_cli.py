@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Literal, Optional
 
@@ -15,6 +17,8 @@ from pydantic import BaseModel, Field
 from typer.testing import CliRunner
 
 from tensorray.cluster import cli
+from tensorray.cluster.command_lines import ELSEWHERE
+from tensorray.cluster.command_lines import Command as CommandLine
 from tensorray.cluster.config import EngineConfig
 from tensorray.cluster.flags import Given, flag, with_flags
 from tensorray.cluster.sampling_params import SamplingParams
@@ -124,6 +128,59 @@ def test_flags_win_over_the_config_file(tensorray: Command, tmp_path: Path) -> N
     assert (config.model, config.max_num_seqs, config.block_size) == ("from-file", 9, 32)
 
 
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["MODEL", "--tags", "a", "b", "--depth", "4"], {"path": "MODEL", "tags": ["a", "b"]}),
+        (["--tags", "a", "MODEL"], {"path": "MODEL", "tags": ["a"]}),  # its only word is the model
+        (["--tags=a", "--tags", "b"], {"tags": ["a", "b"]}),
+        (["--tags", '["a", "b"]'], {"tags": ["a", "b"]}),
+        (["--max_depth", "4"], {"max_depth": 4}),
+        (["--max-depth", "8k"], {"max_depth": 8000}),
+        (["--max-depth=1.5K"], {"max_depth": 1536}),
+        (["-tp", "2"], {"tensor_parallel_size": 2}),
+    ],
+    ids=" ".join,
+)
+def test_a_line_is_read_as_vllm_reads_it(words: list[str], expected: dict[str, Any]) -> None:
+    class Fields(Settings):
+        max_depth: int = 1
+        tensor_parallel_size: int = 1
+
+    app = typer.Typer(rich_markup_mode=None)
+    seen: list[dict[str, Any]] = []
+
+    @app.command(cls=CommandLine)
+    @with_flags(fields=Fields)
+    def show(fields: Given, path: Annotated[str | None, typer.Argument()] = None) -> None:
+        seen.append({**Fields(**fields).model_dump(), "path": path})
+
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 0, result.output
+    assert expected.items() <= seen[0].items()
+
+
+def test_no_flag_is_said_to_be_elsewhere_that_is_here(tensorray: Command) -> None:
+    """Nor does what is said instead name one that is not."""
+    _, out, _ = tensorray("serve", "--help")
+    here = set(re.findall(r"--?[a-z][a-z-]*", out))
+    assert here >= {"--tensor-parallel-size", "-tp", "--no-enforce-eager"}
+    assert not here & set(ELSEWHERE)
+    assert set(re.findall(r"--[a-z-]+", " ".join(ELSEWHERE.values()))) <= here
+
+
+def test_help_is_in_parts(tensorray: Command) -> None:
+    assert set(EngineConfig.topics) <= set(EngineConfig.model_fields)
+    _, out, _ = tensorray("serve", "--help")
+    lora = out[out.index("\nLoRA adapters:") : out.index("\nEmbeddings and scores:")]
+    assert "--max-loras" in lora
+    assert "--port" not in lora
+
+
+def test_version(tensorray: Command) -> None:
+    assert tensorray("--version") == (0, version("tensorray") + "\n", "")
+
+
 # --- mistakes ---------------------------------------------------------------------------------
 
 MISTAKES = {
@@ -167,6 +224,14 @@ MISTAKES = {
     "no server": (
         ["bench", "serve", "--url", "http://127.0.0.1:9"],
         "http://127.0.0.1:9: no server answers",
+    ),
+    "another server's flag": (
+        ["serve", "m", "--quantization", "awq"],
+        "no --quantization here; leave it out: the checkpoint says",
+    ),
+    "another server's name of a flag": (
+        ["serve", "m", "--num_gpu_blocks_override=9"],
+        "no --num-gpu-blocks-override here; give --num-kv-blocks",
     ),
     "falling range": (
         ["bench", "latency", *SMALL, "--input-len", "9:3"],
