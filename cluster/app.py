@@ -88,7 +88,14 @@ class Ingress:
         ingresses = config.num_ingress_replicas
         place = Place(replica_number() % ingresses, ingresses)
         patience = config.router_timeout_seconds
-        decode = Routers(routers, digest, routing, patience=patience, place=place)
+        decode = Routers(
+            routers,
+            digest,
+            routing,
+            patience=patience,
+            place=place,
+            foresee=prefill is not None,
+        )
         self._client: Routers | SplitRouters = decode
         if prefill is not None:
             apart = Routers(prefill, digest, routing, place=place)

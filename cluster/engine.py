@@ -295,6 +295,11 @@ class Engine:
         """What there is to do, as replicas are compared by."""
         return weight(self.scheduler.queued_tokens, self.scheduler.unfinished)
 
+    @property
+    def room(self) -> int:
+        """Sequences that it would queue beside those it has."""
+        return self.scheduler.room
+
     async def connect(self) -> None:
         """See replicas.LoadedClient: it is right here."""
 

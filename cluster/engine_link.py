@@ -107,6 +107,7 @@ class Told(msgspec.Struct, frozen=True, array_like=True):
 
     items: list[Item]
     load: int  # of the engine: Engine.load
+    room: int  # in it: Engine.room
     seen: int  # the last of the connection's streams that it counts
 
 
@@ -272,7 +273,7 @@ class _Connection:
         self._load = load
         if self._writer.is_closing():
             return
-        body = self._encoder.encode(Told(items, load, self._seen))
+        body = self._encoder.encode(Told(items, load, self._engine.room, self._seen))
         if len(body) > wire.MAX_FRAME and len(items) > 1:  # of many prompts' log-probabilities
             half = len(items) // 2
             self._tell(items[:half], load)
@@ -324,8 +325,11 @@ class _Line:
         self.mailboxes: dict[int, _Mailbox] = {}
         #: What the router has to do, what is on the way to it included.
         self.load = 0
-        self._unseen: deque[tuple[int, int]] = deque()  # streams it did not count yet, weights
-        self._unseen_weight = 0
+        #: Sequences that it would queue beside these; None: it has not said so yet.
+        self.room: int | None = None
+        # Streams that it did not count yet, with their weights and sequences.
+        self._unseen: deque[tuple[int, int, int]] = deque()
+        self._unseen_weight = self._unseen_sequences = 0
         self._writer = writer
         self._encoder = msgspec.msgpack.Encoder()
         self._reading = asyncio.create_task(self._read(reader))
@@ -339,9 +343,12 @@ class _Line:
             asked = message.request
             known = asked.expected_hit if asked.source is None else len(asked.prompt)
             added = weight(max(0, len(asked.prompt) - known), asked.n)
-            self._unseen.append((message.stream, added))
+            self._unseen.append((message.stream, added, asked.n))
             self._unseen_weight += added
+            self._unseen_sequences += asked.n
             self.load += added
+            if self.room is not None:
+                self.room -= asked.n
         if self.open:
             self._writer.write(frame(self._encoder.encode(message)))
 
@@ -354,8 +361,11 @@ class _Line:
             while True:
                 told = decoder.decode(await read_frame(reader))
                 while self._unseen and self._unseen[0][0] <= told.seen:
-                    self._unseen_weight -= self._unseen.popleft()[1]
+                    _, counted, sequences = self._unseen.popleft()
+                    self._unseen_weight -= counted
+                    self._unseen_sequences -= sequences
                 self.load = told.load + self._unseen_weight
+                self.room = told.room - self._unseen_sequences
                 for item in told.items:
                     mailbox = self.mailboxes.get(item.stream)
                     if mailbox is not None:
@@ -387,6 +397,12 @@ class EngineLink:
     def load(self) -> int | None:
         """What the router has to do, as it said last; None while there is no connection."""
         return self._line.load if self._line is not None and self._line.open else None
+
+    @property
+    def room(self) -> int | None:
+        """Sequences that the router would queue beside those it has, as it said last; None while
+        that is not known."""
+        return self._line.room if self._line is not None and self._line.open else None
 
     async def connect(self) -> None:
         """Return once there is a connection. Raises EngineFailed."""

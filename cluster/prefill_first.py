@@ -6,6 +6,9 @@ tokens told so far; this time with word of where the blocks are. As long as the 
 they are held, so whatever happens here ends that as well.
 
 The replica that decodes can do all of it, so whatever goes wrong on the other side costs time only.
+And it does all of it where that is better: where it has most of a prompt in its cache, or where its
+queue looks full. Then it is for that replica to say so before anything has been computed; a request
+that comes with its first tokens told can't be turned away any more.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import AsyncExitStack, aclosing
-from typing import cast
+from typing import Protocol, cast
 
 import msgspec
 
@@ -26,16 +29,29 @@ from tensorray.cluster.request import Delta, GenerationRequest, RequestRefused, 
 logger = logging.getLogger("ray.serve")
 
 
+class Decoders(EngineClient, Protocol):
+    """Replicas that decode, and what is known of them beforehand."""
+
+    def has_room(self, sequences: int) -> bool:
+        """Whether so many would be queued, as far as is known."""
+        ...
+
+    def expected_hit(self, request: GenerationRequest) -> int:
+        """Prompt tokens that the replica is thought to have which the request would go to now."""
+        ...
+
+
 class PrefillFirst:
     """An EngineClient over two: replicas that prefill, and replicas that decode."""
 
-    def __init__(self, prefill: EngineClient, decode: EngineClient, min_tokens: int) -> None:
+    def __init__(self, prefill: EngineClient, decode: Decoders, min_tokens: int) -> None:
         """What goes wrong on `prefill` is logged once, and no error while `decode` serves. Prompts
-        of fewer than `min_tokens` tokens are computed where they are decoded."""
+        with fewer than `min_tokens` tokens to compute are computed where they are decoded."""
         self._prefill = prefill
         self._decode = decode
         self._min_tokens = min_tokens
         self._running: dict[str, UnderWay] = {}  # by request id
+        self._to_come = 0  # sequences that `decode` will get
         self._wrong = ""  # what went wrong last, and has not gone well since
 
     async def generate(self, request: GenerationRequest) -> AsyncIterator[list[Delta]]:
@@ -80,6 +96,8 @@ class PrefillFirst:
             and request.beams is None
             and not request.pooling
             and not request.lora  # adapters are loaded where requests are decoded
+            and self._decode.has_room(self._to_come + request.n)
+            and len(request.prompt) - self._decode.expected_hit(request) >= self._min_tokens
         )
 
     async def _begin(
@@ -88,6 +106,7 @@ class PrefillFirst:
         """Until each sequence has ended, or is held; `held` ends that. If it can't be done, that is
         logged, and not all of them are."""
         asked = under_way.request(self._prefill)
+        self._to_come += asked.n
         asked = msgspec.structs.replace(asked, hand_over=True, whole=False)
         left = set(range(asked.n))
         try:
@@ -114,6 +133,8 @@ class PrefillFirst:
                     break
         except (EngineFailed, RequestRefused, InternalError) as error:
             self._note(str(error))
+        finally:
+            self._to_come -= asked.n
         under_way.refused()  # by who prefills, from here on
 
     def _note(self, wrong: str) -> None:

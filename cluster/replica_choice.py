@@ -85,12 +85,19 @@ class ReplicaChoice(Generic[Name]):
     """Chooses among replicas that come and go, known by name. Belongs to one event loop."""
 
     def __init__(
-        self, routing: Routing = "prefix", *, meet: bool = False, seed: int | None = None
+        self,
+        routing: Routing = "prefix",
+        *,
+        meet: bool = False,
+        foresee: bool = False,
+        seed: int | None = None,
     ) -> None:
         """`routing` "balanced" looks at the load alone. With `meet`, prompts that begin alike meet
-        those that come by other ingresses. The seed is for tests."""
+        those that come by other ingresses. With `foresee` prompts are remembered for its sake,
+        where there is no choice as well. The seed is for tests."""
         self._by_prefix = routing == "prefix"
         self._meet = meet
+        self._fewest = 1 if foresee else 2  # replicas among which prompts are told apart
         self._random = random.Random(seed)
         self._names: list[Name] = []
         self._known: set[Name] = set()
@@ -132,29 +139,52 @@ class ReplicaChoice(Generic[Name]):
         `load` is what a replica has to do, as `weight` counts it; None: it can't be used now. None
         is returned if that is so of all.
         """
-        keys = prefix_keys(request) if self._by_prefix and len(self._names) > 1 else []
+        keys = self._keys(request)
+        turn, choice = self._best(request, keys, load)
+        if choice is not None:
+            self._turn = (turn + 1) % len(self._names)
+            self._remember(keys, choice.replica)
+        return choice
+
+    def foresee(
+        self, request: GenerationRequest, load: Callable[[Name], int | None]
+    ) -> Choice[Name] | None:
+        """What `choose` would say now, of a request that does not come yet."""
+        return self._best(request, self._keys(request), load)[1]
+
+    def _keys(self, request: GenerationRequest) -> list[tuple[int, int]]:
+        told_apart = self._by_prefix and len(self._names) >= self._fewest
+        return prefix_keys(request) if told_apart else []
+
+    def _best(
+        self,
+        request: GenerationRequest,
+        keys: list[tuple[int, int]],
+        load: Callable[[Name], int | None],
+    ) -> tuple[int, Choice[Name] | None]:
+        """Whose turn it was, by place, and who is chosen."""
         cached = self._cached(keys) if request.reuse_prefix else {}
         home = self._home(request) if self._meet and keys else None
         meeting = min(_MEETING_TOKENS, 2 * len(request.prompt))
-        loads = dict(self._others(load))
+        turn, others = self._others(load)
+        loads = dict(others)
         for name in cached if home is None else (*cached, home):
             if name not in loads and (found := load(name)) is not None:
                 loads[name] = found
         if not loads:
-            return None
+            return turn, None
 
         def cost(name: Name) -> int:
             held = cached.get(name, 0)
             return loads[name] - (max(held, meeting) if name == home else held)
 
         best = min(loads, key=cost)
-        self._remember(keys, best)
-        return Choice(best, cached.get(best, 0))
+        return turn, Choice(best, cached.get(best, 0))
 
-    def _others(self, load: Callable[[Name], int | None]) -> list[tuple[Name, int]]:
+    def _others(self, load: Callable[[Name], int | None]) -> tuple[int, list[tuple[Name, int]]]:
         """Who is looked at whatever they hold, with their loads: the next in turn of those that
-        can be used, and one at random, or all if they are few."""
-        names, count = self._names, len(self._names)
+        can be used, whose place is told as well, and one at random, or all if they are few."""
+        names, count, turn = self._names, len(self._names), self._turn
         others: list[tuple[Name, int]] = []
         for place in chain(range(self._turn, count), range(self._turn)):
             if (found := load(names[place])) is not None:
@@ -163,16 +193,13 @@ class ReplicaChoice(Generic[Name]):
                     turn = place
                 if count > _FEW:
                     break
-        if not others:
-            return others
-        self._turn = (turn + 1) % count
-        if count > _FEW:
+        if others and count > _FEW:
             start = int(self._random.random() * count)
             for place in chain(range(start, count), range(start)):
                 if place != turn and (found := load(names[place])) is not None:
                     others.append((names[place], found))
                     break
-        return others
+        return turn, others
 
     def _home(self, request: GenerationRequest) -> Name:
         """Where prompts that begin like this one meet."""

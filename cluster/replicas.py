@@ -42,6 +42,11 @@ class LoadedClient(EngineClient, Protocol):
         """As `replica_choice.weight` counts it; None while that is not known."""
         ...
 
+    @property
+    def room(self) -> int | None:
+        """Sequences that it would queue beside those it has; None while that is not known."""
+        ...
+
     async def connect(self) -> None:
         """Return once the replica can be reached. Raises EngineFailed if it can't be."""
         ...
@@ -148,15 +153,18 @@ class Replicas(Generic[Client]):
         *,
         patience: float = 0.0,
         place: Place | None = None,
+        foresee: bool = False,
     ) -> None:
-        """`place` is this ingress's; None: it is the only one."""
+        """`place` is this ingress's; None: it is the only one. `foresee`: `expected_hit` will be
+        asked for."""
         self._patience = patience
         self._members: dict[str, Member[Client]] = {}
         self._place = place or Place()
         self._senders = self._place.ingresses  # to each replica
         meet = self._place.ingresses > 1
-        self._choice: ReplicaChoice[Member[Client]] = ReplicaChoice(routing, meet=meet)
-        self._far: ReplicaChoice[Member[Client]] = ReplicaChoice(routing, meet=meet)
+        self._choice, self._far = (
+            ReplicaChoice[Member[Client]](routing, meet=meet, foresee=foresee) for _ in range(2)
+        )
         self._searches: set[asyncio.Task[None]] = set()
         self._changed = asyncio.Event()
         self._running: dict[str, UnderWay] = {}  # by request id
@@ -227,6 +235,21 @@ class Replicas(Generic[Client]):
         if request_id in self._running:
             await self._running[request_id].cancel(index)
 
+    def has_room(self, sequences: int) -> bool:
+        """Whether so many would be queued, as far as is known."""
+        for member in self._members.values():
+            if member.lost is None and not member.retiring:
+                room = member.client.room
+                if room is None or room >= sequences:
+                    return True
+                sequences -= max(0, room)
+        return False
+
+    def expected_hit(self, request: GenerationRequest) -> int:
+        """Prompt tokens that the replica is thought to have which the request would go to now."""
+        choice = self._choose(request, (), foresee=True)
+        return 0 if choice is None else choice.cached
+
     async def close(self) -> None:
         """Nobody is waited for any more."""
         self._closed = True
@@ -238,7 +261,11 @@ class Replicas(Generic[Client]):
         """Called with the client of a replica that has gone."""
 
     def _choose(
-        self, request: GenerationRequest, without: Collection[Member[Client]]
+        self,
+        request: GenerationRequest,
+        without: Collection[Member[Client]],
+        *,
+        foresee: bool = False,
     ) -> Choice[Member[Client]] | None:
         now = time.monotonic()
 
@@ -254,7 +281,8 @@ class Replicas(Generic[Client]):
 
         for usable in (load, last_resort):
             for choice in (self._choice, self._far):
-                if found := choice.choose(request, usable):
+                choose = choice.foresee if foresee else choice.choose
+                if found := choose(request, usable):
                     return found
         return None
 

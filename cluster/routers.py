@@ -166,10 +166,11 @@ class Routers(Replicas[RouterClient]):
         *,
         patience: float = 0.0,
         place: Place | None = None,
+        foresee: bool = False,
     ) -> None:
         """`model` is the digest of what this ingress speaks for: routers that serve another model
         or another version of it, as there are while one replaces the other, are not used."""
-        super().__init__(routing=routing, patience=patience, place=place)
+        super().__init__(routing=routing, patience=patience, place=place, foresee=foresee)
         self._handle = handle
         self._model = model
         self._clients: dict[str, RouterClient] = {}

@@ -193,9 +193,8 @@ class Scheduler:
         """
         for s in sequences:
             self._check(s)
-        room = self._max_waiting + self._max_num_seqs - self._running - len(self._waiting)
         count = sum(_slots(s) for s in sequences)
-        if count > room and not always:
+        if count > self._places and not always:
             raise QueueFull(
                 f"{len(self._waiting)} sequences wait already and {count} more would "
                 f"exceed max_waiting ({self._max_waiting}); try again later"
@@ -496,6 +495,12 @@ class Scheduler:
     def queued_tokens(self) -> int:
         """Known tokens that no plan has computed yet, of sequences that wait or prefill."""
         return self._waiting.tokens + sum(s.target - s.computed for s in self._prefilling)
+
+    @property
+    def room(self) -> int:
+        """Sequences that could be added now; of few tokens, if many wait already."""
+        full = self._waiting.known_tokens >= self._max_waiting_tokens
+        return 0 if full else max(0, self._places)
 
     @property
     def in_flight(self) -> int:
@@ -885,6 +890,12 @@ class Scheduler:
             return len(self._prefilling) + len(self._decoding) + elsewhere
         alone = sum(s.group is None for s in self._prefilling) + len(self._decoding) + elsewhere
         return alone + sum(group.width for group in self._groups.values() if group.running)
+
+    @property
+    def _places(self) -> int:
+        """Slots, and places in the queue for them, that nobody has; below 0 where sequences were
+        taken that had to be."""
+        return self._max_waiting + self._max_num_seqs - self._running - len(self._waiting)
 
     def _needs(self, s: Sequence) -> int:
         """The most blocks it holds on its way to its end: the last token is sampled and never

@@ -82,6 +82,22 @@ async def test_refusals_keep_their_kind() -> None:
         await running.aclose()
 
 
+async def test_an_ingress_knows_how_many_more_would_be_queued() -> None:
+    async with serving(max_num_seqs=2, max_waiting=4, step_ms=2) as (engine, _, link):
+        assert link.room is None
+        running = link.generate(request("first", tokens=200, n=3))
+        await running.__anext__()
+        assert engine.room == link.room == 3
+        more = asyncio.create_task(gather(link.generate(request("second", n=2))))
+        await asyncio.sleep(0)
+        assert link.room == 1, "what is on its way counts"
+        await running.aclose()
+        await more
+        assert engine.room == 6
+        await gather(link.generate(request("third")))
+        assert link.room == 6
+
+
 async def test_closing_a_stream_cancels_it() -> None:
     async with serving(step_ms=2) as (engine, server, link):
         stream = link.generate(request("left", tokens=200))

@@ -14,7 +14,7 @@ import msgspec
 import numpy as np
 import pytest
 from helpers.gpu_shards import make_gpu_shard
-from helpers.handover import Pair, engine, pair
+from helpers.handover import Pair, engine, pair, split
 from helpers.running import make_shard
 from helpers.tiny_models import directory
 from numpy.typing import NDArray
@@ -28,8 +28,7 @@ from tensorray.actors.wire import PEER_SECONDS, Endpoint
 from tensorray.cluster import prefill_first
 from tensorray.cluster.engine import Engine
 from tensorray.cluster.handover import AT_ONCE
-from tensorray.cluster.prefill_first import PrefillFirst
-from tensorray.cluster.request import BeamSearch, Delta, GenerationRequest, Source
+from tensorray.cluster.request import BeamSearch, Delta, GenerationRequest, QueueFull, Source
 from tensorray.cluster.scheduler import Scheduler
 
 GREEDY = Sampling(temperature=0.0)
@@ -179,7 +178,7 @@ def test_what_can_not_be_fetched_is_computed(spoil: Spoil) -> None:
         async with pair() as both:
             whole = await answer(both.decode, request())
             async with engine(enable_prefix_caching=False) as decode:
-                both.client = PrefillFirst(both.prefill, decode, 8)
+                both.client = split(both.prefill, decode)
                 tokens: list[int] = []
                 async for deltas in both.client.generate(request()):
                     if any(delta.source for delta in deltas):
@@ -198,7 +197,7 @@ def test_what_can_not_be_fetched_is_computed(spoil: Spoil) -> None:
 def test_replicas_unlike_each_other_compute_their_own(other: dict[str, Any]) -> None:
     async def run() -> None:
         async with engine("gemma3", **other) as prefill, engine("gemma3") as decode:
-            client = PrefillFirst(prefill, decode, 8)
+            client = split(prefill, decode)
             assert await answer(client, request()) == await answer(decode, request())
             assert decode.handovers.stats.failed == 1
 
@@ -418,6 +417,59 @@ def test_a_doors_secret_is_its_own_and_shown_to_nobody() -> None:
         assert repr(one.endpoint.secret)[2:-1] not in shown
 
 
+def test_a_full_queue_says_so_before_anything_is_computed() -> None:
+    """And what is being prefilled has its place in it."""
+
+    async def run() -> None:
+        async with pair(max_num_seqs=2, max_waiting=1) as both:
+            whole = await answer(both.decode, request())
+            plan, none = both.decode.scheduler.schedule, lambda: None
+            both.decode.scheduler.schedule = none  # type: ignore[method-assign]
+            waiting: Any = [both.decode.generate(request(f"w{i}")) for i in range(3)]
+            with pytest.raises(QueueFull, match="max_waiting"):
+                await answer(both.client, request())
+            assert both.prefill.handovers.stats.held == 0
+            await both.decode.cancel("w0")
+            streams: Any = [both.client.generate(request(name)) for name in "ab"]
+            first = await anext(streams[0])  # its prompt is computed; b gets its place meanwhile
+            other = asyncio.create_task(anext(streams[1]))
+            await until(lambda: both.decode.scheduler.unfinished == 3)
+            both.decode.scheduler.schedule = plan  # type: ignore[method-assign]
+            for stream, begun in zip(streams, (first, await other), strict=True):
+                tokens = [token for each in begun for token in each.tokens]
+                async for deltas in stream:
+                    tokens += [token for each in deltas for token in each.tokens]
+                assert tokens == whole[0]["tokens"]
+            assert both.prefill.handovers.stats.held == 1
+            for each in waiting:
+                await each.aclose()
+            await until(lambda: free(both.prefill) and free(both.decode))
+
+    asyncio.run(run())
+
+
+def test_what_the_replica_that_decodes_has_is_prefilled_nowhere_else() -> None:
+    async def run() -> None:
+        long = {"max_model_len": 256, "num_kv_blocks": 600}
+        async with engine(**long) as prefill, engine(**long) as decode:
+            client = split(prefill, decode, min_tokens=32)
+            turn = [*range(3, 80)] * 2
+            await answer(client, request("first", prompt=turn))
+            assert prefill.handovers.stats.held == 1
+            more = turn + PROMPT[:20]  # 128 tokens of which are known to be there
+            again = request("again", prompt=more)
+            assert await answer(client, again) == await answer(prefill, again)
+            assert prefill.handovers.stats.held == 2
+            shorter = request("shorter", prompt=more[:159])
+            assert await answer(client, shorter) == await answer(prefill, shorter)
+            other = request("salted", prompt=more[:159], cache_salt="other")
+            assert prefill.handovers.stats.held == 2
+            assert await answer(client, other) == await answer(prefill, other)
+            assert prefill.handovers.stats.held == 3
+
+    asyncio.run(run())
+
+
 def test_who_prefills_not_at_all_is_done_without(monkeypatch: pytest.MonkeyPatch) -> None:
     async def run() -> None:
         async with pair() as both:
@@ -529,14 +581,14 @@ async def gpu_engine() -> AsyncIterator[Engine]:
 def test_gpu_shards_fetch_between_their_steps() -> None:
     async def run() -> None:
         async with gpu_engine() as prefill, gpu_engine() as decode:
-            client = PrefillFirst(prefill, decode, 8)
+            client = split(prefill, decode)
             many = [
                 request(str(i), DRAWN, prompt=PROMPT[i:] + PROMPT[:i], max_tokens=25)
                 for i in range(10)
             ]
             alone = await asyncio.gather(*(answer(prefill, each) for each in many))
-            split = await asyncio.gather(*(answer(client, each) for each in many))
-            assert split == alone
+            apart = await asyncio.gather(*(answer(client, each) for each in many))
+            assert apart == alone
             assert decode.handovers.stats.fetched == len(many)
             await until(lambda: free(prefill) and free(decode))
 

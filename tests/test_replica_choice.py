@@ -57,6 +57,24 @@ def test_a_prompt_follows_its_beginning() -> None:
         assert cached >= 256
 
 
+@pytest.mark.parametrize("count", [1, 2, 5, 40])
+def test_what_is_foreseen_is_chosen_and_changes_nothing(count: int) -> None:
+    choices = [ReplicaChoice[int](foresee=True, seed=0) for _ in range(2)]
+    for choice in choices:
+        for name in range(count):
+            choice.add(name, str(name))
+    loads = Loads(*[(name * 37) % 11 for name in range(count)])
+    for number in range(60):
+        asked = request(tokens(number % 9, 200 + number))
+        for choice in choices:  # one is asked more often, but draws the same
+            choice._random.seed(number)
+        foreseen = choices[0].foresee(asked, loads)
+        choices[0]._random.seed(number)
+        assert foreseen == choices[0].choose(asked, loads) == choices[1].choose(asked, loads)
+        assert foreseen is not None
+        assert (foreseen.cached > 0) == (number >= 9) or count > 8
+
+
 def test_the_longest_prefix_wins_among_equally_loaded() -> None:
     choice, idle = choice_of(8), Loads(*[0] * 8)
     short, _ = chosen(choice, request(tokens(1, 128)), idle)

@@ -183,6 +183,7 @@ class Doubtful:
         self.served = 0
         self.searched = 0
         self.load: int | None = 0
+        self.room: int | None = None
 
     async def connect(self) -> None:
         self.searched += 1
@@ -217,6 +218,25 @@ async def test_a_lost_replica_is_used_again_once_it_is_back() -> None:
     await until(lambda: all(member.lost is None for member in replicas.members()))
     await ask(replicas, 10)
     assert clients[0].served == 5
+    await replicas.close()
+
+
+async def test_room_is_what_usable_replicas_have_together() -> None:
+    clients = [Doubtful(), Doubtful(), Doubtful()]
+    replicas = Replicas(clients)
+    assert replicas.has_room(10_000), "nobody has said otherwise"
+    for client, room in zip(clients, (2, 0, 3), strict=True):
+        client.room = room
+    assert replicas.has_room(5)
+    assert not replicas.has_room(6)
+    clients[2].reachable = False
+    while not (lost := [each.lost for each in replicas.members()])[2]:
+        await ask(replicas, 1)
+    assert lost[:2] == [None, None]
+    assert replicas.has_room(2)
+    assert not replicas.has_room(3)
+    replicas.retire("0")
+    assert not replicas.has_room(1)
     await replicas.close()
 
 

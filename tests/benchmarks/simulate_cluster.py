@@ -36,7 +36,7 @@ async def frame_cost(items: float, connections: int = 250) -> float:
     """CPU seconds to read and decode a frame with the news of so many streams, as an ingress does:
     of many connections, each of which has one."""
     count = max(1, round(items))
-    told = Told([Item(i, [Delta(0, [i])]) for i in range(count)], 1, 1)
+    told = Told([Item(i, [Delta(0, [i])]) for i in range(count)], 1, 1, 1)
     data = frame(msgspec.msgpack.encode(told))
     pairs = [socket.socketpair() for _ in range(connections)]
     heard = asyncio.Semaphore(0)

@@ -12,6 +12,7 @@ from tensorray.actors.local_replica import LocalReplica
 from tensorray.cluster.config import EngineConfig
 from tensorray.cluster.engine import Engine
 from tensorray.cluster.prefill_first import PrefillFirst
+from tensorray.cluster.replicas import Replicas
 
 from .tiny_models import directory
 
@@ -46,6 +47,10 @@ async def engine(
         replica.close()
 
 
+def split(prefill: Engine, decode: Engine, min_tokens: int = 8) -> PrefillFirst:
+    return PrefillFirst(prefill, Replicas([decode], foresee=True), min_tokens)
+
+
 @dataclass
 class Pair:
     prefill: Engine
@@ -53,7 +58,7 @@ class Pair:
     client: PrefillFirst = field(init=False)
 
     def __post_init__(self) -> None:
-        self.client = PrefillFirst(self.prefill, self.decode, 8)
+        self.client = split(self.prefill, self.decode)
 
 
 @asynccontextmanager
