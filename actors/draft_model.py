@@ -1,11 +1,7 @@
 """A draft model: a small one writes what the large one checks (Chen et al., arXiv 2302.01318).
 
-It keeps a KV cache of its own under the block ids of the large one's, so a block that is shared,
-handed on or given back is so for both. A sequence's tokens are run when it is first asked for
-guesses, and from then on those that came since it was asked last.
-
-What it keeps need not be right: blocks may hold what another sequence left there. That costs
-guesses, never tokens.
+It keeps a KV cache of its own (draft_cache.py). A sequence's tokens are run when it is first asked
+for guesses, and from then on those that came since it was asked last.
 """
 
 from __future__ import annotations
@@ -17,11 +13,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tensorray.actors.draft_cache import DraftCache
 from tensorray.actors.drafter import Drafter, Guess
 from tensorray.actors.protocol import KVGroups, SequenceStart
-from tensorray.builder.array_ops import ArrayOps, LayerKV
 from tensorray.builder.model import Model, ShardWeights
-from tensorray.kernels.batch import Batch
 
 
 @dataclass
@@ -50,32 +45,13 @@ class DraftModel(Drafter):
         self._model = model
         self._weights = weights
         self._step_tokens = step_tokens
-        self._block_size = groups.block_size
-        # The group that keeps blocks longest serves all layers.
-        windows = groups.windows
-        self._group = max(range(len(windows)), key=lambda g: (windows[g] is None, windows[g] or 0))
-        self._window = windows[self._group]
         self._longest = min(max_model_len, model.max_positions)
-        self._ops = ArrayOps(np, {}, max_positions=self._longest + 1)
+        self._cache = DraftCache(model, groups, self._longest)
         self._drafts: dict[int, _Draft] = {}
-
-    @staticmethod
-    def block_bytes(model: Model, block_size: int) -> int:
-        """Bytes of one block of its cache."""
-        specs = [model.kv_spec(layer) for layer in range(model.num_layers)]
-        return sum(2 * 4 * spec.kv_heads * spec.head_dim * block_size for spec in specs)
 
     def resize(self, num_blocks: int) -> None:
         self._drafts.clear()
-        self._ops.kv = {}  # what there was goes before the new comes
-        views = {}
-        for layer in range(self._model.num_layers):
-            spec = self._model.kv_spec(layer)
-            shape = (num_blocks, spec.kv_heads, self._block_size, spec.head_dim)
-            pages = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
-            window = min((w for w in (spec.window, self._window) if w is not None), default=None)
-            views[layer] = LayerKV(*pages, 0, window)
-        self._ops.kv = views
+        self._cache.resize(num_blocks)
 
     def start(self, start: SequenceStart) -> None:
         # A reused prefix has been run for the sequence that computed it, if that had guesses.
@@ -97,7 +73,7 @@ class DraftModel(Drafter):
         tables: Sequence[NDArray[Any]],
         guess: Guess,
     ) -> list[list[int]]:
-        table = tables[self._group]
+        table = tables[self._cache.group]
         found: list[list[int]] = [[] for _ in seqs]
         drafts = [self._drafts[seq] for seq in seqs]
         chunks = [self._due(draft) for draft in drafts]
@@ -126,8 +102,9 @@ class DraftModel(Drafter):
         known = len(draft.tokens)
         if known >= self._longest:
             return []
-        if self._window is not None:  # blocks from before it may be others' by now
-            draft.computed = max(draft.computed, known - self._window)
+        window = self._cache.window
+        if window is not None:  # blocks from before it may be others' by now
+            draft.computed = max(draft.computed, known - window)
         return draft.tokens[draft.computed : draft.computed + self._step_tokens]
 
     def _within_budget(self, chunks: list[list[int]]) -> list[int]:
@@ -143,24 +120,12 @@ class DraftModel(Drafter):
         self, drafts: Sequence[_Draft], chunks: Sequence[Sequence[int]], table: NDArray[np.int32]
     ) -> NDArray[np.float32]:
         """Logits after each sequence's chunk: `[len(drafts), vocab]`."""
-        size = self._block_size
-        counts = np.array([len(chunk) for chunk in chunks], np.int32)
-        first = np.array([draft.computed for draft in drafts], np.int32)
-        starts = np.zeros(len(drafts) + 1, np.int32)
-        np.cumsum(counts, out=starts[1:])
-        owner = np.repeat(np.arange(len(drafts), dtype=np.int32), counts)
-        positions = np.arange(starts[-1], dtype=np.int32) - starts[owner] + first[owner]
-        blocks, offsets = np.divmod(positions, size)
-        used = -(-int((first + counts).max()) // size)
-        ops, model, weights = self._ops, self._model, self._weights
-        ops.batch = Batch(
-            tokens=np.array([token for chunk in chunks for token in chunk], np.int32),
-            positions=positions,
-            query_starts=starts,
-            seq_lens=first + counts,
-            block_tables=[np.ascontiguousarray(table[:, :used])],
-            slots=[table[owner, blocks].astype(np.int64) * size + offsets],
-            logit_rows=starts[1:] - 1,
+        ops, model, weights = self._cache.ops, self._model, self._weights
+        ops.batch = self._cache.batch(
+            np.array([token for chunk in chunks for token in chunk], np.int32),
+            [len(chunk) for chunk in chunks],
+            np.array([draft.computed for draft in drafts], np.int32),
+            table,
         )
         x = model.embed(ops, weights.embed, ops.batch.tokens)
         for layer, layer_weights in weights.layers.items():

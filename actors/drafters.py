@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from tensorray.actors.config import ShardConfig
+from tensorray.actors.draft_cache import DraftCache
 from tensorray.actors.draft_model import DraftModel
 from tensorray.actors.drafter import Drafter
 from tensorray.actors.lookup_drafter import LookupDrafter
@@ -57,7 +58,7 @@ class OpenSpeculation:
         """The part of the KV cache's memory that blocks of `block_bytes` of the model may have."""
         if self._small is None:
             return 1.0
-        own = DraftModel.block_bytes(self._small, self._config.block_size)
+        own = DraftCache.block_bytes(self._small, self._config.block_size)
         return block_bytes / (block_bytes + own)
 
     def close(self, groups: KVGroups, max_model_len: int, step_tokens: int) -> Speculation:
