@@ -87,7 +87,8 @@ def load_weights(
     place: Placement | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> ShardWeights:
-    """Read a shard's weights: those of `layers` (None: all), sliced as `model.layout` says.
+    """Read a shard's weights: those of `layers` (None: all; an empty range: the embedding and the
+    head alone), sliced as `model.layout` says.
 
     The embedding comes with the first layer of the model, the head with the last. Equal
     declarations (tied weights) share one array. `place` says where they go (None: host memory).
@@ -160,11 +161,11 @@ def _groups(model: Model, layers: range | None) -> dict[str | int, dict[str, Wei
     """Declarations by group: "embed", layer indices, "head"."""
     layers = range(model.num_layers) if layers is None else layers
     groups: dict[str | int, dict[str, Weight]] = {}
-    if 0 in layers:
+    if 0 in layers or not layers:
         groups["embed"] = model.embed_weights()
     for layer in layers:
         groups[layer] = model.layer_weights(layer)
-    if model.num_layers - 1 in layers:
+    if model.num_layers - 1 in layers or not layers:
         groups["head"] = model.head_weights()
     return groups
 

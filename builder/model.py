@@ -188,6 +188,16 @@ class Model(ABC):
         of its own there (Medusa's), and what pools hidden states, needs a definition to say it."""
         return x
 
+    def project(self, op: Ops, w: Weights, x: Tensor) -> Tensor:
+        """The rest of the head: what `final_norm` gave -> logits `[R, vocab]`. What guesses hidden
+        states (EAGLE's drafts) needs a definition to say it."""
+        return x
+
+    def token_rows(self, op: Ops, w: Weights, tokens: Tensor) -> Tensor:
+        """int32 tokens `[T]` -> their rows of the embedding table as it is stored, `[T, hidden]`,
+        of the embedding's weights. To be said where `embed` does more than that."""
+        return self.embed(op, w, tokens)
+
 
 class ModelConfigError(ValueError):
     """The checkpoint's config lacks something a definition needs, or asks for what it has not."""

@@ -113,8 +113,11 @@ class Attention:
         o_bias: bool = False,
         qk_norm_eps: float | None = None,
         norm_add: float = 0.0,
+        inputs: int | None = None,
     ) -> None:
+        """`inputs` is the width of what the block reads, if that is not `hidden`."""
         self.hidden = hidden
+        self.inputs = inputs or hidden
         self.heads = heads
         self.kv_heads = kv_heads
         self.head_dim = head_dim
@@ -133,13 +136,13 @@ class Attention:
 
     def weights(self, at: str) -> dict[str, Weight]:
         """The block's weights, of a checkpoint that has its projections under the prefix `at`."""
-        hidden, q_size = self.hidden, self.heads * self.head_dim
+        hidden, inputs, q_size = self.hidden, self.inputs, self.heads * self.head_dim
         weights = {
             "qkv": Weight(
                 (
-                    Part(f"{at}.q_proj.weight", (q_size, hidden), "rows"),
-                    self.kv_part(f"{at}.k_proj.weight", hidden),
-                    self.kv_part(f"{at}.v_proj.weight", hidden),
+                    Part(f"{at}.q_proj.weight", (q_size, inputs), "rows"),
+                    self.kv_part(f"{at}.k_proj.weight", inputs),
+                    self.kv_part(f"{at}.v_proj.weight", inputs),
                 )
             ),
             "o": weight(f"{at}.o_proj.weight", hidden, q_size, shard="columns"),
@@ -170,7 +173,7 @@ class Attention:
         return KVSpec(self.own_kv_heads, self.head_dim, window)
 
     def __call__(self, op: Ops, w: Weights, x: Tensor, layer: int, rope: RopeSpec | None) -> Tensor:
-        """Normed input `[T, hidden]` -> the block's output `[T, hidden]`, complete on each rank."""
+        """Normed input `[T, inputs]` -> the block's output `[T, hidden]`, complete on each rank."""
         q, k, v = op.split(op.linear(x, w.qkv, w.get("qkv_bias")), self.sizes)
         q, k, v = (op.heads(part, self.head_dim) for part in (q, k, v))
         if self.qk_norm_eps is not None:

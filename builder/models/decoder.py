@@ -145,7 +145,10 @@ class Decoder(Model):
         return op.add_residual(x, self.run_mlp(op, w, y, layer))
 
     def head(self, op: Ops, w: Weights, x: Tensor) -> Tensor:
-        return self.vocabulary.logits(op, w.tokens, self.final_norm(op, w, x))
+        return self.project(op, w, self.final_norm(op, w, x))
 
     def final_norm(self, op: Ops, w: Weights, x: Tensor) -> Tensor:
         return op.rms_norm(x, w.norm, self.eps)
+
+    def project(self, op: Ops, w: Weights, x: Tensor) -> Tensor:
+        return self.vocabulary.logits(op, w.tokens, x)

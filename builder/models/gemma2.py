@@ -68,7 +68,10 @@ class Gemma2(Decoder):
         }
 
     def embed(self, op: Ops, w: Weights, tokens: Tensor) -> Tensor:
-        return super().embed(op, w, tokens) * self.embedding_scale
+        return self.token_rows(op, w, tokens) * self.embedding_scale
+
+    def token_rows(self, op: Ops, w: Weights, tokens: Tensor) -> Tensor:
+        return super().embed(op, w, tokens)
 
     def layer(self, op: Ops, w: Weights, x: Tensor, layer: int) -> Tensor:
         y = op.rms_norm(x, w.attention_norm, self.eps)
@@ -78,6 +81,6 @@ class Gemma2(Decoder):
         y = self.run_mlp(op, w, y, layer)
         return op.add_residual(x, op.rms_norm(y, w.after_mlp_norm, self.eps))
 
-    def head(self, op: Ops, w: Weights, x: Tensor) -> Tensor:
-        logits = super().head(op, w, x)
+    def project(self, op: Ops, w: Weights, x: Tensor) -> Tensor:
+        logits = super().project(op, w, x)
         return logits if self.final_softcap is None else op.softcap(logits, self.final_softcap)

@@ -87,8 +87,10 @@ class GPT2(Model):
         return KVSpec(self.own_heads, self.head_dim)
 
     def embed(self, op: Ops, w: Weights, tokens: Tensor) -> Tensor:
-        x = self.vocabulary.embed(op, w.tokens, tokens)
-        return op.add_residual(x, op.position_embedding(w.positions))
+        return op.add_residual(self.token_rows(op, w, tokens), op.position_embedding(w.positions))
+
+    def token_rows(self, op: Ops, w: Weights, tokens: Tensor) -> Tensor:
+        return self.vocabulary.embed(op, w.tokens, tokens)
 
     def layer(self, op: Ops, w: Weights, x: Tensor, layer: int) -> Tensor:
         y = op.layer_norm(x, w.attention_norm, w.attention_norm_bias, self.eps)
@@ -101,10 +103,13 @@ class GPT2(Model):
         return op.add_residual(x, project_out(op, y, w.down, w.down_bias))
 
     def head(self, op: Ops, w: Weights, x: Tensor) -> Tensor:
-        return self.vocabulary.logits(op, w.tokens, self.final_norm(op, w, x))
+        return self.project(op, w, self.final_norm(op, w, x))
 
     def final_norm(self, op: Ops, w: Weights, x: Tensor) -> Tensor:
         return op.layer_norm(x, w.norm, w.norm_bias, self.eps)
+
+    def project(self, op: Ops, w: Weights, x: Tensor) -> Tensor:
+        return self.vocabulary.logits(op, w.tokens, x)
 
     def _scale(self, layer: int) -> float:
         scale = self.head_dim**-0.5 if self.scale_by_size else 1.0
