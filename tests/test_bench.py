@@ -92,10 +92,9 @@ async def test_measures_the_servers_pace(load: Load) -> None:
     assert len(record.chunks) == 5
     # The server never answers sooner than its pace; how much later is the machine's affair.
     assert figures["ttft_ms"]["mean"] >= 1e3 * FIRST * 0.98
-    assert figures["tpot_ms"]["mean"] >= 1e3 * STEP * 0.98
-    assert figures["ttft_ms"]["mean"] + 4 * figures["tpot_ms"]["mean"] == pytest.approx(
-        1e3 * (record.chunks[-1] - record.sent), rel=1e-3
-    )
+    whole = figures["ttft_ms"]["mean"] + 4 * figures["tpot_ms"]["mean"]
+    assert whole >= 1e3 * (FIRST + 4 * STEP) * 0.98
+    assert whole == pytest.approx(1e3 * (record.chunks[-1] - record.sent), rel=1e-3)
 
 
 async def test_asks_for_a_stream_with_usage(server: FakeServer) -> None:

@@ -267,11 +267,15 @@ def test_two_jobs_at_once_build_each_plan_once(store: PlanStore) -> None:
 def test_a_job_takes_over_what_another_fails_to_build(store: PlanStore) -> None:
     claim = store.claim(REQUESTS[0].key)
     assert claim is not None
-    events = Events([])
-    timer = threading.Timer(0.3, claim.release)  # the other job ends, without a plan
-    timer.start()
+
+    class OtherEnds(Events):
+        def finished(self, outcome: Outcome) -> None:
+            super().finished(outcome)
+            if sum(what == "compiled" for what, _ in self.heard) == len(REQUESTS) - 1:
+                claim.release()  # the other job ends, without a plan
+
+    events = OtherEnds([])
     outcomes = fill(REQUESTS, open_store(store.url), LocalWorkers(nonsense), events)
-    timer.join()
     assert states(outcomes) == ["compiled"] * 4
     assert ("elsewhere", "silu 8") in events.heard
     assert events.heard[-1] == ("compiled", "silu 8"), "the others did not wait for it"

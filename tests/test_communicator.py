@@ -21,14 +21,17 @@ from tensorray.actors.communicator import Alone, Communicator, CommunicatorError
 from tensorray.actors.host_communicator import HostCommunicator, MeetingPoint
 from tensorray.actors.wire import Endpoint
 
+PATIENCE = 120.0  # seconds; what is waited for takes none
+
 
 @contextmanager
 def group(size: int, **options: Any) -> Iterator[list[HostCommunicator]]:
     points = [MeetingPoint() for _ in range(size)]
     members = [point.endpoint for point in points]
     with ThreadPoolExecutor(size) as pool:
+        options = {"connect_timeout": PATIENCE, **options}
         joins = [pool.submit(p.join, i, members, **options) for i, p in enumerate(points)]
-        ranks = [join.result(10) for join in joins]
+        ranks = [join.result(PATIENCE) for join in joins]
     try:
         yield ranks
     finally:
@@ -38,12 +41,10 @@ def group(size: int, **options: Any) -> Iterator[list[HostCommunicator]]:
             point.close()
 
 
-def on_all(
-    ranks: list[HostCommunicator], work: Callable[[HostCommunicator], Any], seconds: float = 20
-) -> list[Any]:
+def on_all(ranks: list[HostCommunicator], work: Callable[[HostCommunicator], Any]) -> list[Any]:
     """What each rank's thread returns."""
     with ThreadPoolExecutor(len(ranks)) as pool:
-        return [each.result(seconds) for each in [pool.submit(work, rank) for rank in ranks]]
+        return [each.result(PATIENCE) for each in [pool.submit(work, rank) for rank in ranks]]
 
 
 def values(rank: int, *shape: int, dtype: Any = np.float32) -> np.ndarray:
@@ -140,16 +141,14 @@ def test_a_peer_that_ends_wakes_those_who_wait() -> None:
             comm.barrier()
         return f"{caught.value.peer}: {caught.value}"
 
-    began = time.monotonic()
-    with group(3) as ranks:
+    with group(3, timeout=2 * PATIENCE) as ranks:  # which is not what wakes them
         told = on_all(ranks, work)
     # Whom a rank hears of first is the one that ended, or one that ended for its sake.
     assert any("2: rank 2 at 127.0.0.1" in each and "gone" in each for each in told)
-    assert time.monotonic() - began < 30  # its time-out is longer
 
 
 def test_abort_wakes_the_ranks_own_thread_with_its_reason() -> None:
-    with group(2, timeout=60) as ranks:
+    with group(2, timeout=PATIENCE) as ranks:
         threading.Timer(0.1, ranks[0].abort, ["the router left"]).start()
         with pytest.raises(CommunicatorError, match="aborted: the router left"):
             ranks[0].recv(np.empty(4), 1)
@@ -189,11 +188,11 @@ def test_strangers_and_those_of_another_epoch_stay_outside() -> None:
     members = [point.endpoint for point in points]
     forged = [msgspec.structs.replace(members[0], secret=bytes(32)), members[1]]
     with ThreadPoolExecutor(3) as pool:
-        first = pool.submit(points[0].join, 0, members, epoch=2, connect_timeout=10)
+        first = pool.submit(points[0].join, 0, members, epoch=2, connect_timeout=PATIENCE)
         for other, epoch in ((forged, 2), (members, 1)):
             with pytest.raises(CommunicatorError, match="did not come to epoch"):
-                points[1].join(1, other, epoch=epoch, connect_timeout=5)
-        second = pool.submit(points[1].join, 1, members, epoch=2, connect_timeout=10)
+                points[1].join(1, other, epoch=epoch, connect_timeout=PATIENCE)
+        second = pool.submit(points[1].join, 1, members, epoch=2, connect_timeout=PATIENCE)
         ranks = [first.result(), second.result()]
     assert [x.tolist() for x in on_all(ranks, lambda comm: comm.all_reduce(np.ones(1)))] == [
         [2]
@@ -232,13 +231,11 @@ def test_a_killed_process_is_noticed_and_a_new_one_joins_the_next_epoch() -> Non
 
     for epoch in (1, 2):
         process, theirs = partner()
-        comm = point.join(0, [point.endpoint, theirs], epoch=epoch)
+        comm = point.join(0, [point.endpoint, theirs], epoch=epoch, connect_timeout=PATIENCE)
         comm.barrier()
-        killed = time.monotonic()
         threading.Timer(0.1, os.kill, [process.pid, signal.SIGKILL]).start()
         with pytest.raises(CommunicatorError, match=r"rank 1 at .* gone"):
             comm.recv(np.empty(1), 1)
-        assert time.monotonic() - killed < 30
         comm.close()
         process.wait()
         assert process.stdin is not None

@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-import time
+from types import SimpleNamespace
 
 import msgspec
 import pytest
 
+from tensorray.actors import lease as lease_module
 from tensorray.actors.lease import HeldLease, Lease, LeaseTaken
 
 
@@ -43,16 +44,28 @@ async def test_a_stranger_does_not_get_it() -> None:
     lease.close()
 
 
-async def test_it_lapses_when_nobody_holds_it_and_only_then() -> None:
+async def test_it_lapses_when_nobody_holds_it_and_only_then(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = 0.0
+    monkeypatch.setattr(lease_module, "time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr(lease_module, "_POLL_SECONDS", 0.01)
     lapsed = threading.Event()
-    lease = Lease("127.0.0.1", 0.6, lapsed.set)
+    lease = Lease("127.0.0.1", 60.0, lapsed.set)
     owner = await HeldLease.take(lease.endpoint)
-    await asyncio.sleep(1.3)
+    now = 1000.0
+    await asyncio.sleep(0.2)  # it looks several times, and sees who holds it
     assert not lapsed.is_set()
     owner.close()
-    gone = time.monotonic()
-    assert await asyncio.to_thread(lapsed.wait, 10)
-    assert time.monotonic() - gone >= 0.5
+    for _ in range(6000):
+        if lease._owner is None:
+            break
+        await asyncio.sleep(0.01)
+    now = 1059.0
+    await asyncio.sleep(0.2)
+    assert not lapsed.is_set()
+    now = 1061.0
+    assert await asyncio.to_thread(lapsed.wait, 60)
     with pytest.raises(LeaseTaken):
         await HeldLease.take(lease.endpoint)
     lease.close()

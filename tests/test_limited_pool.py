@@ -38,7 +38,7 @@ def test_each_task_has_its_result_and_each_process_its_environment() -> None:
 
 
 def test_a_task_without_end_is_given_up_and_the_rest_is_done() -> None:
-    tasks = iter([("hangs", 0.2), ("dies", 60.0), ("third", 60.0), ("fourth", 60.0)])
+    tasks = iter([("hangs", 3.0), ("dies", 60.0), ("third", 60.0), ("fourth", 60.0)])
     results = dict(_pool(1).run(tasks, time.perf_counter() + 120))
     hung, dead = results.pop("hangs"), results.pop("dies")
     assert isinstance(hung, GivenUp)

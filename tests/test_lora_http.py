@@ -180,7 +180,7 @@ def test_a_swap_during_traffic_drops_nothing(
     def more_of(*models: str) -> None:
         """Wait until each has another answer that was asked for after now."""
         before = {model: len(answers[model]) + 1 for model in models}
-        for _ in range(600):
+        for _ in range(1800):
             if all(len(answers[model]) > count for model, count in before.items()):
                 return
             assert not any(each.done() for each in asking if not going.is_set())

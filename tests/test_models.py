@@ -116,7 +116,7 @@ class Group:
     def __init__(self, size: int) -> None:
         self.size = size
         self.shared: list[Any] = [None] * size
-        self.barrier = threading.Barrier(size, timeout=20)
+        self.barrier = threading.Barrier(size, timeout=120)
         self.collectives = 0
 
     def exchange(self, rank: int, x: Tensor) -> list[Tensor]:

@@ -18,6 +18,7 @@ from tensorray.actors.communicator import CommunicatorError
 from tensorray.actors.host_communicator import MeetingPoint
 from tensorray.actors.nccl_communicator import NcclCommunicator
 
+PATIENCE = 120.0  # seconds; what is waited for takes none
 _TYPES = {1: np.int8, 2: np.int32, 3: np.float32}
 
 
@@ -44,6 +45,7 @@ class FakeNcclError(Exception):
 class FakeComm:
     """`cupy.cuda.nccl.NcclCommunicator`, whose ranks are threads."""
 
+    patience = PATIENCE
     groups: ClassVar[dict[Any, Any]] = {}
     lock = threading.Lock()
 
@@ -54,13 +56,13 @@ class FakeComm:
             )
         self._group, self._size, self._rank = group, size, rank
         self.error: str | None = None
-        group.barrier.wait(5)  # as ncclCommInitRank does
+        group.barrier.wait(self.patience)  # as ncclCommInitRank does
 
     def _everyones(self, key: str, x: Any) -> list[Any]:
         self._group.inbox[key, self._rank] = x.copy()
-        self._group.barrier.wait(5)
+        self._group.barrier.wait(self.patience)
         found = [self._group.inbox[key, rank] for rank in range(self._size)]
-        self._group.barrier.wait(5)
+        self._group.barrier.wait(self.patience)
         return found
 
     def allReduce(self, x: Any, out: Any, count: int, kind: int, op: int, stream: int) -> None:
@@ -83,11 +85,11 @@ class FakeComm:
     def send(self, x: Any, count: int, kind: int, peer: int, stream: int) -> None:
         self._check(x, count, kind)
         self._group.inbox["p2p", self._rank, peer] = x.copy()
-        self._group.barrier.wait(5)
+        self._group.barrier.wait(self.patience)
 
     def recv(self, out: Any, count: int, kind: int, peer: int, stream: int) -> None:
         self._check(out, count, kind)
-        self._group.barrier.wait(5)
+        self._group.barrier.wait(self.patience)
         out[...] = self._group.inbox["p2p", peer, self._rank]
 
     def check_async_error(self) -> None:
@@ -131,14 +133,14 @@ def on_ranks(size: int, work: Any) -> list[Any]:
     modules = fakes()
 
     def run(rank: int) -> Any:
-        host = points[rank].join(rank, members)
+        host = points[rank].join(rank, members, connect_timeout=PATIENCE)
         try:
-            return work(NcclCommunicator(host, connect_timeout=5, **modules))
+            return work(NcclCommunicator(host, connect_timeout=PATIENCE, **modules))
         finally:
             host.close()
 
     with ThreadPoolExecutor(size) as pool:
-        found = [each.result(20) for each in [pool.submit(run, rank) for rank in range(size)]]
+        found = [each.result(PATIENCE) for each in [pool.submit(run, rank) for rank in range(size)]]
     for point in points:
         point.close()
     return found
@@ -201,7 +203,11 @@ def test_an_error_of_nccls_ends_the_group() -> None:
     on_ranks(1, work)
 
 
-def test_a_peer_that_does_not_come_to_nccl_is_not_waited_for_without_end() -> None:
+def test_a_peer_that_does_not_come_to_nccl_is_not_waited_for_without_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(FakeComm, "patience", 1.0)
+
     def work(rank: int) -> None:
         host = points[rank].join(rank, members)
         modules = fakes()
@@ -215,4 +221,4 @@ def test_a_peer_that_does_not_come_to_nccl_is_not_waited_for_without_end() -> No
     members = [point.endpoint for point in points]
     with ThreadPoolExecutor(2) as pool:
         for each in [pool.submit(work, rank) for rank in range(2)]:
-            each.result(20)
+            each.result(PATIENCE)

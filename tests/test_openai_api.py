@@ -449,7 +449,7 @@ class HangUp:
 
 @pytest.mark.parametrize("stream", [True, False])
 async def test_hanging_up_frees_the_blocks_within_two_steps(model: Path, stream: bool) -> None:
-    async with serving(model, step_ms=20) as (http, backend):
+    async with serving(model, step_ms=100) as (http, backend):
         engine, steps = backend.engine, 0
         send = engine._link.send
 
@@ -472,7 +472,7 @@ async def test_hanging_up_frees_the_blocks_within_two_steps(model: Path, stream:
         stats = engine.scheduler.stats()
         assert stats.free_blocks == stats.total_blocks
         assert steps - before <= 2
-        await asyncio.wait_for(client.task, 1)
+        await asyncio.wait_for(client.task, 60)
 
 
 async def test_a_client_that_does_not_read_costs_the_others_nothing(model: Path) -> None:

@@ -164,8 +164,11 @@ def test_readers_never_see_half_an_entry(directory: DirectoryStore) -> None:
 
     reader = threading.Thread(target=read)
     reader.start()
-    for _ in range(100):
+    deadline = time.monotonic() + 60
+    written = 0
+    while written < 100 or (len(seen) < 2 and time.monotonic() < deadline):
         directory.put(PLAN)
+        written += 1
     stop.set()
     reader.join()
     assert len(seen) > 1

@@ -59,7 +59,7 @@ class Page:
         number = self._next
         self._waiting[number] = asyncio.get_running_loop().create_future()
         await self._socket.send_json({"id": number, "method": method, "params": params})
-        told = await asyncio.wait_for(self._waiting[number], 20)
+        told = await asyncio.wait_for(self._waiting[number], 120)
         assert "error" not in told, told["error"]
         return told["result"]
 
@@ -75,7 +75,7 @@ class Page:
         assert "exceptionDetails" not in told, (script, told["exceptionDetails"])
         return told["result"].get("value")
 
-    async def until(self, script: str, seconds: float = 15) -> Any:
+    async def until(self, script: str, seconds: float = 120) -> Any:
         """Wait until an expression is true; its value."""
         deadline = asyncio.get_running_loop().time() + seconds
         while not (value := await self.eval(script)):
@@ -154,7 +154,7 @@ def browser(path: str, profile: Path) -> Iterator[int]:
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     try:
         told = profile / "DevToolsActivePort"
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 120
         while not (told.exists() and told.read_text().count("\n")):
             assert process.poll() is None, "the browser ended at once"
             assert time.monotonic() < deadline, "the browser did not start"
@@ -162,7 +162,7 @@ def browser(path: str, profile: Path) -> Iterator[int]:
         yield int(told.read_text().splitlines()[0])
     finally:
         process.terminate()
-        process.wait(20)
+        process.wait(120)
 
 
 @asynccontextmanager

@@ -40,10 +40,10 @@ def http_server(
 
     thread = threading.Thread(target=lambda: asyncio.run(serve()), daemon=True)
     thread.start()
-    assert started.wait(30), "the server did not start"
+    assert started.wait(120), "the server did not start"
     server, backend = serving[0]
     try:
         yield server.servers[0].sockets[0].getsockname()[1], backend
     finally:
         server.should_exit = True
-        thread.join(30)
+        thread.join(120)

@@ -40,7 +40,7 @@ class Backend:
     def call(self, work: Coroutine[Any, Any, Any]) -> Any:
         """Await something on the engines' loop, from another thread."""
         assert self.loop is not None
-        return asyncio.run_coroutine_threadsafe(work, self.loop).result(60)
+        return asyncio.run_coroutine_threadsafe(work, self.loop).result(120)
 
     def doors(self) -> list[LocalDoor]:
         return [LocalDoor(each.adapters) for each in self.engines if each.adapters is not None]
@@ -93,9 +93,9 @@ def lora_server(model: Path, **settings: Any) -> Iterator[tuple[int, Backend]]:
 
     thread = threading.Thread(target=lambda: asyncio.run(serve()), daemon=True)
     thread.start()
-    assert started.wait(60), "the server did not start"
+    assert started.wait(120), "the server did not start"
     try:
         yield servers[0].servers[0].sockets[0].getsockname()[1], backend
     finally:
         servers[0].should_exit = True
-        thread.join(60)
+        thread.join(120)
