@@ -43,5 +43,6 @@ class Backend(EngineClient, Protocol):
         ...
 
     async def status(self) -> list[EngineStatus]:
-        """Each engine that answers; several where the model has replicas."""
+        """Each engine that there is and that has ever answered; several where the model has
+        replicas."""
         ...

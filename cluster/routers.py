@@ -30,6 +30,7 @@ from tensorray.cluster.metrics import join_scrapes
 from tensorray.cluster.prefill_first import PrefillFirst
 from tensorray.cluster.replica_choice import Routing
 from tensorray.cluster.replicas import ReplicaLost, Replicas
+from tensorray.cluster.roll_call import RollCall
 from tensorray.cluster.router_share import Place
 
 logger = logging.getLogger("ray.serve")
@@ -40,8 +41,11 @@ _ROUTER_SECONDS = 5.0
 # How long Serve may take to say which routers there are.
 _START_SECONDS = 3600.0
 
-# Of so many routers one can nearly always serve.
+# Of so many routers one can nearly always serve; and so many scrapes are joined at once.
 _FEW = 8
+
+# An engine's status is called old where it is from so many seconds ago.
+_OLD_SECONDS = 5.0
 
 REQUEST_ROUTER = "tensorray.cluster.routers:ToReplica"
 
@@ -176,6 +180,8 @@ class Routers(Replicas[RouterClient]):
         self._clients: dict[str, RouterClient] = {}
         self._address: asyncio.Future[RouterAddress] = asyncio.get_running_loop().create_future()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._scrapes: RollCall[RouterClient, bytes] = RollCall(lambda each: each.metrics())
+        self._statuses: RollCall[RouterClient, EngineStatus] = RollCall(lambda each: each.status())
 
     def follow(self) -> None:
         """Begin to follow what Serve tells."""
@@ -197,25 +203,36 @@ class Routers(Replicas[RouterClient]):
         random.shuffle(members)
         reasons: list[str | None] = []
         for some in (members[:_FEW], members[_FEW:]):
-            reasons += await asyncio.gather(*(each.client.failure() for each in some))
-            if None in reasons:
-                return None
+            asked = [asyncio.create_task(each.client.failure()) for each in some]
+            for each in asyncio.as_completed(asked):
+                if (reason := await each) is None:
+                    return None
+                reasons.append(reason)
         return "; ".join(map(str, reasons)) or "there is no router"
 
     async def metrics(self) -> bytes:
-        scrapes = await asyncio.gather(
-            *(each.client.metrics() for each in self.members()), return_exceptions=True
-        )
-        found = [each for each in scrapes if isinstance(each, bytes)]
+        """See Backend. What a router said last is told until it is known not to answer; each
+        engine's figures have their time (`tensorray:told_timestamp_seconds`)."""
+        told = await self._scrapes.answers(each.client for each in self.members())
+        found = [each.answer for each in told if not each.silent]
         if not found:
             raise EngineFailed("no router answers")
-        return join_scrapes(found)
+        if len(found) <= _FEW:
+            return join_scrapes(found)
+        return await asyncio.to_thread(join_scrapes, found)  # streams go on meanwhile
 
     async def status(self) -> list[EngineStatus]:
-        answers = await asyncio.gather(
-            *(each.client.status() for each in self.members()), return_exceptions=True
-        )
-        return [each for each in answers if isinstance(each, EngineStatus)]
+        """See Backend. A router that does not answer has failed, as far as can be seen."""
+        told = await self._statuses.answers(each.client for each in self.members())
+        return [
+            each.answer
+            if not each.silent and each.age < _OLD_SECONDS
+            else msgspec.structs.replace(
+                each.answer,
+                failure=f"its router has not answered for {each.age:.0f} s",
+            )
+            for each in told
+        ]
 
     async def sleep(self) -> str | None:
         """See sleep_api.Sleeper."""
@@ -291,7 +308,8 @@ class SplitRouters(PrefillFirst):
         return join_scrapes([each for each in scrapes if isinstance(each, bytes)])
 
     async def status(self) -> list[EngineStatus]:
-        return [engine for each in self._all for engine in await each.status()]
+        told = await asyncio.gather(*(each.status() for each in self._all))
+        return [engine for some in told for engine in some]
 
     async def sleep(self) -> str | None:
         """See sleep_api.Sleeper."""
