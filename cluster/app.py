@@ -33,11 +33,12 @@ from rich.console import Console
 from tensorray.cluster import request_log
 from tensorray.cluster.autoscaling import serve_settings
 from tensorray.cluster.config import EngineConfig
-from tensorray.cluster.connect import connect
+from tensorray.cluster.connect import connect, joins
 from tensorray.cluster.fleet import Fleet
 from tensorray.cluster.frontend import Frontend, PreparedRequest
 from tensorray.cluster.ingress import create_app
 from tensorray.cluster.lora_module import check_modules
+from tensorray.cluster.ports import require_free_port
 from tensorray.cluster.replica_number import replica_number
 from tensorray.cluster.router import Router
 from tensorray.cluster.router_door import RouterDoor
@@ -299,13 +300,19 @@ def run(
             logger.info(text)
             if status is not None:
                 status.update(text)
+                if not console.is_terminal:
+                    console.print(text)
 
+        if not joins():
+            require_free_port(host, port)
+            stage(f"Reading {config.model} ...")
+            Frontend.load(config)  # what is wrong with the model, said at once
+            check_modules(config.lora_modules)
         stage("Starting Ray ...")
         own_cluster = connect()
         try:
-            if own_cluster:
-                Frontend.load(config)  # what is wrong with the model, said at once
-                check_modules(config.lora_modules)
+            if blocking and not logger.isEnabledFor(logging.DEBUG):
+                logging.getLogger("ray.serve").setLevel(logging.WARNING)  # `stage` says it
             stage("Starting Ray Serve ...")
             serve.start(http_options=_http_options(host, port, tls))
             stage(f"Loading {config.model} ...")

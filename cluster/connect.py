@@ -7,6 +7,17 @@ import os
 
 import ray
 
+# Ray warns that a cluster takes orders from those who have its token only. That it does not is
+# what a user should know.
+logging.getLogger("ray._private.authentication.authentication_token_setup").addFilter(
+    lambda record: "authentication is enabled" not in record.getMessage()
+)
+
+
+def joins() -> bool:
+    """Whether `connect` finds a cluster, instead of starting one."""
+    return ray.is_initialized() or "RAY_ADDRESS" in os.environ
+
 
 def connect(logging_level: int = logging.WARNING) -> bool:
     """Connect to the cluster that RAY_ADDRESS names, or start one; whether one was started.
@@ -18,6 +29,7 @@ def connect(logging_level: int = logging.WARNING) -> bool:
     if ray.is_initialized():
         return False
     named = "RAY_ADDRESS" in os.environ
+    os.environ.setdefault("RAY_raylet_start_wait_time_s", "120")  # 30 is little on a busy machine
     ray.init(
         address=None if named else "local",
         include_dashboard=None if named else False,

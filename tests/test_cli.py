@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,7 +17,7 @@ import typer
 from pydantic import BaseModel, Field
 from typer.testing import CliRunner
 
-from tensorray.cluster import cli
+from tensorray.cluster import app, cli
 from tensorray.cluster.command_lines import ELSEWHERE
 from tensorray.cluster.command_lines import Command as CommandLine
 from tensorray.cluster.config import EngineConfig
@@ -248,6 +249,21 @@ def test_a_mistake_gets_one_message(tensorray: Command, arguments: list[str], me
     assert status == 2
     assert out == ""
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("model", [MODEL, "./nowhere"])
+def test_serve_looks_at_port_and_model_before_it_starts_ray(
+    tensorray: Command, monkeypatch: pytest.MonkeyPatch, model: str
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(app, "joins", lambda: False)  # another test's cluster may be there
+    monkeypatch.setattr(app, "connect", lambda: pytest.fail("Ray starts"))
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1] if model == MODEL else 0
+        status, out, err = tensorray("serve", model, "--port", str(port))
+    assert (status, out) == (2, "")
+    message = f"port {port} on 127.0.0.1 can't be used" if port else "no such file or directory"
+    assert message in err
 
 
 def test_an_unknown_key_of_the_config_file_is_named(tensorray: Command, tmp_path: Path) -> None:

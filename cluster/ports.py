@@ -1,0 +1,24 @@
+"""Whether a port is free to serve on."""
+
+from __future__ import annotations
+
+import socket
+
+from tensorray.cluster.flags import UsageError
+
+
+def require_free_port(host: str, port: int) -> None:
+    """Raises UsageError when something listens there already.
+
+    Serve's proxy would listen beside it, and requests go to either.
+    """
+    try:
+        family, kind, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        raise UsageError(
+            f"port {port} on {host} can't be used ({error.strerror}); choose another with --port "
+            "(make demo PORT=8001)"
+        ) from None
