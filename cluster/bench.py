@@ -132,6 +132,7 @@ def serve(
     model: str | None,
     workload: Workload,
     *,
+    api_key: str = "",
     rate: float | None,
     concurrency: int | None,
     seed: int,
@@ -140,7 +141,8 @@ def serve(
     """Load a server. Raises RuntimeError when no request succeeded."""
     target = loadgen.Target(
         url,
-        model or served_model(url),
+        model or served_model(url, api_key),
+        api_key,
         extra_body={"temperature": 0.0, "ignore_eos": workload.ignore_eos},
     )
     records, seconds = asyncio.run(loadgen.run(target, workload.prompts, rate, concurrency, seed))
@@ -167,11 +169,17 @@ def timed(
     return time.perf_counter() - began, outputs
 
 
-def served_model(url: str) -> str:
-    """The first model a server lists. Raises UsageError when there is no server."""
+def served_model(url: str, api_key: str = "") -> str:
+    """The first model a server lists. Raises UsageError when there is no server, or no key fits."""
+    request = urllib.request.Request(f"{url}/v1/models")
+    if api_key:
+        request.add_header("Authorization", f"Bearer {api_key}")
     try:
-        with urllib.request.urlopen(f"{url}/v1/models", timeout=10) as response:
+        with urllib.request.urlopen(request, timeout=10) as response:
             return str(json.load(response)["data"][0]["id"])
+    except urllib.error.HTTPError as error:
+        said = "give the server's --api-key" if error.code == 401 else "it lists no models"
+        raise UsageError(f"{url}/v1/models answers {error.code} {error.reason}: {said}") from None
     except (urllib.error.URLError, OSError, ValueError, KeyError, IndexError) as error:
         raise UsageError(f"{url}: no server answers /v1/models ({error})") from None
 

@@ -40,8 +40,21 @@ ConfigFile = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Log everything; show tracebacks.")]
-InputLen = Annotated[str, typer.Option(metavar="N|LOW:HIGH", help="Tokens of a random prompt.")]
-OutputLen = Annotated[str, typer.Option(metavar="N|LOW:HIGH", help="Tokens to generate.")]
+InputLen = Annotated[
+    str,
+    typer.Option(
+        "--input-len",
+        "--random-input-len",
+        metavar="N|LOW:HIGH",
+        help="Tokens of a random prompt.",
+    ),
+]
+OutputLen = Annotated[
+    str,
+    typer.Option(
+        "--output-len", "--random-output-len", metavar="N|LOW:HIGH", help="Tokens to generate."
+    ),
+]
 TokenIds = Annotated[
     str, typer.Option(metavar="LOW:HIGH", help="Where a random prompt's token ids come from.")
 ]
@@ -293,14 +306,25 @@ def throughput(
 
 @command(bench, name="serve")
 def bench_serve(
-    url: Annotated[str, typer.Option(help="The server, without /v1.")] = "http://127.0.0.1:8000",
+    url: Annotated[
+        str, typer.Option("--url", "--base-url", help="The server, without /v1.")
+    ] = "http://127.0.0.1:8000",
     model: Annotated[str | None, typer.Option(help="Default: the first it serves.")] = None,
+    api_key: Annotated[
+        str | None, typer.Option(envvar="OPENAI_API_KEY", help="Key to send, if it wants one.")
+    ] = None,
     request_rate: Annotated[
         float | None,
         typer.Option(help="Requests a second, Poisson arrivals. Default: all at once."),
     ] = None,
     concurrency: Annotated[
-        int | None, typer.Option(min=1, help="Most requests in flight. Default: no limit.")
+        int | None,
+        typer.Option(
+            "--concurrency",
+            "--max-concurrency",
+            min=1,
+            help="Most requests in flight. Default: no limit.",
+        ),
     ] = None,
     input_len: InputLen = "128",
     output_len: OutputLen = "128",
@@ -321,6 +345,7 @@ def bench_serve(
         url.rstrip("/").removesuffix("/v1"),
         model,
         measure.Workload.make(dataset, num_prompts, lengths, seed),
+        api_key=api_key or "",
         rate=request_rate,
         concurrency=concurrency,
         seed=seed,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 from aiohttp import web
 
-from tensorray.cluster import loadgen
+from tensorray.cluster import cli, loadgen
 from tensorray.cluster.bench import Lengths, Workload, table
 from tensorray.cluster.flags import UsageError
 from tensorray.cluster.loadgen import Prompt, Record, Target
@@ -28,8 +29,15 @@ class FakeServer:
         self.bodies: list[dict[str, object]] = []
         self.arrived: list[float] = []
         self.running = self.most_running = 0
+        self.key = ""
+
+    async def models(self, request: web.Request) -> web.Response:
+        if self.key and request.headers.get("Authorization") != f"Bearer {self.key}":
+            return web.Response(status=401)
+        return web.json_response({"data": [{"id": "m"}]})
 
     async def complete(self, request: web.Request) -> web.StreamResponse:
+        assert not self.key or request.headers["Authorization"] == f"Bearer {self.key}"
         body = await request.json()
         self.bodies.append(body)
         self.arrived.append(time.perf_counter())
@@ -63,6 +71,7 @@ async def server() -> AsyncIterator[FakeServer]:
     fake = FakeServer()
     app = web.Application()
     app.router.add_post("/v1/completions", fake.complete)
+    app.router.add_get("/v1/models", fake.models)
     runner = web.AppRunner(app)
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0)
@@ -82,6 +91,24 @@ def load(server: FakeServer) -> Load:
         return (await loadgen.run(Target(server.url, "m"), prompts, **options))[0]  # type: ignore[arg-type]
 
     return send
+
+
+async def test_a_server_with_keys_is_sent_one(
+    server: FakeServer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.key = "sesame"
+    line = ["bench", "serve", "--base-url", f"{server.url}/v1", "--num-prompts=1"]
+    line += ["--random-input-len=2", "--random-output-len=3", "--json"]
+    monkeypatch.setattr("sys.argv", ["tensorray", *line])
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    with pytest.raises(SystemExit) as refused:
+        await asyncio.to_thread(cli.main)
+    assert refused.value.code == 2
+    assert "give the server's --api-key" in capsys.readouterr().err
+    monkeypatch.setenv("OPENAI_API_KEY", "sesame")
+    with contextlib.suppress(SystemExit):
+        await asyncio.to_thread(cli.main)
+    assert json.loads(capsys.readouterr().out)["output_tokens"] == 3
 
 
 async def test_measures_the_servers_pace(load: Load) -> None:
