@@ -11,6 +11,7 @@ from tensorray.actors.speculative_config import SpeculativeConfig
 if TYPE_CHECKING:  # importing it would bring NumPy to every `tensorray --help`
     from tensorray.actors.guidance import Vocabulary
     from tensorray.actors.segment_runners import SegmentBackend
+    from tensorray.builder.checkpoint.base import Checkpoint
     from tensorray.builder.checkpoint.open import LoadFormat
     from tensorray.builder.model import Layout
 
@@ -67,6 +68,20 @@ class ShardConfig:
     def step_tokens(self, default: int) -> int:
         """Tokens a step may run; `default` where nothing is said, or a token a sequence."""
         return self.max_num_batched_tokens or max(default, self.max_num_seqs)
+
+    def open(self) -> Checkpoint:
+        """The model's checkpoint, as `open_checkpoint` opens it."""
+        from tensorray.builder.checkpoint import open_checkpoint
+
+        return open_checkpoint(
+            self.model,
+            load_format=self.load_format,
+            revision=self.revision,
+            token=self.hf_token,
+            cache_dir=self.download_dir,
+            offline=self.offline,
+            hf_overrides=self.hf_overrides,
+        )
 
     @property
     def layout(self) -> Layout:

@@ -9,9 +9,11 @@ common random numbers, Daliri et al., arXiv 2408.07978), which agree where the d
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from tensorray.actors.protocol import SequenceStart
@@ -21,6 +23,19 @@ from tensorray.actors.protocol import SequenceStart
 Guess = Callable[[int, int, Any], int]
 
 
+@dataclass(frozen=True)
+class Seen:
+    """What a step ran of the sequences that have guesses, but for guesses that were wrong: S
+    sequences, T tokens packed end to end."""
+
+    seqs: list[int]
+    counts: NDArray[np.int32]  # [S], tokens of each
+    first: NDArray[np.int32]  # [S], the position of the first of these
+    following: NDArray[np.int32]  # [T], the token that comes after each
+    tables: list[NDArray[np.int32]]  # of each KV group, [S, blocks]
+    states: Mapping[int, NDArray[Any]]  # of the layers in `Drafter.watches`, [T, hidden]
+
+
 class Drafter:
     """Guesses for the sequences that run. What it need not know it may leave out."""
 
@@ -28,6 +43,9 @@ class Drafter:
     cost = 0.0
     #: The most tokens it can guess at once; None: any number.
     most: int | None = None
+    #: The layers whose inputs it wants to see of all that steps run (the number of layers: what
+    #: comes out of the last).
+    watches: tuple[int, ...] = ()
 
     def start(self, start: SequenceStart) -> None:
         """A sequence enters, or re-enters."""
@@ -38,6 +56,9 @@ class Drafter:
     def gained(self, seq: int, tokens: Sequence[int], row: NDArray[Any]) -> None:
         """It chose these tokens in a step, the last from this row `[hidden]` of the residual
         stream, which is to be copied if it is to be kept."""
+
+    def watch(self, seen: Seen) -> None:
+        """After a step, if it watches any layer. What was chosen in the step is known here."""
 
     def resize(self, num_blocks: int) -> None:
         """All sequences are gone; the KV cache has so many blocks from now on."""

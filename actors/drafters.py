@@ -10,6 +10,8 @@ from tensorray.actors.config import ShardConfig
 from tensorray.actors.draft_cache import DraftCache
 from tensorray.actors.draft_model import DraftModel
 from tensorray.actors.drafter import Drafter
+from tensorray.actors.eagle import EagleDraft
+from tensorray.actors.eagle_parts import EagleParts, load_eagle
 from tensorray.actors.lookup_drafter import LookupDrafter
 from tensorray.actors.medusa import MedusaHeads
 from tensorray.actors.protocol import Drafting, KVGroups
@@ -18,7 +20,8 @@ from tensorray.actors.speculative_config import SpeculativeConfig
 from tensorray.builder.checkpoint import open_checkpoint, resolve_path
 from tensorray.builder.checkpoint.medusa import load_medusa
 from tensorray.builder.load import load_weights, plan_bytes
-from tensorray.builder.model import Model, ModelConfigError, Weights
+from tensorray.builder.model import Model, ModelConfigError, ShardWeights
+from tensorray.builder.models.eagle import Eagle, Eagle3
 from tensorray.builder.registry import resolve
 
 #: What one more token adds to a step on a CPU, of a step with one: weights are read once for up to
@@ -29,18 +32,19 @@ CPU_ROW_COST = 0.08
 class OpenSpeculation:
     """A drafter that waits for the KV cache to be sized."""
 
-    def __init__(self, config: ShardConfig, model: Model, head: Weights) -> None:
+    def __init__(self, config: ShardConfig, model: Model, weights: ShardWeights) -> None:
         """Load what the config's drafter needs: on the rank that samples, as the others are told.
 
-        `head` are the weights of the model's own head. Raises CheckpointError, ModelConfigError or
-        ValueError saying what does not fit.
+        `weights` are the model's own. Raises CheckpointError, ModelConfigError or ValueError saying
+        what does not fit.
         """
         assert config.speculative_config is not None
         self._how: SpeculativeConfig = config.speculative_config
         self._config = config
         self._model = model
-        self._head = head
-        self._small: Model | None = None
+        self._weights = weights
+        self._small: Model | None = None  # with a cache of its own
+        self._eagle: EagleParts | None = None
         self._drafter: Drafter | None = None
         self._cost = 0.0
         if model.layout.pp_size > 1:
@@ -51,6 +55,8 @@ class OpenSpeculation:
             self._drafter = LookupDrafter(self._how.prompt_lookup_min, self._how.prompt_lookup_max)
         elif self._how.method == "medusa":
             self._drafter = self._load_medusa()
+        elif self._how.method in ("eagle", "eagle3"):
+            self._load_eagle()
         else:
             self._load_small()
 
@@ -63,10 +69,14 @@ class OpenSpeculation:
 
     def close(self, groups: KVGroups, max_model_len: int, step_tokens: int) -> Speculation:
         """The speculation of a shard whose cache has this shape."""
-        if self._small is not None:
+        if self._eagle is not None:
+            self._drafter = EagleDraft(
+                self._eagle, groups, cost=self._cost, max_model_len=max_model_len
+            )
+        elif self._small is not None:
             self._drafter = DraftModel(
                 self._small,
-                self._weights,
+                self._small_weights,
                 groups,
                 cost=self._cost,
                 max_model_len=max_model_len,
@@ -90,7 +100,19 @@ class OpenSpeculation:
         heads = load_medusa(self._path(), model.hidden_size, model.vocab_size)
         whole = plan_bytes(model, dtype=np.float32)
         cost = sum(head.nbytes for head in heads) / len(heads) / whole
-        return MedusaHeads(heads, model, self._head, cost=cost)
+        return MedusaHeads(heads, model, self._weights.head, cost=cost)
+
+    def _load_eagle(self) -> None:
+        kind = Eagle3 if self._how.method == "eagle3" else Eagle
+        checkpoint = open_checkpoint(str(self._path()))
+        try:
+            self._eagle = load_eagle(
+                kind, checkpoint, self._model, self._weights, self._config.open
+            )
+        finally:
+            checkpoint.close()
+        self._small = self._eagle.draft
+        self._cost = self._eagle.nbytes / plan_bytes(self._model, dtype=np.float32)
 
     def _path(self) -> Path:
         config = self._config
@@ -103,11 +125,7 @@ class OpenSpeculation:
         )
 
     def _load_small(self) -> None:
-        config, name = self._config, self._how.model
-        assert name is not None
-        checkpoint = open_checkpoint(
-            name, token=config.hf_token, cache_dir=config.download_dir, offline=config.offline
-        )
+        name, checkpoint = self._how.model, open_checkpoint(str(self._path()))
         try:
             small = resolve(checkpoint.config)(checkpoint.config)
             if small.vocab_size != self._model.vocab_size:
@@ -115,7 +133,7 @@ class OpenSpeculation:
                     f"--speculative-config: the draft model {name} has {small.vocab_size} tokens "
                     f"and the model {self._model.vocab_size}; they have to share a vocabulary"
                 )
-            self._weights = load_weights(small, checkpoint, dtype=np.float32)
+            self._small_weights = load_weights(small, checkpoint, dtype=np.float32)
         finally:
             checkpoint.close()
         self._small = small

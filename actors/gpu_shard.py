@@ -50,7 +50,6 @@ from tensorray.actors.sampler import SamplingError, refused
 from tensorray.actors.segment_runners import open_runners
 from tensorray.actors.step_buffers import RunningSequences, Scored, Step, StepBuffers
 from tensorray.builder.array_ops import ArrayOps
-from tensorray.builder.checkpoint import open_checkpoint
 from tensorray.builder.graph import DTypes, Program, Segment, trace
 from tensorray.builder.joining import join_rope
 from tensorray.builder.load import load_weights, plan_bytes
@@ -274,15 +273,7 @@ class GpuShard:
         processors = load_registry(config.logits_processors)
         drafts = open_drafts(config)
         device = device or CudaDevice()
-        checkpoint = open_checkpoint(
-            config.model,
-            load_format=config.load_format,
-            revision=config.revision,
-            token=config.hf_token,
-            cache_dir=config.download_dir,
-            offline=config.offline,
-            hf_overrides=config.hf_overrides,
-        )
+        checkpoint = config.open()
         try:
             layout = config.layout
             model = resolve(checkpoint.config, config.model_class)(checkpoint.config, layout)

@@ -46,7 +46,6 @@ from tensorray.actors.ranks import Ranks
 from tensorray.actors.sampler import Sampler, SamplingError, refused
 from tensorray.actors.speculation import Speculation, pad, rows_up_to, unpad
 from tensorray.builder.array_ops import ArrayOps
-from tensorray.builder.checkpoint import open_checkpoint
 from tensorray.builder.load import load_weights, plan_bytes
 from tensorray.builder.model import Model, ShardWeights
 from tensorray.builder.registry import resolve
@@ -186,15 +185,7 @@ class Shard:
         processors = load_registry(config.logits_processors)
         set_num_threads(config.num_threads)
         step_tokens = config.step_tokens(DEFAULT_STEP_TOKENS)
-        checkpoint = open_checkpoint(
-            config.model,
-            load_format=config.load_format,
-            revision=config.revision,
-            token=config.hf_token,
-            cache_dir=config.download_dir,
-            offline=config.offline,
-            hf_overrides=config.hf_overrides,
-        )
+        checkpoint = config.open()
         try:
             layout = config.layout
             model = resolve(checkpoint.config, config.model_class)(checkpoint.config, layout)
@@ -217,7 +208,7 @@ class Shard:
         itemsize = np.dtype(np.float32).itemsize
         opened, share = None, 1.0
         if config.speculative_config is not None:
-            opened = OpenSpeculation(config, model, weights.head)
+            opened = OpenSpeculation(config, model, weights)
             share = opened.share(groups.block_bytes(itemsize))
         num_blocks = choose_num_blocks(
             groups,
@@ -367,7 +358,10 @@ class Shard:
         batch, sampling, scored, chunks = self._pack(plan.seqs, rows, counts, drafts)
         if self._adapters is not None:
             self._adapters.select(plan.seqs, batch.query_starts)
-        hidden = self._forward(batch)
+        watched: dict[int, Any] = {}
+        if speculation is not None:
+            watched = dict.fromkeys(speculation.watches)
+        hidden = self._forward(batch, watched)
         table.computed[rows] += counts
         seqs = [plan.seqs[index] for index in sampling]
         for seq in [*seqs, *(chunk.start.seq for chunk in chunks if chunk.completes)]:
@@ -401,9 +395,12 @@ class Shard:
             drawn = self._verify(seqs, rows[sampling], drafts, widths, logits)
         elif seqs:
             drawn = self._sample(seqs, rows[sampling], logits)
+        gained: dict[int, list[int]] = {}
         if speculation is not None and seqs:
             ends = batch.logit_rows if widths is None else batch.logit_rows[np.cumsum(widths) - 1]
-            speculation.take_tokens(seqs, drawn.seqs, drawn.tokens, widths, hidden, ends)
+            gained = speculation.take_tokens(seqs, drawn.seqs, drawn.tokens, widths, hidden, ends)
+        if speculation is not None and watched:
+            speculation.watch(plan.seqs, batch, drafts, gained, table, watched)
         seqs, tokens = drawn.seqs, drawn.tokens
         if failed := drawn.failed | unscored | unpooled:
             kept = [index for index, seq in enumerate(seqs) if seq not in failed]
@@ -542,8 +539,9 @@ class Shard:
             self._advance(told, widths, unpad(ranks.hear(sum(widths)), widths))
         table.unheard[told] -= 1
 
-    def _forward(self, batch: Batch) -> Any:
-        """The residual stream after the stage's last layer, `[T, hidden]`."""
+    def _forward(self, batch: Batch, watched: dict[int, Any]) -> Any:
+        """The residual stream after the stage's last layer, `[T, hidden]`. Where `watched` has a
+        layer's index, it gets what the layer reads."""
         ops, model, weights, ranks = self._ops, self._model, self._weights, self._ranks
         ops.batch = batch
         if model.layout.is_first:
@@ -552,7 +550,11 @@ class Shard:
             assert ranks is not None
             hidden = ranks.receive(np.empty((len(batch.tokens), model.hidden_size), np.float32))
         for layer, layer_weights in weights.layers.items():
+            if layer in watched:
+                watched[layer] = hidden
             hidden = model.layer(ops, layer_weights, hidden, layer)
+        if model.num_layers in watched:
+            watched[model.num_layers] = hidden
         if not model.layout.is_last:
             assert ranks is not None
             ranks.pass_on(hidden)

@@ -8,15 +8,16 @@ nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tensorray.actors.drafter import Drafter, Guess
+from tensorray.actors.drafter import Drafter, Guess, Seen
 from tensorray.actors.protocol import Drafting, SequenceStart
 from tensorray.actors.ranks import Ranks
+from tensorray.kernels.batch import Batch
 
 if TYPE_CHECKING:
     from tensorray.actors.shard import SequenceTable
@@ -32,6 +33,11 @@ class Speculation:
         self._drafter = drafter
         self._followed: set[int] = set()  # sequences that the drafter knows
 
+    @property
+    def watches(self) -> tuple[int, ...]:
+        """The layers whose inputs `watch` wants (the number of layers: the last one's output)."""
+        return () if self._drafter is None else self._drafter.watches
+
     def reset(self, num_blocks: int) -> None:
         self._followed.clear()
         if self._drafter is not None:
@@ -44,7 +50,8 @@ class Speculation:
             self._followed.discard(seq)
             self._drafter.end(seq)
         for start in starts:
-            if not start.sampling.beam:  # whose tokens are chosen elsewhere
+            # A beam's tokens are chosen elsewhere.
+            if not (start.sampling.beam or start.pooling):
                 self._followed.add(start.seq)
                 self._drafter.start(start)
 
@@ -85,8 +92,8 @@ class Speculation:
         widths: Sequence[int] | None,
         hidden: NDArray[Any],
         ends: NDArray[np.int32],
-    ) -> None:
-        """On the rank that samples: `drawn[i]` chose `tokens[i]`.
+    ) -> dict[int, list[int]]:
+        """On the rank that samples: `drawn[i]` chose `tokens[i]`. What each sequence gained.
 
         `seqs` are all that sampled; of `widths[i]` rows (None: one) of the residual stream `hidden`
         that `seqs[i]` had, `ends[i]` is the last.
@@ -100,6 +107,50 @@ class Speculation:
             if chosen := gained.get(seq):
                 unused = 0 if widths is None else widths[index] - len(chosen)
                 self._drafter.gained(seq, chosen, hidden[ends[index] - unused])
+        return gained
+
+    def watch(
+        self,
+        seqs: Sequence[int],
+        batch: Batch,
+        guessed: Mapping[int, Sequence[int]],
+        gained: Mapping[int, Sequence[int]],
+        table: SequenceTable,
+        states: Mapping[int, NDArray[Any]],
+    ) -> None:
+        """Show the drafter a step of `seqs`, after which the sequences that sampled have
+        `gained` something, of what they `guessed`. `states` are `watches`'."""
+        assert self._drafter is not None
+        starts, first = batch.query_starts[:-1], batch.positions[batch.query_starts[:-1]]
+        counts = np.diff(batch.query_starts)
+        shown, following = [], []
+        for index, seq in enumerate(seqs):
+            if seq not in self._followed:
+                continue
+            if chosen := gained.get(seq):
+                counts[index] -= 1 + len(guessed.get(seq, ())) - len(chosen)
+                following.append(chosen[-1])
+            elif seq in table.prefill:  # its prompt goes on
+                tokens = table.prefill[seq].start.tokens
+                following.append(tokens[first[index] + counts[index]])
+            else:  # nothing could be chosen
+                continue
+            shown.append(index)
+        if not shown:
+            return
+        rows = ranges(starts[shown], counts[shown])
+        after = batch.tokens[np.minimum(rows + 1, len(batch.tokens) - 1)]
+        after[np.cumsum(counts[shown]) - 1] = following
+        self._drafter.watch(
+            Seen(
+                [seqs[index] for index in shown],
+                counts[shown],
+                first[shown],
+                after,
+                [each[shown] for each in batch.block_tables],
+                {layer: state[rows] for layer, state in states.items()},
+            )
+        )
 
 
 def pad(lists: Sequence[Sequence[int]], widths: Sequence[int]) -> NDArray[np.int32]:
@@ -116,6 +167,12 @@ def unpad(padded: NDArray[np.int32], widths: Sequence[int]) -> list[list[int]]:
     """The lists that `pad` was given."""
     pieces = np.split(padded, np.cumsum(widths)[:-1])
     return [piece[piece != _NONE].tolist() for piece in pieces]
+
+
+def ranges(first: NDArray[np.int32], counts: NDArray[np.int32]) -> NDArray[np.int32]:
+    """`first[i]` and the `counts[i] - 1` numbers after it, for each i, end to end."""
+    ends = np.cumsum(counts)
+    return np.arange(ends[-1], dtype=np.int32) + np.repeat(first - ends + counts, counts)
 
 
 def rows_up_to(ends: NDArray[np.int32], drafts: Sequence[Sequence[int]]) -> NDArray[np.int32]:

@@ -6,15 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
-Method = Literal["ngram", "draft_model", "medusa"]
+Method = Literal["ngram", "draft_model", "medusa", "eagle", "eagle3"]
 
 _LONGEST = 5  # suffix that prompt lookup looks for, where nothing is said
 _SHORTEST = 2
 _TOKENS = 5  # with its last known token, a CPU's kernels run a sequence's drafts in one pass
 
 _REFUSED = {
-    "eagle": "EAGLE heads (arXiv 2401.15077) are not supported",
-    "eagle3": "EAGLE heads (arXiv 2503.01840) are not supported",
     "mlp_speculator": "MLP speculators are not supported",
     "suffix": "suffix decoding is not supported; ngram is close to it",
     "mtp": "multi-token prediction layers are not supported",
@@ -28,7 +26,8 @@ class SpeculativeConfig:
 
     method: "ngram" looks them up in the sequence itself (arXiv 2304.04487); "draft_model" has a
     small model of the same vocabulary write them (arXiv 2302.01318); "medusa" has heads of their
-    own on the model's last hidden state (arXiv 2401.10774).
+    own on the model's last hidden state (arXiv 2401.10774); "eagle" and "eagle3" have a layer that
+    guesses the model's next hidden states (arXiv 2401.15077, 2503.01840).
     model: the draft model's or the heads' checkpoint, by path or Hub id.
     num_speculative_tokens: the most guesses a sequence and step.
     prompt_lookup_max, prompt_lookup_min: the longest and shortest suffix to look up, in tokens.

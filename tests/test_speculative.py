@@ -258,7 +258,8 @@ def test_what_ranks_tell_each_other_keeps_lists_apart() -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"method": "eagle", "model": "x"}, "EAGLE heads .* not supported"),
+        ({"method": "mlp_speculator", "model": "x"}, "MLP speculators are not supported"),
+        ({"method": "eagle"}, "'eagle' needs model"),
         ({"method": "telepathy"}, "method must be one of ngram, draft_model, medusa"),
         ({"num_speculative_tokens": 3}, "method must be one of"),
         ({"method": "ngram", "model": "x"}, "has no model"),

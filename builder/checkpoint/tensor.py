@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
@@ -171,6 +171,13 @@ class TensorCheckpoint:
 
     def has(self, name: str) -> bool:
         return name in self._tensors
+
+    def renamed(self, names: Mapping[str, str]) -> TensorCheckpoint:
+        """Of the same files the tensors that `names` lists, a new name for each old one."""
+        tensors = {new: self._tensor(old) for new, old in names.items()}
+        return TensorCheckpoint(
+            self.path, self.config, self.generation_config, tensors, self._quantization
+        )
 
     def names(self) -> Iterable[str]:
         return self._tensors.keys()
