@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -70,3 +71,29 @@ def ray_cluster() -> Iterator[None]:
     )
     yield
     ray.shutdown()
+
+
+@pytest.fixture
+def free_cluster(ray_cluster: None) -> None:
+    """`ray_cluster`, with all of its CPUs free: tests before give theirs back in their own time."""
+    import ray
+
+    deadline = time.monotonic() + 120
+    while ray.available_resources().get("CPU") != 8:
+        assert time.monotonic() < deadline, ray.available_resources()
+        time.sleep(0.1)
+
+
+@pytest.fixture(scope="session")
+def serve_port(ray_cluster: None) -> Iterator[int]:
+    """Where Ray Serve listens, on `ray_cluster`, for the whole run.
+
+    Each test that deploys an application there takes it down: `app.stop(own_cluster=False)`.
+    """
+    from helpers.ports import free_port
+    from ray import serve
+
+    port = free_port()
+    serve.start(http_options={"host": "127.0.0.1", "port": port})
+    yield port
+    serve.shutdown()

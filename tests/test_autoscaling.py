@@ -75,7 +75,7 @@ def test_settings_that_serve_does_not_know_are_refused() -> None:
 
 
 @pytest.fixture
-def handle(tmp_path: Path, ray_cluster: None) -> Iterator[Any]:
+def handle(tmp_path: Path, serve_port: int) -> Iterator[Any]:
     from ray import serve
 
     settings = EngineConfig(
@@ -93,9 +93,9 @@ def handle(tmp_path: Path, ray_cluster: None) -> Iterator[Any]:
             "look_back_period_s": 2,
         },
     )
-    app.run(settings, port=0, blocking=False)
+    app.run(settings, port=serve_port, blocking=False)
     yield serve.get_app_handle(app.APP_NAME)
-    serve.shutdown()
+    app.stop(own_cluster=False)
 
 
 def replicas() -> int:

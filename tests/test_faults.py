@@ -128,10 +128,11 @@ def test_a_batch_on_a_full_disk_says_so_and_goes_on_later(tmp_path: Path) -> Non
 
 
 @pytest.mark.ray
-def test_an_ingress_that_dies_takes_its_own_streams_alone(ray_cluster: None) -> None:
+def test_an_ingress_that_dies_takes_its_own_streams_alone(serve_port: int) -> None:
     from tests.soak import faults
 
-    (row,) = faults.run(8, ["ingress"], 0)
+    (row,) = faults.run(serve_port, 8, ["ingress"], 0)
     assert row.wrong == 0
-    assert row.errors <= 8 < row.answers
+    # Those it had, and what was sent to it until Serve noticed.
+    assert row.errors <= 16 <= row.answers
     assert row.told <= faults.CUT_OFF

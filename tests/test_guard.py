@@ -4,15 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import ssl
-import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
-from ray import serve
 from typer.testing import CliRunner
 
 from tensorray.cluster import app, cli
@@ -21,7 +16,6 @@ from tensorray.cluster.errors import ApiError
 from tensorray.cluster.guard import HEADER_BYTES, Allowance
 from tensorray.cluster.key_digests import add_key, digest, read_keys
 from tests.helpers.null_engine import serving, write_model
-from tests.helpers.ports import free_port
 
 COMPLETIONS = "/v1/completions"
 HI = {"prompt": "Hi", "max_tokens": 2}
@@ -220,48 +214,16 @@ async def test_logs_hold_no_prompt_and_no_key(
 # --- TLS --------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def certificate(tmp_path_factory: pytest.TempPathFactory) -> app.Tls:
-    folder = tmp_path_factory.mktemp("tls")
-    tls = app.Tls(str(folder / "cert.pem"), str(folder / "key.pem"))
-    command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2"
-    command += " -subj /CN=localhost -addext subjectAltName=DNS:localhost,IP:127.0.0.1"
-    files = ["-keyout", tls.keyfile, "-out", tls.certfile]
-    subprocess.run([*command.split(), *files], check=True, capture_output=True)
-    return tls
-
-
-def test_tls_needs_files_that_exist(certificate: app.Tls) -> None:
+def test_tls_needs_files_that_exist() -> None:  # test_serve_command.py has some that do
     with pytest.raises(FileNotFoundError, match=r"nowhere\.pem"):
-        app._http_options("127.0.0.1", 8000, app.Tls("nowhere.pem", certificate.keyfile))
+        app._http_options("127.0.0.1", 8000, app.Tls("nowhere.pem", __file__))
     for arguments in (["--ssl-certfile", "c"], ["--ssl-keyfile", "k"], ["--ssl-ca-certs", "c"]):
         ran = CliRunner().invoke(cli.app, ["serve", "model", *arguments])
         assert ran.exit_code == 2
         assert "--ssl-certfile" in ran.output
 
 
-@pytest.fixture
-def port() -> Iterator[int]:
-    yield free_port()
-    serve.shutdown()
-
-
 @pytest.mark.ray
-def test_https_with_a_key(model: Path, certificate: app.Tls, ray_cluster: None, port: int) -> None:
-    config = EngineConfig(model=str(model), device="null", api_key=["secret"])
-    app.run(config, port=port, blocking=False, tls=certificate)
-    trusting = ssl.create_default_context(cafile=certificate.certfile)
-    with httpx.Client(base_url=f"https://127.0.0.1:{port}", verify=trusting) as client:
-        assert client.get("/v1/models").status_code == 401
-        answer = client.post(COMPLETIONS, json=HI, headers=bearer("secret"))
-        assert answer.status_code == 200
-    with pytest.raises(httpx.TransportError):
-        httpx.get(f"http://127.0.0.1:{port}/health")
-
-
-@pytest.mark.ray
-def test_a_serve_without_tls_is_noticed(model: Path, ray_cluster: None, port: int) -> None:
-    config = EngineConfig(model=str(model), device="null")
-    app.run(config, port=port, blocking=False)
+def test_a_serve_without_tls_is_noticed(serve_port: int) -> None:
     with pytest.raises(RuntimeError, match="without TLS"):
-        app._check_tls("127.0.0.1", port)
+        app._check_tls("127.0.0.1", serve_port)

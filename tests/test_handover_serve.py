@@ -20,7 +20,6 @@ from tensorray.cluster import app
 from tensorray.cluster.config import EngineConfig
 from tensorray.cluster.llm import LLM
 from tensorray.cluster.sampling_params import SamplingParams
-from tests.helpers.ports import free_port
 from tests.helpers.tiny_models import directory
 
 pytestmark = pytest.mark.ray
@@ -34,8 +33,7 @@ SAMPLING: list[dict[str, Any]] = [
 
 
 @pytest.fixture(scope="module")
-def port(ray_cluster: None) -> Iterator[int]:
-    port = free_port()
+def port(serve_port: int) -> Iterator[int]:
     config = EngineConfig(
         model=str(MODEL),
         served_model_name=["tiny"],
@@ -49,10 +47,10 @@ def port(ray_cluster: None) -> Iterator[int]:
         prefill_replicas=1,
         prefill_min_tokens=16,
     )
-    app.run(config, port=port, blocking=False)
-    until(lambda: "prefill-0" in scrape(port)["engine_up"])
-    yield port
-    serve.shutdown()
+    app.run(config, port=serve_port, blocking=False)
+    until(lambda: "prefill-0" in scrape(serve_port)["engine_up"])
+    yield serve_port
+    app.stop(own_cluster=False)
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +67,7 @@ def asked() -> list[tuple[list[int], dict[str, Any]]]:
 
 
 def until(condition: Any) -> None:
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 180
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.05)

@@ -31,7 +31,8 @@ PLAN = StepPlan(
     [5],
     starts=[SequenceStart(0, [9, 8, 7, 6, 5], 5, 0, [[1], [2]], Sampling(temperature=0.0))],
 )
-WHERE = Where(timeout=60.0, lease=3.0)
+PATIENCE = 180.0
+WHERE = Where(timeout=PATIENCE, lease=PATIENCE)
 
 
 def configs(tp: int = 1, pp: int = 1, **changes: Any) -> list[ShardConfig]:
@@ -59,7 +60,7 @@ async def first_tokens(link: Any) -> list[int]:
     return list((await link.receive()).tokens)
 
 
-async def until_gone(pids: list[int], seconds: float = 60) -> None:
+async def until_gone(pids: list[int], seconds: float = PATIENCE) -> None:
     deadline = time.monotonic() + seconds
     while any(psutil.pid_exists(pid) for pid in pids):
         assert time.monotonic() < deadline, "shards live on"
@@ -78,7 +79,7 @@ async def test_a_shard_answers_like_one_in_this_process_and_its_death_is_noticed
         await asyncio.sleep(0)
         os.kill(described["pid"], signal.SIGKILL)
         with pytest.raises(ShardError, match="connection ended"):
-            await asyncio.wait_for(waiting, 30)
+            await asyncio.wait_for(waiting, PATIENCE)
 
 
 async def test_what_can_not_load_says_why_and_leaves_nothing(ray_cluster: None) -> None:
@@ -87,7 +88,10 @@ async def test_what_can_not_load_says_why_and_leaves_nothing(ray_cluster: None) 
     missing = [ShardConfig("/nonexistent/model", device="cpu")]
     with pytest.raises(ShardError, match="/nonexistent/model"):
         await Replica.open("bad", missing, WHERE)
-    assert not [each for each in names() if each.startswith("bad.")]
+    deadline = time.monotonic() + PATIENCE
+    while any(each.startswith("bad.") for each in names()):
+        assert time.monotonic() < deadline, names()
+        await asyncio.sleep(0.1)
 
 
 def names() -> list[str]:
@@ -108,7 +112,7 @@ async def test_only_the_lost_shard_is_started_again(ray_cluster: None) -> None:
             killed = time.monotonic()
             os.kill(before[lost], signal.SIGKILL)
             with pytest.raises(ShardError, match=f"rank {lost}: the shard's conn") as e:
-                await asyncio.wait_for(waiting, 30)
+                await asyncio.wait_for(waiting, PATIENCE)
             noticed = time.monotonic() - killed
             told: list[str] = []
             link = await four.recover(e.value, told.append)
@@ -131,13 +135,13 @@ async def test_a_shard_that_fails_of_itself_is_started_again(ray_cluster: None) 
 
 
 async def test_a_shard_that_hangs_is_started_again(ray_cluster: None) -> None:
-    async with replica(configs(tp=2, collective_timeout_seconds=1.0)) as pair:
+    async with replica(configs(tp=2, collective_timeout_seconds=3.0)) as pair:
         link = await pair.connect()
         before = [each["pid"] for each in await pair.describe()]
         os.kill(before[0], signal.SIGSTOP)
         link.send(PLAN)
-        asyncio.get_running_loop().call_later(2, link.fail, ShardError("no step for 2 s"))
-        with pytest.raises(ShardError, match=r"rank 0 at .* has not answered for 1 s") as e:
+        asyncio.get_running_loop().call_later(60, link.fail, ShardError("no step for 60 s"))
+        with pytest.raises(ShardError, match=r"rank 0 at .* has not answered for 3 s") as e:
             await link.receive()
         link = await pair.recover(e.value, print)
         after = [each["pid"] for each in await pair.describe()]
@@ -164,16 +168,14 @@ async def test_the_next_router_adopts_what_the_last_one_left(ray_cluster: None) 
     await until_gone(after)
 
 
-async def test_shards_that_nobody_adopts_end_themselves(ray_cluster: None) -> None:
-    orphans = await Replica.open("orphans", configs(tp=2), WHERE)
+async def test_shards_that_nobody_adopts_end_themselves(free_cluster: None) -> None:
+    where = Where(timeout=PATIENCE, lease=5.0)  # test_lease.py shows that a held one does not lapse
+    orphans = await Replica.open("orphans", configs(tp=2), where)
     pids = [each["pid"] for each in await orphans.describe()]
-    free = ray.available_resources().get("CPU", 0)
-    await asyncio.sleep(WHERE.lease + 1)
-    assert all(psutil.pid_exists(pid) for pid in pids)  # a lease that is held does not lapse
     await abandon(orphans)
     await until_gone(pids)
-    deadline = time.monotonic() + 60
-    while ray.available_resources().get("CPU", 0) < free + 2:
+    deadline = time.monotonic() + PATIENCE
+    while ray.available_resources().get("CPU", 0) < 8:
         assert time.monotonic() < deadline, "the placement group is still there"
         await asyncio.sleep(0.1)
 
@@ -192,12 +194,11 @@ async def test_too_large_a_layout_is_refused_with_what_there_is(ray_cluster: Non
         await Replica.open("large", configs(tp=4, pp=3), WHERE)
 
 
-async def test_room_that_is_taken_is_waited_for_with_an_end(ray_cluster: None) -> None:
-    deadline = time.monotonic() + 120  # what ran before gives its place back in its own time
-    while ray.available_resources().get("CPU") != 8 and time.monotonic() < deadline:
-        await asyncio.sleep(0.1)
+async def test_room_that_is_taken_is_waited_for_with_an_end(free_cluster: None) -> None:
     other = ray.util.placement_group([{"CPU": 6}])
-    assert other.wait(120)
-    with pytest.raises(PlacementError, match=r"no room for 1 x 4 CPU within 1 s .*: 2 CPU"):
-        await Replica.open("late", configs(tp=4), Where(timeout=1.0))
-    ray.util.remove_placement_group(other)
+    try:
+        assert other.wait(PATIENCE)
+        with pytest.raises(PlacementError, match=r"no room for 1 x 4 CPU within 1 s .*: 2 CPU"):
+            await Replica.open("late", configs(tp=4), Where(timeout=1.0))
+    finally:
+        ray.util.remove_placement_group(other)

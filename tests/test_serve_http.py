@@ -21,11 +21,11 @@ from ray import serve
 from tensorray.cluster import app
 from tensorray.cluster.config import EngineConfig
 from tests.helpers.null_engine import write_model
-from tests.helpers.ports import free_port
 
 pytestmark = pytest.mark.ray
 
 STEP_MS = 20.0
+PATIENCE = 120.0
 
 
 def config(model: Path, step_ms: float = STEP_MS) -> EngineConfig:
@@ -46,12 +46,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def port(model: Path, ray_cluster: None) -> Iterator[int]:
+def port(model: Path, serve_port: int) -> Iterator[int]:
     """Where the service listens; two ingress replicas before one router."""
-    port = free_port()
-    app.run(config(model), port=port, blocking=False)
-    yield port
-    serve.shutdown()
+    app.run(config(model), port=serve_port, blocking=False)
+    yield serve_port
+    app.stop(own_cluster=False)
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +64,7 @@ def completion(client: openai.OpenAI, **fields: Any) -> Any:
 
 
 def get(port: int, path: str) -> tuple[int, str]:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
     connection.request("GET", path)
     answer = connection.getresponse()
     return answer.status, answer.read().decode()
@@ -81,11 +80,18 @@ def scrape(port: int) -> dict[str, float]:
     }
 
 
-def until_idle(port: int, seconds: float = 10) -> dict[str, float]:
-    deadline = time.monotonic() + seconds
-    while (seen := scrape(port))["num_requests_running"] or seen["num_requests_waiting"]:
-        assert time.monotonic() < deadline, "requests still run"
-    return seen
+def until_running(port: int, count: int, waiting: int = 0) -> dict[str, float]:
+    """Figures of when so many requests run and wait."""
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        seen = scrape(port)
+        if (seen["num_requests_running"], seen["num_requests_waiting"]) == (count, waiting):
+            return seen
+        assert time.monotonic() < deadline, seen
+
+
+def until_idle(port: int) -> dict[str, float]:
+    return until_running(port, 0)
 
 
 def test_whole_and_streamed(client: openai.OpenAI) -> None:
@@ -98,11 +104,12 @@ def test_whole_and_streamed(client: openai.OpenAI) -> None:
     assert last.usage.completion_tokens == 20
 
 
-def test_tokens_come_as_they_are_made(client: openai.OpenAI) -> None:
-    began = time.monotonic()
-    arrivals = [time.monotonic() - began for _ in completion(client, max_tokens=40, stream=True)]
-    assert arrivals[0] < arrivals[-1] - 20 * STEP_MS / 1e3
-    assert len(arrivals) > 10
+def test_tokens_come_as_they_are_made(client: openai.OpenAI, port: int) -> None:
+    stream = completion(client, max_tokens=200, stream=True)
+    next(stream)
+    assert scrape(port)["num_requests_running"] == 1
+    stream.close()
+    until_idle(port)
 
 
 def test_chat_with_choices_and_logprobs(client: openai.OpenAI) -> None:
@@ -146,13 +153,19 @@ def test_errors_have_their_status(client: openai.OpenAI) -> None:
 
 
 def test_a_full_queue_is_429(client: openai.OpenAI, port: int) -> None:
-    with ThreadPoolExecutor(24) as pool:
-        answers = [pool.submit(completion, client, max_tokens=30) for _ in range(24)]
-        errors = [answer.exception() for answer in answers]
-    refused = [error for error in errors if error is not None]
-    assert len(refused) >= 4
-    assert all(isinstance(error, openai.RateLimitError) for error in refused)
-    assert all(int(error.response.headers["retry-after"]) >= 1 for error in refused)  # type: ignore[attr-defined]
+    body = json.dumps({"prompt": "Hello", "max_tokens": 200, "n": 8}).encode()
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: test\r\nContent-Length: %d\r\n\r\n" % len(body)
+    with (
+        socket.create_connection(("127.0.0.1", port)) as running,
+        socket.create_connection(("127.0.0.1", port)) as waiting,
+    ):
+        running.sendall(head + body)
+        until_running(port, 8)
+        waiting.sendall(head + body)
+        until_running(port, 8, 8)
+        with pytest.raises(openai.RateLimitError) as refused:
+            completion(client)
+        assert int(refused.value.response.headers["retry-after"]) >= 1
     until_idle(port)
 
 
@@ -165,14 +178,10 @@ def test_hanging_up_cancels(port: int, stream: bool) -> None:
             b"POST /v1/completions HTTP/1.1\r\nHost: test\r\nContent-Length: %d\r\n\r\n%s"
             % (len(body), body.encode())
         )
-        while scrape(port)["num_requests_running"] != 2:
-            pass
-        steps = scrape(port)["batch_size_count"]
+        until_running(port, 2)
     seen = until_idle(port)
     assert seen["kv_cache_usage_perc"] == 0
-    # Two steps, and what the way of the news from a socket to the engine takes.
-    assert seen["batch_size_count"] - steps <= 2 + 100 / STEP_MS
-    assert seen["generation_tokens_total"] - before["generation_tokens_total"] < 200
+    assert seen["generation_tokens_total"] - before["generation_tokens_total"] < 2 * 200
 
 
 def test_models_health_version(port: int) -> None:
@@ -239,9 +248,9 @@ def test_a_killed_shard_is_a_pause(client: openai.OpenAI, port: int) -> None:
     stream = completion(client, max_tokens=200, stream=True)
     text = next(stream).choices[0].text
     os.kill(shard["pid"], signal.SIGKILL)
-    killed = time.monotonic()
+    deadline = time.monotonic() + PATIENCE
     while (seen := get(port, "/health"))[0] == 200:
-        assert time.monotonic() < killed + 30, "not noticed"
+        assert time.monotonic() < deadline, "not noticed"
     error = json.loads(seen[1])["error"]
     assert (seen[0], error["code"]) == (503, "engine_unavailable")
     assert "shards failed and are started again" in error["message"]
@@ -267,7 +276,7 @@ def test_a_killed_shard_is_a_pause(client: openai.OpenAI, port: int) -> None:
 
 def test_a_stalled_shard_turns_health_red(client: openai.OpenAI, port: int) -> None:
     def until(status: int, reason: str) -> None:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + PATIENCE
         while (seen := get(port, "/health"))[0] != status or reason not in seen[1]:
             assert time.monotonic() < deadline, seen
             time.sleep(0.1)

@@ -172,7 +172,7 @@ def test_a_time_needs_the_mode() -> None:
 
 
 @pytest.mark.ray
-async def test_a_replica_that_sleeps_holds_no_place(ray_cluster: None) -> None:
+async def test_a_replica_that_sleeps_holds_no_place(free_cluster: None) -> None:
     model = str(directory("gemma3"))
     shard = ShardConfig(model, device="cpu", max_model_len=64, num_kv_blocks=64, num_threads=1)
 

@@ -6,29 +6,41 @@ is not looked at here.
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
+import asyncio
+from argparse import Namespace
 from pathlib import Path
 
+import psutil
 import pytest
 
-SCRIPT = Path(__file__).parent / "benchmarks" / "soak_streams.py"
+from tensorray.cluster import app
+from tensorray.cluster.config import EngineConfig
+from tests.benchmarks.soak_streams import soak
+from tests.helpers.null_engine import write_model
+
+STREAMS, STEP_MS, TOKENS = 250, 200, 10
 
 
 @pytest.mark.ray
-def test_no_stream_is_lost() -> None:
+def test_no_stream_is_lost(serve_port: int, tmp_path: Path) -> None:
     """Each of 250 streams, over and over, is answered in whole, with every token."""
-    options = ["--streams=250", "--seconds=10", "--warm-up=1", "--step-ms=200", "--tokens=10"]
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), *options, "--growth=1"],
-        capture_output=True,
-        text=True,
-        timeout=500,
+    config = EngineConfig(
+        model=str(write_model(tmp_path / "soak")),
+        device="null",
+        null_step_ms=STEP_MS,
+        max_num_seqs=STREAMS,
+        max_waiting=STREAMS,
     )
-    assert done.returncode == 0, f"{done.stdout}\n{done.stderr[-3000:]}"
-    report = json.loads(done.stdout)
+    load = Namespace(
+        streams=STREAMS, seconds=6, warm_up=1, step_ms=STEP_MS, tokens=TOKENS, gemma=False, growth=1
+    )
+    app.run(config, port=serve_port, blocking=False)
+    try:
+        report, faults = asyncio.run(soak(serve_port, psutil.Process(), load))
+    finally:
+        app.stop(own_cluster=False)
+    assert not faults
     assert report["lost"] == 0
-    assert report["answers"] >= 250
-    assert report["tokens"] == 10 * report["answers"]
+    assert report["answers"] >= STREAMS
+    assert report["tokens"] == TOKENS * report["answers"]
     assert set(report["mib_first_and_last"]) == {"ingress", "proxy", "router", "shard"}

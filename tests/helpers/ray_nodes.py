@@ -20,8 +20,8 @@ from typing import Any
 
 from helpers.ports import free_port
 
-# A killed node is noticed within seconds rather than a quarter of a minute.
-_HEALTH_CHECKS = {
+#: Ray's, by which a killed node is noticed within seconds rather than a quarter of a minute.
+HEALTH_CHECKS = {
     "health_check_initial_delay_ms": 0,
     "health_check_period_ms": 500,
     "health_check_timeout_ms": 2000,
@@ -38,6 +38,7 @@ class RayNodes:
     def __init__(self, process: subprocess.Popen[str], started: dict[str, Any]) -> None:
         self._process = process
         self.address: str = started["address"]
+        #: Its address, if there is one.
         self.dashboard: str = started["dashboard"]
         #: Ray's ids of the nodes, the head first.
         self.nodes: list[str] = started["nodes"]
@@ -63,7 +64,8 @@ class RayNodes:
 
 
 @contextlib.contextmanager
-def ray_nodes(count: int) -> Iterator[RayNodes]:
+def ray_nodes(count: int, *, dashboard: bool = False) -> Iterator[RayNodes]:
+    """`dashboard` is for who submits jobs: it takes its time to start."""
     directory = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # paths of sockets have to be short
     # Jobs run what is on the path: the commands of this very environment.
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
@@ -76,7 +78,7 @@ def ray_nodes(count: int) -> Iterator[RayNodes]:
     }
     environment.pop("RAY_ADDRESS", None)
     process = subprocess.Popen(
-        [sys.executable, __file__, str(count)],
+        [sys.executable, __file__, str(count), *(["dashboard"] if dashboard else [])],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -90,11 +92,11 @@ def ray_nodes(count: int) -> Iterator[RayNodes]:
         yield RayNodes(process, json.loads(line))
     finally:
         process.stdin.close()
-        process.wait(60)
+        process.wait(180)
         shutil.rmtree(directory, ignore_errors=True)
 
 
-def _main(count: int) -> None:
+def _main(count: int, dashboard: bool) -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # Ray prints to stdout too
     from ray.cluster_utils import Cluster
@@ -104,10 +106,10 @@ def _main(count: int) -> None:
         initialize_head=True,
         head_node_args={
             "num_cpus": 1,
-            "include_dashboard": True,
+            "include_dashboard": dashboard,
             "dashboard_port": port,
             "dashboard_agent_listen_port": free_port(),
-            "_system_config": _HEALTH_CHECKS,
+            "_system_config": HEALTH_CHECKS,
         },
     )
     nodes = [_add(cluster, wait=False) for _ in range(count - 2)]
@@ -147,4 +149,4 @@ def _add(cluster: Any, **options: Any) -> Any:
 
 
 if __name__ == "__main__":
-    _main(int(sys.argv[1]))
+    _main(int(sys.argv[1]), "dashboard" in sys.argv[2:])

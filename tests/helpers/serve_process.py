@@ -56,7 +56,20 @@ def service(nodes: RayNodes, port: int, **settings: Any) -> Iterator[Service]:
         yield Service(process, port)
     finally:
         process.stdin.close()
-        process.wait(60)
+        process.wait(180)
+
+
+def keep_on_head() -> None:
+    """From here on, what this process deploys runs on the head node."""
+    from ray import serve
+
+    plain = serve.deployment
+
+    def on_head(*arguments: Any, ray_actor_options: Any, **options: Any) -> Any:
+        pinned = {**ray_actor_options, "resources": {_HEAD: 0.001}}
+        return plain(*arguments, ray_actor_options=pinned, **options)
+
+    serve.deployment = on_head
 
 
 def _main(port: int, settings: dict[str, Any]) -> None:
@@ -68,18 +81,12 @@ def _main(port: int, settings: dict[str, Any]) -> None:
         from tensorray.cluster import app
         from tensorray.cluster.config import EngineConfig
 
-        plain = serve.deployment
-
-        def on_head(*arguments: Any, ray_actor_options: Any, **options: Any) -> Any:
-            pinned = {**ray_actor_options, "resources": {_HEAD: 0.001}}
-            return plain(*arguments, ray_actor_options=pinned, **options)
-
-        serve.deployment = on_head
+        keep_on_head()
         app.run(EngineConfig(**settings), port=port, blocking=False)
         print("ready", file=answers, flush=True)
         router = serve.get_deployment_handle("Router", app.APP_NAME)
         for line in sys.stdin:
-            found = getattr(router, line.strip()).remote().result(timeout_s=60)
+            found = getattr(router, line.strip()).remote().result(timeout_s=180)
             print(json.dumps(found), file=answers, flush=True)
         serve.shutdown()
 

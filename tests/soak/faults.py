@@ -336,9 +336,8 @@ def show(row: Row) -> None:
     print(f"| {row.fault} | {row.clients} | {row.lost} | {row.recovery} |", flush=True)
 
 
-def run(readers: int, names: list[str], count: int) -> list[Row]:
-    """On Ray as it is connected to."""
-    port = free_port()
+def run(port: int, readers: int, names: list[str], count: int) -> list[Row]:
+    """On Ray as it is connected to; `port` is Serve's, or will be."""
     with tempfile.TemporaryDirectory() as directory:
         config = EngineConfig(
             model=str(write_model(Path(directory) / "tiny")),
@@ -356,7 +355,7 @@ def run(readers: int, names: list[str], count: int) -> list[Row]:
             found = Running(port)
             return asyncio.run(faults(found, Readers(found.url, readers), names, count))
         finally:
-            serve.shutdown()
+            app.stop(own_cluster=False)
 
 
 NAMES = ["ingress", "router", "shard", "stall", "unread", "disconnects"]
@@ -371,7 +370,7 @@ def main() -> None:
     os.environ.setdefault("RAY_raylet_start_wait_time_s", "120")
     ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     print("| fault | what clients saw | lost | time to recover |\n|---|---|---|---|")
-    run(arguments.readers, arguments.only, arguments.disconnects)
+    run(free_port(), arguments.readers, arguments.only, arguments.disconnects)
     ray.shutdown()
 
 
