@@ -174,12 +174,6 @@ class EngineMetrics(Collector):
         used = stats.total_blocks - stats.free_blocks
         up = engine.failure is None and engine.recovering is None
         yield self._gauge("engine_up", "1 while the engine can serve", up)
-        yield self._gauge(
-            "told_timestamp_seconds",
-            "When the engine told these figures, in seconds since 1970: those of a router that is "
-            "slow to answer are told again",
-            time.time(),
-        )
         yield self._counter("shard_failures", "Times that shards were lost", self._failures)
         reason, when = self._last_failure
         if when:

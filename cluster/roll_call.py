@@ -1,10 +1,8 @@
 """One question to many, none of whom holds up the others.
 
 A scrape asks every router how it is, and there may be a thousand of them, one of which hangs. So
-nobody is asked twice at a time, however many scrapes there are; few are asked at once, as each
-question is work for the event loop that streams run on; and after a while those who have not said
-anything yet are left to answer by the next roll call. What they said last is told meanwhile, with
-its age.
+each has little time to answer; nobody is asked twice at a time, however many scrapes there are; and
+few are asked at once, as each question is work for the event loop that streams run on.
 """
 
 from __future__ import annotations
@@ -15,6 +13,7 @@ import math
 import time
 from collections.abc import Awaitable, Callable, Hashable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Generic, TypeVar
 
 from tensorray.cluster.engine import EngineFailed
@@ -24,7 +23,7 @@ logger = logging.getLogger("ray.serve")
 Asked = TypeVar("Asked", bound=Hashable)
 Answer = TypeVar("Answer")
 
-# How long a roll call waits for somebody, in seconds.
+# How long somebody has to answer, in seconds. Who does not is not waited for until it does.
 _PATIENCE = 2.0
 
 # Asked at once. One who does not answer within a turn's seconds lets another one be asked.
@@ -38,10 +37,8 @@ _ASKING_SECONDS = 0.001
 
 @dataclass(frozen=True)
 class Said(Generic[Answer]):
-    """What somebody said last, and how many seconds before it was asked for.
-
-    `silent` is why it says nothing any more; empty if it did, or was asked only just now.
-    """
+    """What somebody said last, and how many seconds ago. `silent` is why it was not said just now;
+    empty if it was."""
 
     answer: Answer
     age: float
@@ -50,11 +47,13 @@ class Said(Generic[Answer]):
 
 @dataclass(eq=False)
 class _Line(Generic[Answer]):
-    """What is known of one who is asked."""
+    """What is known of one who is asked. Times are by time.monotonic()."""
 
-    said: Said[Answer] | None = None  # `age` is the time then, by time.monotonic()
-    question: asyncio.Task[None] | None = None  # under way
+    said: tuple[Answer, float] | None = None  # and when
+    silent: str = ""
     asked: float = -math.inf  # when it was put last
+    question: asyncio.Future[Answer] | None = None  # that has not been answered
+    wait: asyncio.Task[None] | None = None  # for the answer, as long as it may take
 
 
 class RollCall(Generic[Asked, Answer]):
@@ -69,8 +68,8 @@ class RollCall(Generic[Asked, Answer]):
         turn_seconds: float = _TURN_SECONDS,
         asking_seconds: float = _ASKING_SECONDS,
     ) -> None:
-        """`ask` raises EngineFailed if there is no answer, and does so in the end. A roll call
-        waits for `patience` seconds."""
+        """`ask` raises EngineFailed if there is no answer, and does so in the end; in `patience`
+        seconds it should be there."""
         self._ask = ask
         self._patience = patience
         self._turns = asyncio.Semaphore(at_once)
@@ -81,34 +80,43 @@ class RollCall(Generic[Asked, Answer]):
     async def answers(self, everyone: Iterable[Asked]) -> list[Said[Answer]]:
         """What they say, in order, but for those who have never said anything."""
         self._lines = {who: self._lines.get(who) or _Line() for who in everyone}
-        lines = list(self._lines.items())
+        lines = list(self._lines.values())
         good_until = time.monotonic() - self._asking_seconds * len(lines)
-        for who, line in lines:
-            if line.question is None and line.asked < good_until:
-                line.asked = time.monotonic()
-                line.question = asyncio.create_task(self._put(who, line))
-        # One that hangs costs one roll call's patience, not that of all until it is given up.
-        since = time.monotonic() - self._patience
-        waited = [each.question for _, each in lines if each.question and each.asked > since]
-        if waited:
-            await asyncio.wait(waited, timeout=self._patience)
+        for who, line in self._lines.items():
+            if line.wait is None and line.question is None and line.asked < good_until:
+                line.wait = asyncio.create_task(self._put(who, line))
+        if waits := [line.wait for line in lines if line.wait is not None]:
+            await asyncio.wait(waits)
         now = time.monotonic()
         return [
-            Said(line.said.answer, now - line.said.age, line.said.silent)
-            for _, line in lines
+            Said(line.said[0], now - line.said[1], line.silent)
+            for line in lines
             if line.said is not None
         ]
 
     async def _put(self, who: Asked, line: _Line[Answer]) -> None:
         try:
             async with self._turns:
-                asked = asyncio.ensure_future(self._ask(who))
-                await asyncio.wait([asked], timeout=self._turn_seconds)
-            line.said = Said(await asked, time.monotonic())
-        except Exception as error:
-            if not isinstance(error, EngineFailed):
-                logger.warning("asking %s went wrong", who, exc_info=error)
-            if line.said is not None:
-                line.said = Said(line.said.answer, line.said.age, str(error) or repr(error))
+                line.asked = time.monotonic()
+                line.question = question = asyncio.ensure_future(self._ask(who))
+                question.add_done_callback(partial(self._heard, line))
+                await asyncio.wait([question], timeout=min(self._turn_seconds, self._patience))
+            if not question.done():
+                left = line.asked + self._patience - time.monotonic()
+                await asyncio.wait([question], timeout=max(0.0, left))
+            if not question.done():
+                line.silent = f"it has not answered within {self._patience:g} s"
         finally:
-            line.question = None
+            line.wait = None
+
+    def _heard(self, line: _Line[Answer], question: asyncio.Future[Answer]) -> None:
+        line.question = None
+        if question.cancelled():
+            return
+        error = question.exception()
+        if error is None:
+            line.said, line.silent = (question.result(), time.monotonic()), ""
+            return
+        line.silent = str(error) or repr(error)
+        if not isinstance(error, EngineFailed):
+            logger.warning("asking how an engine is went wrong", exc_info=error)

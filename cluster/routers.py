@@ -44,9 +44,6 @@ _START_SECONDS = 3600.0
 # Of so many routers one can nearly always serve; and so many scrapes are joined at once.
 _FEW = 8
 
-# An engine's status is called old where it is from so many seconds ago.
-_OLD_SECONDS = 5.0
-
 REQUEST_ROUTER = "tensorray.cluster.routers:ToReplica"
 
 
@@ -211,8 +208,7 @@ class Routers(Replicas[RouterClient]):
         return "; ".join(map(str, reasons)) or "there is no router"
 
     async def metrics(self) -> bytes:
-        """See Backend. What a router said last is told until it is known not to answer; each
-        engine's figures have their time (`tensorray:told_timestamp_seconds`)."""
+        """See Backend. The figures of a router that does not answer soon are left out."""
         told = await self._scrapes.answers(each.client for each in self.members())
         found = [each.answer for each in told if not each.silent]
         if not found:
@@ -222,14 +218,14 @@ class Routers(Replicas[RouterClient]):
         return await asyncio.to_thread(join_scrapes, found)  # streams go on meanwhile
 
     async def status(self) -> list[EngineStatus]:
-        """See Backend. A router that does not answer has failed, as far as can be seen."""
+        """See Backend. A router that does not answer soon has failed, as far as can be seen; the
+        rest is what it said last."""
         told = await self._statuses.answers(each.client for each in self.members())
         return [
             each.answer
-            if not each.silent and each.age < _OLD_SECONDS
+            if not each.silent
             else msgspec.structs.replace(
-                each.answer,
-                failure=f"its router has not answered for {each.age:.0f} s",
+                each.answer, failure=f"its router has not answered for {each.age:.0f} s"
             )
             for each in told
         ]

@@ -50,16 +50,21 @@ async def test_each_is_asked_anew_where_they_are_few() -> None:
 async def test_who_hangs_is_asked_once_and_what_it_said_last_is_told() -> None:
     people = People()
     call = RollCall(people.ask, patience=0.05, asking_seconds=0)
-    await call.answers("abc")
+    while [each.silent for each in await call.answers("abc")] != ["", "", ""]:
+        pass  # on a machine that is slower than that
+    asked = people.asked.copy()
     people.held["b"] = asyncio.Event()
-    for time in range(2, 6):
+    for _ in range(4):
         found = await call.answers("abc")
-        assert [each.answer for each in found] == [("a", time), ("b", 1), ("c", time)]
-        assert found[1].age > max(found[0].age, found[2].age)
-    assert people.asked["b"] == 2
+        assert [each.answer[0] for each in found] == ["a", "b", "c"]
+        assert found[1].answer[1] == asked["b"]
+        assert found[1].silent == "it has not answered within 0.05 s"
+    assert people.asked["b"] == asked["b"] + 1
+    assert people.asked["a"] >= asked["a"] + 1
     people.held.pop("b").set()
-    while (await call.answers("abc"))[1].answer[1] == 1:
+    while (found := await call.answers("abc"))[1].silent:
         await asyncio.sleep(0.01)
+    assert found[1].answer[1] > asked["b"]
 
 
 async def test_who_is_lost_is_told_as_such_and_who_never_spoke_is_not() -> None:
@@ -101,17 +106,15 @@ async def test_few_are_asked_at_once_and_those_who_hang_let_others_pass() -> Non
     for who in everyone[:20]:
         people.held[who] = asyncio.Event()
     call = RollCall(people.ask, patience=0.05, at_once=8, turn_seconds=0.01, asking_seconds=1000)
-
-    async def rounds() -> None:
-        while len(await call.answers(everyone)) < 180:
-            await asyncio.sleep(0.01)
-
-    await asyncio.wait_for(rounds(), 60)
+    await asyncio.wait_for(call.answers(everyone), 60)
     assert people.asked.total() == 200
+    while len(await call.answers(everyone)) < 180:
+        await asyncio.sleep(0.01)
     for event in people.held.values():
         event.set()
     while len(await call.answers(everyone)) < 200:
         await asyncio.sleep(0.01)
+    assert people.asked.total() == 200
 
 
 class FakeRouter:
@@ -160,27 +163,27 @@ async def test_a_router_that_hangs_holds_up_neither_scrapes_nor_health() -> None
     decode, fakes = routers_of("0", "1")
     prefill, apart = routers_of("prefill")
     both = SplitRouters(prefill, decode, 1)
-    assert engines(await both.metrics()) == {"0", "1", "prefill"}
-    assert [each.failure for each in await both.status()] == [None] * 3
+
+    async def told(expected: set[str]) -> list[EngineStatus]:
+        """The status, once just these tell their figures and that they can serve."""
+        while True:  # a slow machine makes them late
+            found = await both.status()
+            serving = {each.engine for each in found if not each.failure}
+            if serving == engines(await both.metrics()) == expected:
+                return found
+
+    await asyncio.wait_for(told({"0", "1", "prefill"}), 60)
     for each in (fakes["1"], apart["prefill"]):
         each.go.clear()
     assert await asyncio.wait_for(both.failure(), 60) is None
-    assert engines(await asyncio.wait_for(both.metrics(), 60)) == {"0", "1", "prefill"}
-    told = await asyncio.wait_for(both.status(), 60)
-    assert [each.engine for each in told] == ["0", "1", "prefill"]
-    for each in (fakes["1"], apart["prefill"]):
-        each.lost = True
-        each.go.set()
-    while len(engines(await both.metrics())) > 1:  # what it said then is not told for ever
-        await asyncio.sleep(0.01)
-    while [bool(each.failure) for each in await both.status()] != [False, True, True]:
-        await asyncio.sleep(0.01)
-    assert "has not answered for" in ((await both.status())[1].failure or "")
+    for lost in (False, True):
+        found = await asyncio.wait_for(told({"0"}), 60)
+        assert [each.engine for each in found] == ["0", "1", "prefill"]
+        assert "its router has not answered for" in (found[1].failure or "")
+        if not lost:
+            for each in (fakes["1"], apart["prefill"]):
+                each.lost = True
+                each.go.set()
     fakes["0"].lost = True
-
-    async def scrape_on() -> None:
-        while True:
-            await both.metrics()
-
     with pytest.raises(EngineFailed, match="no router answers"):
-        await asyncio.wait_for(scrape_on(), 60)
+        await both.metrics()
