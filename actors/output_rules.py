@@ -7,8 +7,9 @@ starts again builds it from the tokens it has.
 
 from __future__ import annotations
 
+from array import array
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,12 +35,10 @@ class OutputRules:
         self._forced = sampling.forced_prefix
         self._outputs = len(start.tokens) - start.prompt_len
         self._bad_words = _BadWords(sampling.bad_words)
-        self._ngrams = _NGrams(sampling.no_repeat_ngram_size)
+        self._ngrams = _NGrams(sampling.no_repeat_ngram_size, start.tokens)
         self._recent: list[int] = []  # as many tokens as any rule looks back at
         self._reach = max(self._bad_words.longest, self._ngrams.size) - 1
-        # A beam starts anew with every token: n-grams alone look back farther than `_reach`.
-        first = 0 if self._ngrams.size else max(0, len(start.tokens) - self._reach)
-        for token in start.tokens[first:]:
+        for token in start.tokens[max(0, len(start.tokens) - self._reach) :]:
             self._note(token)
 
     @property
@@ -62,6 +61,7 @@ class OutputRules:
     def append(self, token: int) -> None:
         """The sequence has one more token."""
         self._outputs += 1
+        self._ngrams.add(self._recent, token)
         self._note(token)
 
     def restrict(self, mask: NDArray[np.int32]) -> None:
@@ -80,7 +80,6 @@ class OutputRules:
             words[token // _WORD] &= ~np.uint32(1 << token % _WORD)
 
     def _note(self, token: int) -> None:
-        self._ngrams.add(self._recent, token)
         self._recent.append(token)
         if len(self._recent) > 2 * self._reach + 64:
             del self._recent[: -self._reach or None]
@@ -103,23 +102,48 @@ class _BadWords:
 
 
 class _NGrams:
-    """What has followed each run of `size` - 1 tokens."""
+    """What has followed each run of `size` - 1 tokens.
 
-    def __init__(self, size: int) -> None:
+    A beam starts anew with every token, and asks once. To look through all of its tokens for that
+    is many times faster than to note what follows what, which pays from the second time on.
+    """
+
+    def __init__(self, size: int, tokens: Sequence[int]) -> None:
         self.size = size
-        self._followers: defaultdict[_Tokens, list[int]] = defaultdict(list)
+        self._tokens = array("I", tokens if size else ())  # that it started with
+        self._followers: defaultdict[_Tokens, list[int]] | None = None
 
     def add(self, recent: Sequence[int], token: int) -> None:
         """`token` has followed `recent`."""
         before = self.size - 1
-        if 0 <= before <= len(recent):
+        if before < 0:
+            return
+        if self._followers is None:
+            self._followers = defaultdict(list)
+            begun = self._tokens.tolist()
+            for end in range(before, len(begun)):
+                self._followers[tuple(begun[end - before : end])].append(begun[end])
+        if before <= len(recent):
             self._followers[tuple(recent[len(recent) - before :])].append(token)
 
     def after(self, recent: Sequence[int]) -> Iterable[int]:
         before = self.size - 1
         if not 0 <= before <= len(recent):
             return ()
-        return self._followers.get(tuple(recent[len(recent) - before :]), ())
+        last = recent[len(recent) - before :]
+        if self._followers is None:
+            return _after(last, self._tokens) if last else self._tokens
+        return self._followers.get(tuple(last), ())
+
+
+def _after(run: Sequence[int], tokens: array[int]) -> Iterator[int]:
+    """What has followed a run of tokens, one at least, wherever it came."""
+    size, searched, found = tokens.itemsize, tokens.tobytes(), array("I", run).tobytes()
+    at = searched.find(found)
+    while 0 <= at < len(searched) - len(found):
+        if at % size == 0:  # else it begins within a token
+            yield tokens[at // size + len(run)]
+        at = searched.find(found, at + 1)
 
 
 def has_rules(sampling: Sampling) -> bool:

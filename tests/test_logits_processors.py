@@ -179,6 +179,23 @@ def test_a_beam_s_step_does_not_read_its_whole_prompt_again(
         assert rules.banned == [5]
 
 
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+def test_a_beam_s_step_makes_no_table_of_n_grams(size: int) -> None:
+    """And finds the same without, whatever bytes its tokens are made of."""
+    drawn = np.random.default_rng(size).choice([0, 1, 256, 65536, 1 << 24, 257], 400).tolist()
+    sampling = Sampling(no_repeat_ngram_size=size, beam=True)
+    whole = OutputRules(start(0, sampling, drawn[:2]))
+    found = 0
+    for length in range(2, len(drawn)):
+        rules = OutputRules(start(0, sampling, drawn[:length], prompt=2))
+        assert sorted(rules.banned) == sorted(whole.banned)
+        assert rules._ngrams._followers is None
+        found += len(whole.banned)
+        whole.append(drawn[length])
+    assert found > 10
+    assert whole._ngrams._followers is not None, "which pays where it is asked again and again"
+
+
 # --- in the samplers ---
 
 STEERED = [
@@ -487,6 +504,14 @@ def test_processors_are_loaded_from_modules_and_files(tmp_path: Path) -> None:
     found = load_registry([f"{path}:Mine", "collections:Counter", spell(Prefer)])
     assert [*found] == ["Mine", "Counter", "Prefer"]
     assert found["Prefer"] is Prefer
+
+
+def test_a_stream_goes_on_only_where_the_same_processors_are_registered() -> None:
+    def digest(*processors: str) -> str:
+        return EngineConfig(model="a", logits_processors=list(processors)).model_digest()
+
+    assert digest("one.py:One") == digest("one.py:One")
+    assert len({digest(), digest("one.py:One"), digest("one.py:One", "two.py:Two")}) == 3
 
 
 @pytest.mark.parametrize(
