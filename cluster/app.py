@@ -34,6 +34,7 @@ from tensorray.cluster import request_log
 from tensorray.cluster.autoscaling import serve_settings
 from tensorray.cluster.config import EngineConfig
 from tensorray.cluster.connect import connect, joins
+from tensorray.cluster.deploy_failure import why_not_deployed
 from tensorray.cluster.fleet import Fleet
 from tensorray.cluster.frontend import Frontend, PreparedRequest
 from tensorray.cluster.ingress import create_app
@@ -160,7 +161,12 @@ def _http() -> FastAPI:
 
 def build_app(args: EngineConfig) -> serve.Application:
     """The application for a config."""
-    config = settled(args)
+    return _application(args)
+
+
+def _application(config: EngineConfig, **options: Any) -> serve.Application:
+    """`options` are further ones of the routers' deployments."""
+    config = settled(config)
     # Above what the engine itself lets in, so that it is the one to say 429. The service's own
     # processes wait and copy; CPUs are for shards to claim.
     ongoing = 2 * (config.max_num_seqs + config.max_waiting) + 1000
@@ -180,6 +186,7 @@ def build_app(args: EngineConfig) -> serve.Application:
         "health_check_period_s": 2,
         "health_check_timeout_s": 10,
         **common,
+        **options,
     }
     count: dict[str, Any] = {"num_replicas": config.data_parallel_size}
     if scaling is not None:
@@ -316,7 +323,12 @@ def run(
             stage("Starting Ray Serve ...")
             serve.start(http_options=_http_options(host, port, tls))
             stage(f"Loading {config.model} ...")
-            serve.run(build_app(config), name=APP_NAME, route_prefix="/")
+            # Alone here, what fails to start fails again: said at once. A cluster may change.
+            once = {"max_constructor_retry_count": 1} if own_cluster else {}
+            try:
+                serve.run(_application(config, **once), name=APP_NAME, route_prefix="/")
+            except RuntimeError as error:
+                raise RuntimeError(why_not_deployed(serve.status(), APP_NAME) or error) from error
             if tls is not None:
                 _check_tls(host, port)
         except BaseException:

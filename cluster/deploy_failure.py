@@ -1,0 +1,26 @@
+"""Why Serve could not deploy: the error that it keeps at the end of a traceback."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ray.serve.schema import ServeStatus
+
+# Of an exception, what stands before its message, and before those of errors that it quotes.
+_KINDS = re.compile(r"(?:[A-Za-z_][\w.]*(?:Error|Exception|Failed|Exit): )+")
+
+
+def why_not_deployed(status: ServeStatus, application: str) -> str | None:
+    """What the deployments of an application failed of; None if that is not known."""
+    found = status.applications.get(application)
+    deployments = found.deployments.values() if found is not None else ()
+    reasons = [reason(each.message) for each in deployments if each.message]
+    return "\n".join(dict.fromkeys(reasons)) or None
+
+
+def reason(message: str) -> str:
+    """The last exception's message in what Serve says of a deployment, or else all of it."""
+    *_, last = re.split(r"^(?=[A-Za-z_][\w.]*: )", message, flags=re.MULTILINE)
+    return _KINDS.sub("", last, count=1).strip()
