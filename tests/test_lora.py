@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +21,7 @@ from helpers.lora_cases import (
     merged_answers,
     requests,
 )
-from helpers.lora_files import merge, prompt, write_adapters
+from helpers.lora_files import linear_sizes, merge, prompt, write_adapter, write_adapters
 from helpers.quantized_files import gptq, quantize_model, write_plain
 from helpers.tiny_models import directory
 
@@ -108,6 +110,55 @@ def test_eight_adapters_in_one_batch_answer_as_merged_ones(
     for found in (outputs, again):
         for ours, reference in zip(found, expected, strict=True):
             assert_same(ours, reference)
+
+
+EXPERT_PARALLEL = {"tensor_parallel_size": 2, "enable_expert_parallel": True}
+MIXTURES = ("mixtral", "qwen3-moe")
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_adapters_of_a_mixture_answer_as_merged_ones_wherever_its_experts_are(
+    name: str, tmp_path: Path
+) -> None:
+    """Of all but its experts: attention, and the router that chooses among them."""
+    base = directory(name)
+    kinds: list[dict[str, Any]] = [
+        {"modules": ("q_proj", "k_proj", "v_proj", "o_proj")},
+        {"modules": (".gate",), "rank": 2, "spread": 0.8},
+        {"modules": ("v_proj", ".gate", "lm_head"), "spread": 0.4},
+    ]
+    adapters = [
+        write_adapter(base, tmp_path / f"adapter-{i}", seed=i, **kind)
+        for i, kind in enumerate(kinds)
+    ]
+    expected = merged_answers(name, adapters, tmp_path / "merged")
+    plain, *adapted = map(first_choice, expected)
+    assert all(each != pytest.approx(plain, abs=0.01) for each in adapted), "it does not matter"
+    for layout in ({}, EXPERT_PARALLEL):
+        with LLM(str(base), **LORA, **layout) as llm:
+            asked = [None, *requests(adapters)]
+            for ours, reference in zip(
+                llm.generate([prompt(name)] * len(asked), GREEDY, lora_request=asked),
+                expected,
+                strict=True,
+            ):
+                assert_same(ours, reference)
+
+
+@pytest.mark.parametrize("layout", [{}, EXPERT_PARALLEL], ids=["TP1", "EP2"])
+@pytest.mark.parametrize("name", MIXTURES)
+def test_adapters_of_experts_are_refused_by_name(
+    name: str, layout: dict[str, Any], tmp_path: Path
+) -> None:
+    """Also by a shard that does not hold the expert."""
+    base = directory(name)
+    experts = sorted(module for module in linear_sizes(base) if ".experts." in module)
+    with LLM(str(base), **LORA, **layout) as llm:
+        for id, module in enumerate((experts[0], experts[-1]), 1):
+            adapter = write_adapter(base, tmp_path / module, seed=1, modules=(module,))
+            asked = LoRARequest(module, id, str(adapter))
+            with pytest.raises(AdapterRefused, match=f"{re.escape(module)}: .*experts are not s"):
+                llm.generate([[3, 4]], GREEDY, lora_request=asked)
 
 
 def test_no_prefix_is_shared_between_adapters_nor_versions(
