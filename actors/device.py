@@ -25,7 +25,10 @@ T = TypeVar("T")
 
 # There when NVIDIA's driver is loaded.
 _DRIVER = Path("/proc/driver/nvidia/version")
-_HINT = "pip install 'tensorray[gpu]' brings CuPy and CUDA's libraries; or run with --device cpu"
+_HINT = (
+    "pip install '.[gpu]' in Tensorray's source brings CuPy and CUDA's libraries; or run with "
+    "--device cpu"
+)
 
 
 class DeviceError(RuntimeError):

@@ -33,7 +33,7 @@ ShapeRange = tuple[Shape, Shape, Shape]
 #: The modules of each flavour and what installs them.
 _INSTALLS = {
     "tensorrt": ("tensorrt", "pip install tensorrt"),
-    "tensorrt_rtx": ("tensorrt_rtx_bindings", "pip install 'tensorray[rtx]'"),
+    "tensorrt_rtx": ("tensorrt_rtx_bindings", "pip install '.[rtx]' in Tensorray's source"),
 }
 FLAVOURS = tuple(_INSTALLS)
 

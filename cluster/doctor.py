@@ -59,7 +59,7 @@ def report() -> dict[str, Any]:
     """Everything found, by section; `problems` lists what keeps a model from being served."""
     packages = {name: _version(name) for name in REQUIRED}
     problems = [
-        f"{name} is not installed: pip install tensorray"
+        f"{name} is not installed: pip install . in Tensorray's source"
         for name, version in packages.items()
         if version is None
     ]

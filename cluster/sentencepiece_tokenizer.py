@@ -114,7 +114,8 @@ def read_model(path: Path) -> Backend:
     except ImportError as error:
         raise TokenizerError(
             f"{path}: reading it needs the package sentencepiece ({error}); "
-            "pip install tensorray[sentencepiece], or use a model with a tokenizer.json"
+            "pip install '.[sentencepiece]' in Tensorray's source, or use a model with a "
+            "tokenizer.json"
         ) from None
     model = protobuf.ModelProto()  # type: ignore[attr-defined]
     try:

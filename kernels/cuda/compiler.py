@@ -35,8 +35,8 @@ _HEADERS = ("cuda_fp16.h", "crt/host_defines.h", "nv/target")
 _TOOLKITS = ("CUDA_PATH", "CUDA_HOME")
 _DEFAULT_TOOLKIT = "/usr/local/cuda"
 _HINT = (
-    "pip install 'tensorray[gpu]' brings NVRTC and its headers; so does a CUDA toolkit, found at "
-    "$CUDA_PATH or /usr/local/cuda"
+    "pip install '.[gpu]' in Tensorray's source brings NVRTC and its headers; so does a CUDA "
+    "toolkit, found at $CUDA_PATH or /usr/local/cuda"
 )
 _INCLUDE = re.compile(rb'^\s*#\s*include\s*"([^"]+)"', re.MULTILINE)
 _DIGEST_SIZE = hashlib.sha256().digest_size
@@ -195,6 +195,15 @@ def _write(entry: Path, cubin: bytes) -> None:
 
 
 # --- loading and launching --------------------------------------------------------------------
+
+
+@functools.cache
+def multiprocessors() -> int:
+    """How many the GPU has that is current at the first call; a process's are alike."""
+    import cupy
+
+    count: int = cupy.cuda.Device().attributes["MultiProcessorCount"]
+    return count
 
 
 def device_arch() -> str:
