@@ -307,7 +307,7 @@ def test_unknown_flavour() -> None:
 
 def test_flavour_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tensorrt_rtx_bindings", None)
-    with pytest.raises(TargetError, match=r"pip install 'tensorray\[rtx\]'"):
+    with pytest.raises(TargetError, match=r"pip install .*rtx"):
         load_flavour("tensorrt_rtx")
 
 
