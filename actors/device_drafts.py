@@ -49,7 +49,7 @@ _NO_ROW = np.empty(0, np.float32)
 class Guesses:
     """What a step guesses, and what it chooses after its guesses."""
 
-    asked: list[int]  # the sequences that had room
+    asked: list[int]  # the sequences that had room, but for those whose guesses no step has
     tokens: dict[int, list[int]]  # of those that there were guesses for, falling in number
     queued: list[Sampled] = field(default_factory=list)  # rounds but the first
 
@@ -156,15 +156,11 @@ class DeviceDrafts:
         """Guesses for sequences that have room."""
         asked = [seq for seq in rooms if seq in self._since and not sampler.steers(seq)]
         guesses = self._drafter.draft(asked, [rooms[seq] for seq in asked], [], _by_no_model)
-        lengths = [len(guess) for guess in guesses]
-        most = max(lengths, default=0)
-        while sum(min(length, most) for length in lengths) > MAX_DRAFTS:
-            most -= 1
-        tokens = {seq: guess[:most] for seq, guess in zip(asked, guesses, strict=True) if guess}
-        if not most:
-            tokens = {}
+        found = {seq: guess for seq, guess in zip(asked, guesses, strict=True) if guess}
+        tokens = fitting(found, rooms)
         falling = sorted(tokens, key=lambda seq: -len(tokens[seq]))
-        return Guesses([*rooms], {seq: tokens[seq] for seq in falling})
+        tried = [seq for seq in rooms if seq in tokens or seq not in found]
+        return Guesses(tried, {seq: tokens[seq] for seq in falling})
 
     def enqueue(
         self,
@@ -218,6 +214,16 @@ class DeviceDrafts:
         for seq, new in gained.items():
             running.computed[running.rows[seq]] += len(new) - 1
             self._drafter.gained(seq, new, _NO_ROW)
+
+
+def fitting(guesses: dict[int, list[int]], rooms: Mapping[int, int]) -> dict[int, list[int]]:
+    """Of sequences' guesses as many as a step runs: all cut to the same length; or, of too many
+    sequences, one each of those that have most room, as their guesses were right most often."""
+    most = max(map(len, guesses.values()), default=0)
+    while most > 1 and sum(min(len(guess), most) for guess in guesses.values()) > MAX_DRAFTS:
+        most -= 1
+    likeliest = {*sorted(guesses, key=lambda seq: -rooms[seq])[:MAX_DRAFTS]}
+    return {seq: guess[:most] for seq, guess in guesses.items() if seq in likeliest}
 
 
 def with_drafts(step: Step, guesses: Guesses, running: RunningSequences) -> Step:

@@ -14,7 +14,7 @@ from helpers.running import Arrival, run, sequence
 from helpers.tiny_models import directory
 
 from tensorray.actors.config import ShardConfig
-from tensorray.actors.device_drafts import DeviceDrafts, Guesses, with_drafts
+from tensorray.actors.device_drafts import DeviceDrafts, Guesses, fitting, with_drafts
 from tensorray.actors.device_sampler import DeviceSampler
 from tensorray.actors.drafter import Drafter
 from tensorray.actors.gpu_shard import GpuShard, GraphSizes, Limits
@@ -171,6 +171,10 @@ def test_at_most_so_many_guesses_run_in_a_step() -> None:
     assert found.counts == {seq: 4 if seq else 2 for seq in range(16)}
     assert [*found.tokens][-1] == 0
     assert [len(each) for each in found.rounds] == [16, 16, 15, 15]
+    # Of too many sequences those that have most room have one each.
+    rooms = {seq: 3 if 5 <= seq < 66 else 2 for seq in range(80)}
+    cut = fitting({seq: [7, 8] for seq in rooms}, rooms)
+    assert cut == {seq: [7] for seq in [0, 1, 2, *range(5, 66)]}
 
     sizes = GraphSizes.choose(Limits(64, 256, 2048), (), eager=False, drafts=64)
     assert sizes.chains == [1, 2, 4, 8, 16, 32, 64, 128]
@@ -183,6 +187,8 @@ def test_at_most_so_many_guesses_run_in_a_step() -> None:
     [
         ({"model": "x"}, {}, "'draft_model' is for CPUs so far; on GPUs there is prompt lookup"),
         ({"method": "medusa", "model": "x"}, {}, "'medusa' is for CPUs so far"),
+        ({"method": "eagle", "model": "x"}, {}, "'eagle' is for CPUs so far"),
+        ({"method": "eagle3", "model": "x"}, {}, "'eagle3' is for CPUs so far"),
         ({"method": "ngram"}, {"tensor_parallel_size": 2}, "has one GPU so far"),
         ({"method": "ngram"}, {"pipeline_parallel_size": 2}, "has one GPU so far"),
         ({"method": "ngram"}, {"enable_lora": True}, "--enable-lora do not go together"),
