@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 from tensorray.kernels.cuda import compiler
@@ -93,8 +92,5 @@ def finish(
     return out
 
 
-@functools.cache
 def _most_blocks() -> int:
-    import cupy
-
-    return _BLOCKS_PER_PROCESSOR * int(cupy.cuda.Device().attributes["MultiProcessorCount"])
+    return _BLOCKS_PER_PROCESSOR * compiler.multiprocessors()

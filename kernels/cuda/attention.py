@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 from tensorray.kernels.cuda import compiler, rope
 from tensorray.kernels.cuda.dtypes import ctype, expect
 from tensorray.kernels.cuda.layout import row_stride
-from tensorray.kernels.cuda.scratch import lasting_zeros
+from tensorray.kernels.cuda.scratch import counters
 
 _TILE = 16  # positions
 _HEADS = 8  # of a KV head's group that a block takes
@@ -251,7 +250,7 @@ def decode(
     group = heads // kv_heads
     head_tiles = -(-group // _HEADS)
     items = sequences * kv_heads * head_tiles
-    few = items <= _multiprocessors()
+    few = items <= compiler.multiprocessors()
     chosen = _decode_constants(
         *(ctype(q), ctype(k_pages), head_dim, group, block_size),
         few=few,
@@ -264,7 +263,7 @@ def decode(
         if window is not None:
             tiles = min(tiles, window // _TILE + 2)
         # Few fill the GPU once, since a second round would take as long as the first.
-        slots = _multiprocessors() * int(chosen["MIN_BLOCKS"])
+        slots = compiler.multiprocessors() * int(chosen["MIN_BLOCKS"])
         wanted = slots // items if few else -(-_WAVES * slots // items)
         if count is not None and items <= _MOST_ITEMS:
             wanted = max(wanted, _SPLITS_OF_SOME)
@@ -276,7 +275,7 @@ def decode(
         partials = cupy.empty(items * splits * min(group, _HEADS) * (head_dim + 2), "float32")
         if items > _MOST_ITEMS:
             raise ValueError(f"{items} KV heads of sequences can't be split: {_MOST_ITEMS} can")
-        arrivals = _arrivals()
+        arrivals = counters("decode_attention", _MOST_ITEMS)
     score_scale = scale * kv_scale
     cap = 0.0
     if softcap is None:
@@ -342,25 +341,3 @@ def simple(
         overlap=True,
     )
     return out
-
-
-@functools.cache
-def _multiprocessors() -> int:
-    import cupy
-
-    count: int = cupy.cuda.Device().attributes["MultiProcessorCount"]
-    return count
-
-
-_arrival_counters: dict[tuple[int, int], Any] = {}
-
-
-def _arrivals() -> Any:
-    """Zeros that blocks count themselves in by, and leave zeros: one array a device and stream."""
-    import cupy
-
-    key = (cupy.cuda.runtime.getDevice(), cupy.cuda.get_current_stream().ptr)
-    known = _arrival_counters.get(key)
-    if known is None:
-        known = _arrival_counters[key] = lasting_zeros(_MOST_ITEMS, "uint32")
-    return known

@@ -15,7 +15,7 @@ import numpy as np
 
 from tensorray.kernels.cuda import compiler
 from tensorray.kernels.cuda.dtypes import ctype
-from tensorray.kernels.cuda.scratch import lasting_zeros
+from tensorray.kernels.cuda.scratch import counters
 
 # struct Step of prefill.cuh.
 _STEP = np.dtype(
@@ -179,10 +179,10 @@ def _launch_wgmma(
     constants = _wgmma_constants(ctype(q), ctype(k_pages), head_dim, softcap is not None)
     module = compiler.load("prefill_hopper.cu", None, **constants)
     module.function("prefill_wgmma", shared_bytes)(
-        (min(_multiprocessors(), _tiles(step) * (heads // share)),),
+        (min(compiler.multiprocessors(), _tiles(step) * (heads // share)),),
         (_WGMMA_THREADS,),
-        *(q_map, k_map, v_map, query_starts, seq_lens, block_table, out, ahead, _taken()),
-        *(box_rows, step),
+        *(q_map, k_map, v_map, query_starts, seq_lens, block_table, out, ahead),
+        *(counters("prefill", 2), box_rows, step),
         overlap=True,
     )
 
@@ -313,25 +313,3 @@ def _is_hopper(device: int) -> bool:
     import cupy
 
     return bool(cupy.cuda.Device(device).compute_capability == "90")
-
-
-@functools.cache
-def _multiprocessors() -> int:
-    import cupy
-
-    count: int = cupy.cuda.Device().attributes["MultiProcessorCount"]
-    return count
-
-
-_counters: dict[tuple[int, int], Any] = {}
-
-
-def _taken() -> Any:
-    """Zeros by which blocks share out tiles, left zeros; one array a device and stream."""
-    import cupy
-
-    key = (cupy.cuda.runtime.getDevice(), cupy.cuda.get_current_stream().ptr)
-    known = _counters.get(key)
-    if known is None:
-        known = _counters[key] = lasting_zeros(2, "uint32")
-    return known

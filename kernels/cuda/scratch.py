@@ -1,4 +1,4 @@
-"""Arrays that outlive the work they are first made for."""
+"""Arrays that outlive the work they are first made for: what a launch's blocks count by."""
 
 from __future__ import annotations
 
@@ -6,6 +6,23 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike
+
+_counters: dict[tuple[str, int, int], Any] = {}
+
+
+def counters(purpose: str, count: int) -> Any:
+    """Zeros, uint32 `[count]`, that a launch's blocks count by and leave zeros.
+
+    One array for each purpose, device and stream: launches of a kernel on one stream come one after
+    another. A purpose's count is always the same.
+    """
+    import cupy
+
+    key = (purpose, cupy.cuda.runtime.getDevice(), cupy.cuda.get_current_stream().ptr)
+    known = _counters.get(key)
+    if known is None:
+        known = _counters[key] = lasting_zeros(count, "uint32")
+    return known
 
 
 def lasting_zeros(count: int, dtype: DTypeLike) -> Any:

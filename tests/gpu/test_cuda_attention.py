@@ -25,7 +25,7 @@ if not cupy.cuda.is_available():
     pytest.skip("no NVIDIA GPU", allow_module_level=True)
 
 from tensorray.kernels.cuda import attention as cuda  # noqa: E402
-from tensorray.kernels.cuda import prefill  # noqa: E402
+from tensorray.kernels.cuda import scratch  # noqa: E402
 
 CACHES = DTYPES | {"float8": np.dtype(ml_dtypes.float8_e4m3fn)}
 # Of the difference's norm to the result's: rounded weights and results, accumulation in float32.
@@ -414,8 +414,7 @@ def test_what_blocks_count_by_is_not_in_memory_that_graphs_write_to(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A graph that was recorded before goes on writing to what its allocator has free since."""
-    monkeypatch.setattr(cuda, "_arrival_counters", {})
-    monkeypatch.setattr(prefill, "_counters", {})
+    monkeypatch.setattr(scratch, "_counters", {})
     pool, stream = cupy.cuda.MemoryPool(), cupy.cuda.Stream(non_blocking=True)
 
     def work() -> None:
@@ -426,7 +425,7 @@ def test_what_blocks_count_by_is_not_in_memory_that_graphs_write_to(
         stream.begin_capture()
         work()
         graph = stream.end_capture()
-        counters = [cuda._arrivals(), prefill._taken()]
+        counters = [scratch.counters("one", 16), scratch.counters("other", 2)]
         graph.launch()
     stream.synchronize()
     for counter in counters:
