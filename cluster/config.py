@@ -37,6 +37,7 @@ _ANSWERING = (
     "dtype",
     "kv_cache_dtype",
     "max_model_len",
+    "logits_processors",
 )
 
 
@@ -168,7 +169,8 @@ class EngineConfig(BaseModel):
         description="Speculative decoding, as JSON with vLLM's keys: "
         '{"method": "ngram", "num_speculative_tokens": 5, "prompt_lookup_max": 5, '
         '"prompt_lookup_min": 2}, {"model": "a draft model"}, or {"method": "medusa", "model": '
-        '"its heads"}; same tokens, fewer steps (on GPUs ngram alone)',
+        '"its heads"}, or so with "eagle" or "eagle3"; same tokens, fewer steps (on GPUs ngram '
+        "alone)",
     )
     # --- many devices ---
     tensor_parallel_size: int = Field(1, ge=1, description="Shards that split every layer")
