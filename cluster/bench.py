@@ -68,8 +68,9 @@ def latency(
 ) -> None:
     """Time whole batches, one after the other; every one has prompts of its own, so that no
     prefix is reused. The first is not counted."""
-    from tensorray.cluster.generate import progress, results_on_stdout
+    from tensorray.cluster.generate import results_on_stdout
     from tensorray.cluster.llm import LLM
+    from tensorray.cluster.progress import progress
 
     with results_on_stdout() as results, LLM(**dict(config)) as llm:
         seconds, first_token, tokens = [], [], 0
@@ -99,8 +100,9 @@ def latency(
 
 def throughput(config: EngineConfig, workload: Workload, *, as_json: bool) -> None:
     """Run everything at once, and count."""
-    from tensorray.cluster.generate import progress, results_on_stdout
+    from tensorray.cluster.generate import results_on_stdout
     from tensorray.cluster.llm import LLM
+    from tensorray.cluster.progress import progress
 
     with results_on_stdout() as results, LLM(**dict(config)) as llm:
         prompts = workload.prompts

@@ -6,14 +6,12 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, TextIO
-
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from tensorray.cluster.config import EngineConfig
 from tensorray.cluster.flags import Given
+from tensorray.cluster.progress import progress
 from tensorray.cluster.prompts import PromptLine, read_prompts
 from tensorray.cluster.sampling_params import SamplingParams
 
@@ -115,20 +113,3 @@ def results_on_stdout() -> Iterator[TextIO]:
     finally:
         os.dup2(stdout, 1)
         os.close(stdout)
-
-
-@contextlib.contextmanager
-def progress(total: int) -> Iterator[Callable[[], None]]:
-    """A progress bar on stderr if that is a terminal and there is more than one thing to wait for;
-    yields what to call when one is done."""
-    console = Console(stderr=True)
-    with Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        console=console,
-        disable=total < 2 or not console.is_terminal,
-    ) as bar:
-        task = bar.add_task("Generating", total=total)
-        yield lambda: bar.advance(task)

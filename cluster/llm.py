@@ -48,6 +48,7 @@ from tensorray.cluster.pooling import (
     compare,
     pair_up,
 )
+from tensorray.cluster.progress import progress
 from tensorray.cluster.replicas import Replicas
 from tensorray.cluster.sampling_params import SamplingParams
 from tensorray.cluster.tools import ToolUse
@@ -56,7 +57,9 @@ from tensorray.cluster.vocabulary import vocabulary
 __all__ = ["LLM", "BeamSearchParams", "LoRARequest", "PoolingParams", "SamplingParams"]
 
 T = TypeVar("T")
-Prompt = str | list[int]
+Plain = str | list[int]
+#: Text, token ids, or either as vLLM names it: {"prompt": text}, {"prompt_token_ids": ids}.
+Prompt = Plain | Mapping[str, Any]
 
 
 class LLM:
@@ -119,19 +122,22 @@ class LLM:
         *,
         on_finished: Callable[[RequestOutput], None] | None = None,
         lora_request: LoRARequest | Sequence[LoRARequest | None] | None = None,
+        use_tqdm: bool = False,
     ) -> list[RequestOutput]:
         """Complete prompts (text, or token ids) in one batch; outputs in the prompts' order.
 
         `sampling_params` is one for all or one a prompt; without it the model's own defaults.
         `on_finished` is called, on the engine's thread, as each prompt finishes. `lora_request` is
-        the LoRA adapter for all, or one a prompt. Raises BadRequest for a prompt or parameter the
-        model can't take, AdapterRefused for such an adapter, before anything runs.
+        the LoRA adapter for all, or one a prompt. `use_tqdm` (vLLM's name) shows how many are done,
+        if stderr is a terminal. Raises BadRequest for a prompt or parameter the model can't take,
+        AdapterRefused for such an adapter, before anything runs.
         """
         return self._answer(
             [partial(self.frontend.request, prompt) for prompt in _prompts(prompts)],
             sampling_params,
             on_finished,
             lora_request,
+            use_tqdm,
         )
 
     def _answer(
@@ -140,6 +146,7 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
         on_finished: Callable[[RequestOutput], None] | None,
         lora_request: LoRARequest | Sequence[LoRARequest | None] | None,
+        shown: bool,
     ) -> list[RequestOutput]:
         """Run a batch of requests; each of `listed` prepares one from its sampling parameters."""
         if sampling_params is None or isinstance(sampling_params, SamplingParams):
@@ -156,7 +163,16 @@ class LLM:
             prepare(params, request_id=self._next_id(), lora=self._load_adapter(lora))
             for prepare, params, lora in zip(listed, each, lora_request, strict=True)
         ]
-        return self._run(self._collect(prepared, on_finished))
+        if not shown:
+            return self._run(self._collect(prepared, on_finished))
+        with progress(len(prepared)) as advance:
+
+            def count(output: RequestOutput) -> None:
+                advance()
+                if on_finished is not None:
+                    on_finished(output)
+
+            return self._run(self._collect(prepared, count))
 
     def chat(
         self,
@@ -168,6 +184,7 @@ class LLM:
         tools: Sequence[Mapping[str, Any]] | None = None,
         tool_choice: str | Mapping[str, Any] | None = None,
         parallel_tool_calls: bool | None = None,
+        use_tqdm: bool = False,
         **template_arguments: Any,
     ) -> list[RequestOutput]:
         """Answer one conversation, or several in one batch, through the model's chat template.
@@ -194,23 +211,19 @@ class LLM:
             sampling_params,
             on_finished,
             lora_request,
+            use_tqdm,
         )
 
     def beam_search(
         self,
-        prompts: Prompt | Sequence[Prompt | dict[str, Any]],
+        prompts: Prompt | Sequence[Prompt],
         params: BeamSearchParams,
         *,
         lora_request: LoRARequest | None = None,
     ) -> list[BeamSearchOutput]:
         """The `beam_width` likeliest continuations of each prompt, as vLLM's method of this name
-        returns them. Prompts may be vLLM's too: {"prompt": text} or {"prompt_token_ids": ids}.
-        `generate` with `use_beam_search` says more about a search."""
-        plain: list[Prompt] = [
-            each.get("prompt_token_ids") or each["prompt"] if isinstance(each, dict) else each
-            for each in cast("list[Any]", _prompts(cast("Sequence[Prompt]", prompts)))
-        ]
-        outputs = self.generate(plain, params.sampling_params(), lora_request=lora_request)
+        returns them. `generate` with `use_beam_search` says more about a search."""
+        outputs = self.generate(prompts, params.sampling_params(), lora_request=lora_request)
         return [beam_search_output(each, self.frontend.tokenizer) for each in outputs]
 
     def stream(
@@ -222,7 +235,7 @@ class LLM:
     ) -> Iterator[RequestOutputDelta]:
         """Complete one prompt, as it comes. Leaving the iterator early cancels the request."""
         prepared = self.frontend.request(
-            prompt,
+            _plain(prompt),
             sampling_params or self.frontend.params(),
             request_id=self._next_id(),
             lora=self._load_adapter(lora_request),
@@ -391,8 +404,24 @@ def _on_gpus(config: EngineConfig) -> bool:
     return config.device == "cuda" or (config.device == "auto" and has_devices())
 
 
-def _prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """One prompt or several, as several."""
-    if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
-        return [cast(Prompt, prompts)]
-    return list(cast(Sequence[Prompt], prompts))
+def _prompts(prompts: Prompt | Sequence[Prompt]) -> list[Plain]:
+    """One prompt or several, as several. Raises BadRequest for what is no prompt."""
+    if isinstance(prompts, str | Mapping) or (prompts and isinstance(prompts[0], int)):
+        prompts = [cast(Prompt, prompts)]
+    return [_plain(each) for each in cast(Sequence[Prompt], prompts)]
+
+
+def _plain(prompt: Prompt) -> Plain:
+    if not isinstance(prompt, Mapping):
+        return prompt
+    given = {name: value for name, value in prompt.items() if value is not None}
+    for name in ("prompt_token_ids", "prompt"):  # ids say what the text is
+        if name in given:
+            plain: Plain = given.pop(name)
+            given.pop("prompt", None)
+            break
+    else:
+        raise BadRequest("a prompt needs a 'prompt' or 'prompt_token_ids'", param="prompt")
+    if given:
+        raise BadRequest(f"prompts are text or token ids, without {min(given)!r}", param="prompt")
+    return plain

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 
 import numpy as np
 import pytest
@@ -49,6 +50,37 @@ def test_outputs_come_in_the_order_of_the_prompts(llm):
     assert [output.prompt for output in outputs] == prompts
     assert [len(output.outputs[0].token_ids) for output in outputs] == lengths
     assert [finished.index(output) for output in outputs] == [0, 2, 1]  # the shortest ended first
+
+
+def test_prompts_may_be_written_as_vllms(llm):
+    ids = [3, 14, 15]
+    written = [
+        ids,
+        {"prompt_token_ids": ids},
+        {"prompt_token_ids": ids, "prompt": "their text", "multi_modal_data": None},
+    ]
+    outputs = llm.generate(written, greedy(4))
+    assert [output.prompt_token_ids for output in outputs] == [ids] * 3
+    alone, text = llm.generate({"prompt": "abc"}, greedy(4)), llm.generate("abc", greedy(4))
+    assert alone[0].outputs[0].token_ids == text[0].outputs[0].token_ids
+    for wrong in ({"text": "abc"}, {"prompt": "abc", "multi_modal_data": {"image": 1}}):
+        with pytest.raises(BadRequest, match="prompt"):
+            llm.generate([wrong], greedy(4))
+
+
+def test_progress_is_shown_beside_what_the_caller_counts(llm, monkeypatch):
+    done, shown = [], []
+
+    @contextlib.contextmanager
+    def bar(total):
+        shown.append(total)
+        yield lambda: shown.append("one")
+
+    monkeypatch.setattr("tensorray.cluster.llm.progress", bar)
+    llm.generate([[3], [4]], greedy(2), use_tqdm=True, on_finished=done.append)
+    assert (shown, len(done)) == ([2, "one", "one"], 2)
+    llm.generate([[3], [4]], greedy(2), on_finished=done.append)
+    assert (len(shown), len(done)) == (3, 4)
 
 
 def test_a_stream_brings_the_same_text_as_a_whole_answer(llm):
