@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
+from helpers.eagle_tables import TableEagle
 from numpy.typing import NDArray
 
 from tensorray.actors.lookup_drafter import look_up
@@ -50,6 +51,19 @@ def heads(sampler: Sampler, tokens: Sequence[int]) -> list[int]:
     return [sampler.guess(0, ahead, (1 - 0.3 * ahead) * SMALL[tokens[-1]]) for ahead in range(ROOM)]
 
 
+def eagle() -> Guesses:
+    """The guesses of `draft_model`, by the drafter of EAGLE itself: it is shown what was chosen,
+    and goes on from there."""
+    drafter = TableEagle(SMALL, longest=1000 + DRAWS)
+
+    def guesses(sampler: Sampler, tokens: Sequence[int]) -> list[int]:
+        found = drafter.guesses(tokens, ROOM, sampler.guess)
+        assert not found or found == draft_model(sampler, tokens)
+        return found
+
+    return guesses
+
+
 def generate(sampling: Sampling, guesses: Guesses | None, count: int) -> tuple[list[int], int, int]:
     """So many tokens after token 0; guesses made and guesses that were right."""
     sampler = Sampler(VOCAB)
@@ -78,7 +92,8 @@ def chi_square(tokens: Sequence[int], temperature: float) -> float:
 
 
 @pytest.mark.parametrize(
-    ("guesses", "draws"), [(lookup, DRAWS), (draft_model, 100_000), (heads, DRAWS)]
+    ("guesses", "draws"),
+    [(lookup, DRAWS), (draft_model, 100_000), (heads, DRAWS), (eagle(), DRAWS // 4)],
 )
 def test_the_distribution_is_the_models_own(guesses: Guesses, draws: int) -> None:
     sampling = Sampling(temperature=0.8, seed=2026)
