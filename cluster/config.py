@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from tensorray.actors.config import ShardConfig
 from tensorray.actors.protocol import ShardInfo
 from tensorray.actors.speculative_config import parse_speculative_config
+from tensorray.cluster.elsewhere import ELSEWHERE
 from tensorray.cluster.key_digests import digest
 from tensorray.cluster.lora_module import LoraModule
 from tensorray.cluster.replica_choice import Routing
@@ -340,6 +341,16 @@ class EngineConfig(BaseModel):
         description="Where OpenTelemetry traces go, over HTTP, such as http://host:4318/v1/traces",
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _are_settings(cls, given: Any) -> Any:
+        """Another server's are answered with what stands here; pydantic names the others."""
+        for name in given if isinstance(given, dict) else ():
+            instead = ELSEWHERE.get("--" + str(name).replace("_", "-"))
+            if instead is not None and name not in cls.model_fields:
+                raise ValueError(f"no {name} here; {instead}")
+        return given
+
     @field_validator("api_key")
     @classmethod
     def _digests(cls, keys: list[str]) -> list[str]:
@@ -367,7 +378,7 @@ class EngineConfig(BaseModel):
             except ModuleNotFoundError:
                 found = None
             if found is None:
-                raise ValueError("traces need more packages: pip install 'tensorray[otel]'")
+                raise ValueError("traces need more packages: pip install '.[otel]' in the source")
         return endpoint
 
     @model_validator(mode="after")

@@ -18,9 +18,9 @@ from pydantic import BaseModel, Field
 from typer.testing import CliRunner
 
 from tensorray.cluster import app, cli
-from tensorray.cluster.command_lines import ELSEWHERE
 from tensorray.cluster.command_lines import Command as CommandLine
 from tensorray.cluster.config import EngineConfig
+from tensorray.cluster.elsewhere import ELSEWHERE
 from tensorray.cluster.flags import Given, flag, with_flags
 from tensorray.cluster.sampling_params import SamplingParams
 
@@ -272,6 +272,11 @@ def test_an_unknown_key_of_the_config_file_is_named(tensorray: Command, tmp_path
     status, _, err = tensorray("serve", "--config", str(path))
     assert status == 2
     assert "max-model-length" in err
+
+
+def test_another_servers_setting_is_answered_with_what_is_here() -> None:
+    with pytest.raises(ValueError, match="no quantization here; leave it out: the checkpoint"):
+        EngineConfig.model_validate({"model": "m", "quantization": "awq"})
 
 
 def test_debug_shows_the_traceback(tensorray: Command) -> None:
