@@ -226,8 +226,8 @@ class EngineConfig(BaseModel):
     prefill_min_tokens: int = Field(
         256,
         ge=1,
-        description="With --prefill-replicas: prompts with fewer tokens to compute are computed where "
-        "they are decoded",
+        description="With --prefill-replicas: prompts with fewer tokens to compute are computed "
+        "where they are decoded",
     )
     handover_timeout_seconds: float = Field(
         30.0,
