@@ -127,6 +127,12 @@ class OpenSpeculation:
     def _load_small(self) -> None:
         name, checkpoint = self._how.model, open_checkpoint(str(self._path()))
         try:
+            if "fc.weight" in (names := set(checkpoint.names())):
+                method = "eagle3" if "d2t" in names else "eagle"
+                raise ModelConfigError(
+                    f"--speculative-config: {name} is no draft model by itself, but an EAGLE "
+                    f'draft: add "method": "{method}"'
+                )
             small = resolve(checkpoint.config)(checkpoint.config)
             if small.vocab_size != self._model.vocab_size:
                 raise ModelConfigError(

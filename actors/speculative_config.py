@@ -46,6 +46,13 @@ def parse_speculative_config(given: Mapping[str, Any]) -> SpeculativeConfig | No
     """A config from its JSON; None from an empty one. Raises ValueError naming the key."""
     if not given:
         return None
+    given = dict(given)
+    size = given.pop("draft_tensor_parallel_size", None)
+    if size not in (None, 1):
+        raise ValueError(
+            "speculative_config: draft_tensor_parallel_size must be 1, as one shard guesses for "
+            f"its replica, not {size!r}"
+        )
     known = {item.name for item in fields(SpeculativeConfig)}
     if unknown := given.keys() - known:
         raise ValueError(

@@ -20,6 +20,7 @@ from test_speculative import arrivals, compare, generate, start
 from tensorray.actors.drafter import Guess
 from tensorray.actors.eagle import EagleDraft
 from tensorray.actors.protocol import Sampling
+from tensorray.actors.speculative_config import parse_speculative_config
 from tensorray.builder.checkpoint import CheckpointError
 from tensorray.builder.model import Model, ModelConfigError
 from tensorray.builder.models.eagle import Eagle, Eagle3
@@ -269,16 +270,18 @@ def write_target(path: Path, window: int) -> dict[str, Any]:
 
 def accepted(model: Path, how: dict[str, Any]) -> tuple[float, set[int]]:
     """The share of guesses that were right, and all tokens of the answers: greedy ones, to prompts
-    longer than a window."""
+    longer than a window, each twice, so that the second time they are found in the cache."""
     asked = [
-        Arrival(i, list(range(10 * i, 10 * i + 14)), Sampling(temperature=0.0), 30)
+        Arrival(step + i, list(range(10 * i, 10 * i + 14)), Sampling(temperature=0.0), 30)
+        for step in (0, 40)
         for i in range(4)
     ]
     plain = run(*start(str(model), None), asked)
-    shard, scheduler = start(str(model), how)
+    shard, scheduler = start(str(model), how, max_num_batched_tokens=13)
     assert run(shard, scheduler, asked) == plain
     stats = scheduler.stats()
-    assert stats.draft_tokens > 50
+    assert stats.draft_tokens > 100
+    assert stats.prefix_hits > 0
     share = stats.accepted_tokens / stats.draft_tokens
     return share, {token for outcome in plain for token in outcome.tokens}
 
@@ -429,6 +432,15 @@ def test_what_does_not_fit_is_refused_by_name(
     path = write_eagle(tmp_path / "draft", **made)
     with pytest.raises((ModelConfigError, CheckpointError), match=message):
         load_with(path, method)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_an_eagle_draft_is_not_taken_for_a_model(method: str, drafts: dict[str, Path]) -> None:
+    with pytest.raises(ModelConfigError, match=f'an EAGLE draft: add "method": "{method}"'):
+        start("llama3", {"model": str(drafts[method])})
+    one = parse_speculative_config(using(method, drafts[method]))
+    vllms = {**using(method, drafts[method]), "draft_tensor_parallel_size": 1}
+    assert parse_speculative_config(vllms) == one
 
 
 def test_a_model_that_does_not_say_what_its_head_is_made_of_has_no_eagle_draft(

@@ -260,6 +260,7 @@ def test_what_ranks_tell_each_other_keeps_lists_apart() -> None:
     [
         ({"method": "mlp_speculator", "model": "x"}, "MLP speculators are not supported"),
         ({"method": "eagle"}, "'eagle' needs model"),
+        ({"model": "x", "draft_tensor_parallel_size": 2}, "draft_tensor_parallel_size must be 1"),
         ({"method": "telepathy"}, "method must be one of ngram, draft_model, medusa"),
         ({"num_speculative_tokens": 3}, "method must be one of"),
         ({"method": "ngram", "model": "x"}, "has no model"),
