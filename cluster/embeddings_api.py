@@ -79,6 +79,9 @@ class EmbeddingRequest(PoolingRequest, TemplateFields):
     encoding_format: Literal["float", "base64"] | None = "float"
     dimensions: int | None = Field(None, description="leading numbers of each vector to keep")
     normalize: bool | None = Field(True, description="give each vector length 1 (vLLM)")
+    truncate_prompt_tokens: int | None = Field(
+        None, description="keep so many of an input's first tokens; -1: what the context holds"
+    )
 
     def inputs(self) -> Prompts:
         """Raises ApiError or BadRequest for fields that contradict each other."""
@@ -103,6 +106,7 @@ class EmbeddingRequest(PoolingRequest, TemplateFields):
                 pooling_type=self.pooling_type,
                 normalize=self.normalize is not False,
                 dimensions=self.dimensions,
+                truncate_prompt_tokens=self.truncate_prompt_tokens,
             )
         except ValidationError as error:
             message, param = explain(error)

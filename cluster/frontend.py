@@ -14,7 +14,7 @@ import random
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import msgspec
 from pydantic import ValidationError
@@ -38,6 +38,7 @@ from tensorray.cluster.request import Delta, GenerationRequest
 from tensorray.cluster.sampling_params import SamplingParams
 from tensorray.cluster.tokenizer import InvalidText, Tokenizer
 from tensorray.cluster.tokenizer_files import load_tokenizer
+from tensorray.cluster.truncation import shortened
 
 __all__ = [
     "BadRequest",
@@ -243,6 +244,13 @@ class Frontend:
         that the answer may repeat: it changes how fast that comes. Raises BadRequest.
         """
         tokens = self.prompt_tokens(prompt, add_special_tokens)
+        if (most := params.truncate_prompt_tokens) is not None:
+            if echo:
+                message = "an echo is of the whole prompt; leave truncate_prompt_tokens out"
+                raise BadRequest(message, param="truncate_prompt_tokens")
+            if most == -1:
+                most = max(self.max_model_len - max(params.max_tokens or 1, params.min_tokens), 1)
+            tokens = self.truncated(prompt, tokens, most, "end")
         self._check(params)
         self._check_prompt_logprobs(len(tokens), params, echo)
         sampling = params.resolve(self.eos_token_ids, self.vocab_size)
@@ -359,6 +367,21 @@ class Frontend:
                     param="prompt",
                 )
         return tokens
+
+    def truncated(
+        self,
+        prompt: str | Sequence[int],
+        tokens: list[int],
+        most: int,
+        keep: Literal["start", "end"],
+    ) -> list[int]:
+        """A prompt's `tokens`, `most` of them."""
+        if len(tokens) <= most:
+            return tokens
+        bare: Sequence[int] = tokens
+        if isinstance(prompt, str):
+            bare = self.tokenizer.encode(prompt, add_special_tokens=False)
+        return shortened(tokens, bare, most, keep)
 
     def _max_tokens(self, prompt_tokens: int, params: SamplingParams) -> int:
         limit, asked = self.max_model_len, params.max_tokens

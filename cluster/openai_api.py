@@ -49,7 +49,7 @@ _REFUSED: dict[str, tuple[tuple[object, ...], str]] = {
     "guided_whitespace_pattern": (_OFF, "whitespace in JSON is free; leave it out"),
     "structural_tag": (_OFF, "use structured_outputs with a grammar"),
     "prompt_embeds": (_OFF, "prompts are text or token ids"),
-    "truncate_prompt_tokens": (_OFF, "shorten the prompt before sending it"),
+    "truncate_prompt_tokens": (_OFF, "shorten the text before sending it"),
     "chat_template": (_OFF, "the template is the server's (--chat-template)"),
     "documents": (_OFF, "put documents into the messages"),
     "continue_final_message": (_OFF, "only chats have messages"),
@@ -158,6 +158,7 @@ _SAMPLING = [
     "ignore_eos",
     "skip_special_tokens",
     "prompt_logprobs",
+    "truncate_prompt_tokens",
     "bad_words",
     "no_repeat_ngram_size",
     "forced_prefix",
@@ -196,6 +197,9 @@ class GenerateRequest(ApiRequest):
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
     prompt_logprobs: int | None = None
+    truncate_prompt_tokens: int | None = Field(
+        None, description="keep so many of the prompt's last tokens; -1: what there is room for"
+    )
     bad_words: list[str | list[int]] | None = Field(
         None, description="words, or lists of token ids, that are never completed"
     )

@@ -23,6 +23,7 @@ from tensorray.cluster.conversation import Conversation
 from tensorray.cluster.frontend import EngineClient, Frontend
 from tensorray.cluster.pooling_type import PoolingType
 from tensorray.cluster.request import Delta, GenerationRequest
+from tensorray.cluster.truncation import TruncatePromptTokens
 
 Vector = NDArray[np.float32]  # [dimensions]
 
@@ -38,6 +39,9 @@ class PoolingParams(BaseModel):
     normalize: bool = Field(True, description="Give the vector length 1")
     dimensions: int | None = Field(
         None, ge=1, description="Keep so many leading numbers (Matryoshka embeddings)"
+    )
+    truncate_prompt_tokens: TruncatePromptTokens | None = Field(
+        None, description="Keep so many of the prompt's first tokens; -1: what the context holds"
     )
 
 
@@ -107,6 +111,9 @@ class Embedder:
         if isinstance(prompt, Conversation):
             prompt = frontend.render(prompt)
         tokens = frontend.prompt_tokens(prompt, add_special_tokens)
+        if (most := params.truncate_prompt_tokens) is not None:
+            most = frontend.max_model_len if most == -1 else most
+            tokens = frontend.truncated(prompt, tokens, most, "start")
         if len(tokens) > frontend.max_model_len:
             raise BadRequest(
                 f"the input is too long: {len(tokens)} tokens, but the context is "

@@ -14,6 +14,7 @@ from tensorray.cluster.bad_request import BadRequest
 from tensorray.cluster.beams import candidates
 from tensorray.cluster.request import BeamSearch
 from tensorray.cluster.structured_outputs import StructuredOutputs
+from tensorray.cluster.truncation import TruncatePromptTokens
 
 # What only a beam search heeds, and what only a draw does: the values that ask for nothing.
 _BEAM_FIELDS: dict[str, tuple[object, ...]] = {
@@ -162,6 +163,9 @@ class SamplingParams(BaseModel):
         description="Log-probability of each token and of this many alternatives; -1: all",
     )
     prompt_logprobs: int | None = Field(None, ge=-1, description="The same for the prompt's tokens")
+    truncate_prompt_tokens: TruncatePromptTokens | None = Field(
+        None, description="Keep so many of the prompt's last tokens; -1: what there is room for"
+    )
     bad_words: list[Annotated[str, Field(min_length=1)] | _TokenIds] = Field(
         default_factory=list,
         max_length=1024,
