@@ -41,6 +41,7 @@ from tensorray.actors.placement import (
     needs,
     reserve,
 )
+from tensorray.actors.ray_reason import reason_of
 from tensorray.actors.shard_actor import Description, ShardActor
 from tensorray.actors.shard_host import Loaded
 from tensorray.actors.tcp_link import TcpLink
@@ -204,7 +205,7 @@ class Replica:
             cause = getattr(error, "cause", None)
             if isinstance(error, ray.exceptions.RayTaskError) and isinstance(cause, ValueError):
                 raise ValueError(str(cause))
-        raise ShardError(f"a shard could not load it: {_first_line(errors[0])}") from errors[0]
+        raise ShardError(f"a shard could not load it: {reason_of(errors[0])}") from errors[0]
 
     async def remove_adapter(self, id: int) -> None:
         """Forget an adapter in all shards."""
@@ -350,7 +351,7 @@ class Replica:
             except (ray.exceptions.RayActorError, LeaseTaken) as error:
                 deaths += up
                 when = "while loading" if up else "before it was up"
-                told = f"the shard died {when}: {_first_line(error)}"
+                told = f"the shard died {when}: {reason_of(error)}"
                 late = time.monotonic() > deadline
                 if late or deaths == (_ATTEMPTS if self._was_whole else 1):
                     raise ShardError(told) from error
@@ -365,7 +366,7 @@ class Replica:
             try:
                 await self._actors[rank].add_adapter.remote(adapter)
             except ray.exceptions.RayTaskError as error:  # noqa: PERF203
-                logger.error("adapter %s is lost: %s", adapter.name, _first_line(error))
+                logger.error("adapter %s is lost: %s", adapter.name, reason_of(error))
                 self._adapters.pop(adapter.id, None)
                 await self._forget_adapter(adapter.id)
 
@@ -425,7 +426,7 @@ class Replica:
             rank: error for rank, error in enumerate(outcomes) if isinstance(error, BaseException)
         }
         own = {
-            rank: _first_line(error)
+            rank: reason_of(error)
             for rank, error in errors.items()
             if not isinstance(error, CommunicatorError)
         }
@@ -433,7 +434,7 @@ class Replica:
             return own
         causes: list[Any] = [getattr(error, "cause", error) for error in errors.values()]
         named = {cause.peer: str(cause) for cause in causes if cause.peer is not None}
-        return named or {rank: _first_line(error) for rank, error in errors.items()}
+        return named or {rank: reason_of(error) for rank, error in errors.items()}
 
     # --- who lives ----------------------------------------------------------------------------
 
@@ -449,7 +450,7 @@ class Replica:
         try:
             await asyncio.wait_for(_get(self._actors[rank].loaded), _REASON_SECONDS)
         except ray.exceptions.RayError as error:
-            return f"{noticed} ({_first_line(error)})"
+            return f"{noticed} ({reason_of(error)})"
         except asyncio.TimeoutError:
             pass
         return noticed
@@ -487,12 +488,3 @@ async def _all(works: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         raise
-
-
-def _first_line(error: BaseException) -> str:
-    """Ray's errors tell much; the line that says why comes last among the first few."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    for line in lines:
-        if "exit detail" in line or "cause" in line.lower():
-            return line
-    return lines[0] if lines else type(error).__name__
