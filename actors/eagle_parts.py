@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tensorray.builder.checkpoint.base import Checkpoint
-from tensorray.builder.checkpoint.eagle import draft_tokens, eagle_tensors
+from tensorray.builder.checkpoint.eagle import draft_tokens, eagle_config, eagle_tensors
 from tensorray.builder.load import load_weights
 from tensorray.builder.model import Model, ModelConfigError, ShardWeights, Weights
 from tensorray.builder.models.eagle import Eagle, Eagle3
@@ -57,7 +57,7 @@ def load_eagle(
                     f"its head are (Model.{part}), which an EAGLE draft goes between"
                 )
     tensors = eagle_tensors(checkpoint)
-    draft = kind(checkpoint.config, model, set(tensors.names()))
+    draft = kind(eagle_config(checkpoint.config), model, set(tensors.names()))
     own = load_weights(draft, tensors, dtype=np.float32)
     tokens = None
     if isinstance(draft, Eagle3):

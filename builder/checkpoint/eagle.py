@@ -13,11 +13,15 @@ and EAGLE-3's besides
     lm_head.weight              [draft vocab, hidden]
     d2t                         int64 [draft vocab]: token i of the draft's is i + d2t[i]
     t2d                         bool [vocab]: which tokens these are, which d2t says already
+
+The speculators library's files are EAGLE-3's, with the layer's config under a key of its own.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +33,12 @@ _OFFSETS = "d2t"
 _LEFT_OUT = (_OFFSETS, "t2d")
 _LAYER = re.compile(r"^midlayer\.")
 _PREFIXED = ("layers.", "norm.", "embed_tokens.")
+
+
+def eagle_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A draft's config, all of it at the top level."""
+    layer = config.get("transformer_layer_config") or {}
+    return {**layer, **{key: value for key, value in config.items() if value is not None}}
 
 
 def eagle_tensors(checkpoint: Checkpoint) -> TensorCheckpoint:

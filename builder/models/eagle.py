@@ -125,7 +125,9 @@ class Eagle3(Eagle):
     def __init__(self, config: Mapping[str, Any], target: Model, names: Collection[str]) -> None:
         super().__init__(config, target, names)
         c = ConfigReader(config)
-        c.refuse("norm_before_residual", False)
+        c.refuse("norm_before_fc", False)
+        #: Whether what attention adds to is the hidden state as it is normed.
+        self.adds_to_normed = c.boolean("norm_before_residual", default=False)
         #: Tokens that it may guess.
         self.draft_vocab_size = c.integer("draft_vocab_size", default=self.vocab_size)
 
@@ -185,9 +187,10 @@ class Eagle3(Eagle):
 
     def layer(self, op: Any, w: Weights, x: Tensor, layer: int) -> Tensor:
         embeds, hidden = op.split(x, [self.hidden_size] * 2)
-        embeds = op.rms_norm(embeds, w.embed_norm, self.eps)
-        y = op.xp.concatenate([embeds, op.rms_norm(hidden, w.hidden_norm, self.eps)], axis=-1)
-        x = op.add_residual(hidden, self.attention(op, w, y, layer, self.rope))
+        normed = op.rms_norm(hidden, w.hidden_norm, self.eps)
+        y = op.xp.concatenate([op.rms_norm(embeds, w.embed_norm, self.eps), normed], axis=-1)
+        x = normed if self.adds_to_normed else hidden
+        x = op.add_residual(x, self.attention(op, w, y, layer, self.rope))
         y = op.rms_norm(x, w.mlp_norm, self.eps)
         return op.add_residual(x, self.run_mlp(op, w, y, layer))
 

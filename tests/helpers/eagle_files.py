@@ -97,8 +97,11 @@ def write_eagle(
 class PlainEagle:
     """What a draft of `write_eagle` computes, in float64."""
 
-    def __init__(self, tensors: dict[str, Any], *, eagle3: bool) -> None:
+    def __init__(
+        self, tensors: dict[str, Any], *, eagle3: bool, adds_to_normed: bool = False
+    ) -> None:
         self.eagle3 = eagle3
+        self.adds_to_normed = adds_to_normed
         self.at = "midlayer" if eagle3 else "layers.0"
         self.w = {name: np.asarray(t, np.float64) for name, t in tensors.items()}
 
@@ -131,7 +134,9 @@ class PlainEagle:
     def layer(self, embeds: Array, hidden: Array) -> Array:
         if self.eagle3:
             normed = self.norm(embeds, f"{self.at}.input_layernorm.weight")
-            x = np.concatenate([normed, self.norm(hidden, f"{self.at}.hidden_norm.weight")], -1)
+            own = self.norm(hidden, f"{self.at}.hidden_norm.weight")
+            x = np.concatenate([normed, own], -1)
+            hidden = own if self.adds_to_normed else hidden
         else:
             hidden = np.concatenate([embeds, hidden], -1) @ self.w["fc.weight"].T
             x = hidden = hidden + self.w["fc.bias"]
