@@ -28,6 +28,7 @@ from tensorray.cluster import openai_api as api
 from tensorray.cluster.backend import Backend, EngineStatus
 from tensorray.cluster.bodies import all_of, read_body, together
 from tensorray.cluster.chat_service import ChatService
+from tensorray.cluster.closing import Closing, TurnsAway
 from tensorray.cluster.config import EngineConfig
 from tensorray.cluster.deadlines import Deadlines, deadline_of
 from tensorray.cluster.embeddings_api import EmbeddingService
@@ -74,12 +75,13 @@ def create_app(
     config: EngineConfig,
     fleet: Fleet | None = None,
     traces: TracerProvider | None = None,
+    closing: Closing | None = None,
 ) -> FastAPI:
     """The whole API as an ASGI application.
 
     `frontend` turns text into tokens and back, `backend` runs them; `fleet` has its LoRA adapters
-    (None: there can be none), `traces` takes OpenTelemetry's spans. Of `config` only the limits of
-    the API are read.
+    (None: there can be none), `traces` takes OpenTelemetry's spans, and `closing` says when no more
+    requests are taken (None: never). Of `config` only the limits of the API are read.
     """
     app = FastAPI(
         title="Tensorray",
@@ -93,6 +95,7 @@ def create_app(
     client: EngineClient = backend if fleet is None else AdapterClient(backend, fleet)
     if traces is not None:
         client = traced(app, client, traces, frontend.model_name)
+    app.add_middleware(TurnsAway, closing=closing or Closing())
     _protect(app, config)
     service = _Service(frontend, backend, client, models, config)
     description = Description(keys=bool(config.api_key or config.api_key_file))
@@ -304,6 +307,7 @@ class _Service:
         answer: Answer,
         headers: dict[str, str],
     ) -> Response:
+        answer.prompts = [each.request.prompt for each in prepared]
         if request.stream:
             streams = [self._frontend.stream(self._client, each) for each in prepared]
             return EventStream(answer.events(together(streams)), self.explain, headers)

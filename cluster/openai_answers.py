@@ -38,6 +38,9 @@ class Answer(ABC):
         self._top_prompt_logprobs = request.prompt_logprobs
         self._usage_at_end = options.include_usage
         self._usage_always = options.continuous_usage_stats
+        self._tells_tokens = bool(request.return_token_ids)
+        self._spells_ids = bool(request.return_tokens_as_token_ids)
+        self.prompts: Sequence[Sequence[int]] = ()  # their tokens
         self._counts: dict[int, Usage] = {}  # by prompt, so far
 
     @abstractmethod
@@ -104,6 +107,7 @@ class CompletionAnswer(Answer):
         hidden = request.skip_special_tokens is not False
         self._hidden = tokenizer.special_ids if hidden else frozenset[int]()
         self._logprobs: dict[int, _Offsets] = {}  # by choice
+        self._begun: set[int] = set()  # choices that have told their prompt's tokens
 
     def whole(self, outputs: Sequence[RequestOutput]) -> api.Completion:
         choices = []
@@ -119,7 +123,8 @@ class CompletionAnswer(Answer):
         return api.Completion(self.id, self.created, self.model, choices, usage=usage)
 
     def chunks(self, index: int, output: CompletionOutput) -> Sequence[api.Completion]:
-        if not (output.text or output.logprobs or output.finish_reason):
+        told = output.token_ids if self._tells_tokens else None
+        if not (output.text or output.logprobs or output.finish_reason or told):
             return ()
         choices = [self._choice(index, output)]
         usage = self._chunk_usage()
@@ -135,9 +140,14 @@ class CompletionAnswer(Answer):
             finish_reason=output.finish_reason,
             stop_reason=output.stop_reason,
         )
+        if self._tells_tokens:
+            choice.token_ids = output.token_ids
+            if index not in self._begun:
+                self._begun.add(index)
+                choice.prompt_token_ids = list(self.prompts[index // self._n])
         if self._top is not None and output.logprobs is not None:
             offsets = self._logprobs.setdefault(
-                index, _Offsets(self._tokenizer, self._hidden, self._top)
+                index, _Offsets(self._tokenizer, self._hidden, self._top, self._spells_ids)
             )
             choice.logprobs = offsets.spell(output.token_ids, output.logprobs)
         return choice
@@ -165,6 +175,7 @@ class ChatAnswer(Answer):
                 if output.finish_reason == "stop" and output.reply.tool_calls
                 else output.finish_reason,
                 output.stop_reason,
+                output.token_ids if self._tells_tokens else UNSET,
             )
             for output in answer.outputs
         ]
@@ -173,6 +184,8 @@ class ChatAnswer(Answer):
         )
         if self._metadata is not None:
             whole.metadata = self._metadata
+        if self._tells_tokens:
+            whole.prompt_token_ids = answer.prompt_token_ids
         if answer.prompt_logprobs is not None:
             whole.prompt_logprobs = prompt_logprobs(
                 answer.prompt_logprobs, self._top_prompt_logprobs or 0
@@ -184,8 +197,9 @@ class ChatAnswer(Answer):
         if parts is None:
             parts = [Text(output.text)] if output.text else []
         deltas = [delta for part in parts if (delta := self._delta(index, part)) is not None]
+        told = output.token_ids if self._tells_tokens else None
         if not deltas:
-            if not (output.logprobs or output.finish_reason):
+            if not (output.logprobs or output.finish_reason or told):
                 return ()
             deltas = [api.ChatDelta()]
         if index not in self._opened:
@@ -195,15 +209,21 @@ class ChatAnswer(Answer):
                 deltas[0].content = ""
         choices = [api.ChatChunkChoice(index, delta) for delta in deltas]
         choices[0].logprobs = self._spelled(output)
+        if told is not None:
+            choices[0].token_ids = told
         if output.finish_reason is not None:
             called = output.finish_reason == "stop" and index in self._calls
             choices[-1].finish_reason = "tool_calls" if called else output.finish_reason
             choices[-1].stop_reason = output.stop_reason
         usage = self._chunk_usage()
-        return [
+        chunks = [
             api.ChatCompletionChunk(self.id, self.created, self.model, [choice], usage=usage)
             for choice in choices
         ]
+        if self._tells_tokens and self.prompts:
+            chunks[0].prompt_token_ids = list(self.prompts[0])
+            self.prompts = ()
+        return chunks
 
     def last_chunk(self, usage: api.Usage) -> api.ChatCompletionChunk:
         return api.ChatCompletionChunk(self.id, self.created, self.model, [], usage=usage)
@@ -242,22 +262,24 @@ class ChatAnswer(Answer):
     def _spelled(self, output: CompletionOutput) -> api.ChoiceLogprobs | None:
         if self._top is None or output.logprobs is None:
             return None
-        return chat_logprobs(output.logprobs, self._top)
+        return chat_logprobs(output.logprobs, self._top, self._spells_ids)
 
 
 # --- log-probabilities, in the three shapes that the API has for them -------------------------
 
 
-def chat_logprobs(entries: Iterable[TokenLogprob | None], top: int) -> api.ChoiceLogprobs:
+def chat_logprobs(
+    entries: Iterable[TokenLogprob | None], top: int, as_ids: bool = False
+) -> api.ChoiceLogprobs:
     """Chat's: each token with its `top` likeliest alternatives."""
     return api.ChoiceLogprobs(
         [
             api.TokenLogprob(
-                entry.text,
+                _name(entry, as_ids),
                 _finite(entry.logprob),
                 list(entry.bytes),
                 [
-                    api.TopLogprob(other.text, _finite(other.logprob), list(other.bytes))
+                    api.TopLogprob(_name(other, as_ids), _finite(other.logprob), list(other.bytes))
                     for other in _likeliest(entry, top)
                 ],
             )
@@ -275,7 +297,10 @@ class _Offsets:
     that the text leaves out) takes no room.
     """
 
-    def __init__(self, tokenizer: Tokenizer, hidden: frozenset[int], top: int) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, hidden: frozenset[int], top: int, as_ids: bool = False
+    ) -> None:
+        self._as_ids = as_ids
         self._tokenizer = tokenizer
         self._hidden = hidden
         self._top = top
@@ -287,7 +312,8 @@ class _Offsets:
     ) -> api.CompletionLogprobs:
         shape = api.CompletionLogprobs()
         for token, entry in zip(tokens, entries, strict=True):
-            shape.tokens.append(self._tokenizer.token_text(token))
+            text = _id_name(token) if self._as_ids else self._tokenizer.token_text(token)
+            shape.tokens.append(text)
             shape.text_offset.append(self._offset)
             if token not in self._hidden:
                 self._offset += len(self._decoder.decode(self._tokenizer.token_bytes[token]))
@@ -296,10 +322,12 @@ class _Offsets:
                 shape.top_logprobs.append(None)
                 continue
             top = {
-                other.text: _finite(other.logprob)
+                _name(other, self._as_ids): _finite(other.logprob)
                 for other in reversed(_likeliest(entry, self._top))
             }
-            top.setdefault(entry.text, _finite(entry.logprob))  # OpenAI reports the choice too
+            top.setdefault(
+                _name(entry, self._as_ids), _finite(entry.logprob)
+            )  # OpenAI reports the choice too
             shape.token_logprobs.append(_finite(entry.logprob))
             shape.top_logprobs.append(top)
         return shape
@@ -323,6 +351,15 @@ def prompt_logprobs(
 def _likeliest(entry: TokenLogprob, top: int) -> tuple[TokenLogprob, ...]:
     """The `top` likeliest tokens at the entry's position; -1: all that were reported."""
     return entry.top if top < 0 else entry.top[:top]
+
+
+def _name(entry: TokenLogprob, as_id: bool) -> str:
+    return _id_name(entry.token_id) if as_id else entry.text
+
+
+def _id_name(token: int) -> str:
+    """A token's name that no other one has; two may have the same text."""
+    return f"token_id:{token}"
 
 
 def _finite(logprob: float) -> float:

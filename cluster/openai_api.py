@@ -53,8 +53,8 @@ _REFUSED: dict[str, tuple[tuple[object, ...], str]] = {
     "chat_template": (_OFF, "the template is the server's (--chat-template)"),
     "documents": (_OFF, "put documents into the messages"),
     "continue_final_message": (_OFF, "only chats have messages"),
-    "return_token_ids": (_OFF, "use /tokenize"),
-    "return_tokens_as_token_ids": (_OFF, "use /tokenize"),
+    "return_token_ids": (_OFF, "only completions and chats tell tokens"),
+    "return_tokens_as_token_ids": (_OFF, "only completions and chats tell tokens"),
     "echo": (_OFF, "only completions can echo"),
     "add_special_tokens": (_OFF, "chat templates write special tokens by themselves"),
 }
@@ -220,6 +220,12 @@ class GenerateRequest(ApiRequest):
     guided_grammar: str | None = Field(None, description="structured_outputs' grammar")
     stream: bool | None = False
     stream_options: StreamOptions | None = None
+    return_token_ids: bool | None = Field(
+        False, description="tell the answer's token ids, and the prompt's (vLLM)"
+    )
+    return_tokens_as_token_ids: bool | None = Field(
+        False, description='spell tokens of logprobs as "token_id:7" (vLLM)'
+    )
     user: str | None = None
     priority: int | None = Field(
         None,
@@ -472,6 +478,8 @@ class CompletionChoice(msgspec.Struct):
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     prompt_logprobs: list[dict[str, PromptLogprob] | None] | UnsetType = UNSET
+    token_ids: list[int] | UnsetType = UNSET
+    prompt_token_ids: list[int] | UnsetType = UNSET  # of a stream, in a choice's first chunk
 
 
 class Completion(msgspec.Struct):
@@ -542,6 +550,7 @@ class ChatChoice(msgspec.Struct):
     logprobs: ChoiceLogprobs | None = None
     finish_reason: ChatFinishReason | None = None
     stop_reason: int | str | None = None
+    token_ids: list[int] | UnsetType = UNSET
 
 
 class ChatCompletion(msgspec.Struct):
@@ -553,6 +562,7 @@ class ChatCompletion(msgspec.Struct):
     object: Literal["chat.completion"] = "chat.completion"
     metadata: dict[str, str] | UnsetType = UNSET
     prompt_logprobs: list[dict[str, PromptLogprob] | None] | UnsetType = UNSET
+    prompt_token_ids: list[int] | UnsetType = UNSET
 
 
 class ChatDelta(msgspec.Struct):
@@ -569,6 +579,7 @@ class ChatChunkChoice(msgspec.Struct):
     logprobs: ChoiceLogprobs | None = None
     finish_reason: ChatFinishReason | None = None
     stop_reason: int | str | UnsetType | None = UNSET
+    token_ids: list[int] | UnsetType = UNSET
 
 
 class ChatCompletionChunk(msgspec.Struct):
@@ -578,6 +589,7 @@ class ChatCompletionChunk(msgspec.Struct):
     choices: list[ChatChunkChoice]
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
     usage: Usage | UnsetType | None = UNSET
+    prompt_token_ids: list[int] | UnsetType = UNSET  # in the first one
 
 
 class Model(msgspec.Struct):

@@ -319,6 +319,48 @@ async def test_chat_choices(client: Client) -> None:
     assert roles == {0, 1, 2}
 
 
+TELLING = {"return_token_ids": True, "return_tokens_as_token_ids": True}
+
+
+async def test_completions_tell_their_tokens(client: Client) -> None:
+    asked = {"prompt": ["Hello", "Hi"], "n": 2, "logprobs": 1, "extra_body": TELLING}
+    answer = await completion(client, **asked)
+    for choice in answer.choices:
+        text = (b"Hello", b"Hi")[choice.index // 2]
+        assert choice.prompt_token_ids[1:] == [byte - ord("!") for byte in text]
+        assert len(choice.token_ids) == 6
+        assert choice.logprobs.tokens == [f"token_id:{token}" for token in choice.token_ids]
+        assert all(name.startswith("token_id:") for name in choice.logprobs.top_logprobs[0])
+    told: dict[int, list[int]] = {}
+    prompts: dict[int, list[int]] = {}
+    async for chunk in await completion(client, stream=True, **asked):
+        for choice in chunk.choices:
+            told.setdefault(choice.index, []).extend(choice.token_ids)
+            if getattr(choice, "prompt_token_ids", None) is not None:
+                assert prompts.setdefault(choice.index, choice.prompt_token_ids)
+    assert told == {choice.index: choice.token_ids for choice in answer.choices}
+    assert prompts == {choice.index: choice.prompt_token_ids for choice in answer.choices}
+
+
+async def test_chats_tell_their_tokens(client: Client) -> None:
+    asked = {"logprobs": True, "top_logprobs": 1, "extra_body": TELLING}
+    answer = await chat(client, **asked)
+    (choice,) = answer.choices
+    names = [f"token_id:{token}" for token in choice.token_ids]
+    assert [entry.token for entry in choice.logprobs.content] == names
+    assert len(answer.prompt_token_ids) == answer.usage.prompt_tokens
+    chunks = [chunk async for chunk in await chat(client, stream=True, **asked)]
+    assert chunks[0].prompt_token_ids == answer.prompt_token_ids
+    assert not any(hasattr(chunk, "prompt_token_ids") for chunk in chunks[1:])
+    told = [getattr(chunk.choices[0], "token_ids", []) for chunk in chunks]
+    assert [token for tokens in told for token in tokens] == choice.token_ids
+
+
+async def test_tokens_are_not_told_unasked(client: Client) -> None:
+    for answer in (await completion(client), await chat(client)):
+        assert "token_ids" not in answer.to_json()
+
+
 async def test_chat_logprobs(client: Client) -> None:
     answer = await chat(client, logprobs=True, top_logprobs=1)
     content = answer.choices[0].logprobs.content
