@@ -10,6 +10,7 @@ fields under `args`. On the command line: `serve run tensorray.cluster.app:build
 
 # No `from __future__ import annotations`: Serve reads build_app's annotation to check its argument.
 
+import asyncio
 import logging
 import signal
 import socket
@@ -32,6 +33,7 @@ from rich.console import Console
 
 from tensorray.cluster import request_log
 from tensorray.cluster.autoscaling import serve_settings
+from tensorray.cluster.closing import Closing
 from tensorray.cluster.config import EngineConfig
 from tensorray.cluster.connect import connect, joins
 from tensorray.cluster.deploy_failure import why_not_deployed
@@ -114,7 +116,8 @@ class Ingress:
             from tensorray.cluster import tracing
 
             traces = tracing.provider(config.otlp_traces_endpoint)
-        self.http = create_app(self._frontend, self._client, config, fleet, traces)
+        self._closing = Closing()
+        self.http = create_app(self._frontend, self._client, config, fleet, traces, self._closing)
         Ingress._here = self
 
     async def generate(
@@ -141,6 +144,12 @@ class Ingress:
         async with aclosing(deltas):
             async for delta in deltas:
                 yield asdict(delta)
+
+    async def close(self, seconds: float) -> None:
+        """Turn away whoever comes; return when those who are here have their answers, or after so
+        many seconds."""
+        with suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self._closing.close(), seconds)
 
     def _prepare(
         self,
@@ -347,7 +356,18 @@ def run(
         pass
     finally:
         with console.status("Stopping ..."):
+            _close(config.drain_timeout_seconds)
             stop(own_cluster)
+
+
+def _close(seconds: float) -> None:
+    """Have every ingress take nothing more and end what it has."""
+    handle = serve.get_deployment_handle("Ingress", APP_NAME)
+    if hasattr(handle, "broadcast"):  # of later Rays
+        try:
+            handle.broadcast("close", seconds).results(timeout_s=seconds + _CLOSING_SECONDS)
+        except Exception as error:  # then what runs ends as Serve has it
+            logger.warning("the ingresses did not close: %r", error)
 
 
 def stop(own_cluster: bool) -> None:

@@ -8,6 +8,7 @@ import signal
 import ssl
 import subprocess
 import sys
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -87,8 +88,13 @@ def test_tls_a_key_and_an_end_that_lets_streams_end(
         asked = urllib.request.Request(f"{scheme}://127.0.0.1:{port}{path}", data, headers)
         return urllib.request.urlopen(asked, timeout=PATIENCE, context=trusting)
 
+    def until_refused() -> None:
+        while True:
+            ask("/health")
+            time.sleep(0.1)
+
     flags = {"ssl_certfile": certificate[0], "ssl_keyfile": certificate[1], "api_key": KEY}
-    with served(model, port, device="null", null_step_ms=20, **flags) as process:
+    with served(model, port, device="null", null_step_ms=200, **flags) as process:
         for key in (None, "other"):
             with pytest.raises(urllib.error.HTTPError) as refused:
                 ask("/v1/models", key=key)
@@ -98,11 +104,17 @@ def test_tls_a_key_and_an_end_that_lets_streams_end(
         with pytest.raises(OSError):  # noqa: PT011 -- whatever plain HTTP gets of TLS
             ask("/health", scheme="http").read()
 
-        body = {"prompt": "Hello", "max_tokens": 200, "seed": 1, "stream": True}
-        with ask("/v1/completions", body, KEY) as answer:
-            first = next(line for line in answer if line.startswith(b"data:"))
-            process.send_signal(signal.SIGTERM)
-            events = [first, *(line for line in answer if line.startswith(b"data:"))]
+        body = {"prompt": "Hello", "max_tokens": 20, "seed": 1, "stream": True}
+        with ask("/v1/completions", {**body, "max_tokens": 240}, KEY) as longer:
+            next(line for line in longer if line.startswith(b"data:"))
+            with ask("/v1/completions", body, KEY) as answer:
+                first = next(line for line in answer if line.startswith(b"data:"))
+                process.send_signal(signal.SIGTERM)
+                events = [first, *(line for line in answer if line.startswith(b"data:"))]
+            with pytest.raises(urllib.error.HTTPError) as refused:
+                until_refused()
+            assert refused.value.code == 503
+            assert json.load(refused.value)["error"]["code"] == "shutting_down"
         assert events[-1].strip() == b"data: [DONE]"
         last = json.loads(events[-2].removeprefix(b"data:"))
         assert last["choices"][0]["finish_reason"] == "length"

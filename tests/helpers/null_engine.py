@@ -15,6 +15,7 @@ from tensorray.actors.link import LocalLink
 from tensorray.actors.null_shard import NullShard
 from tensorray.actors.protocol import KVGroups, ShardInfo
 from tensorray.cluster.backend import EngineStatus, ShardStatus
+from tensorray.cluster.closing import Closing
 from tensorray.cluster.config import EngineConfig
 from tensorray.cluster.engine import Engine, EngineObserver
 from tensorray.cluster.frontend import Frontend
@@ -143,12 +144,16 @@ class LocalBackend:
 
 @asynccontextmanager
 async def serving(
-    model: Path, *, limits: dict[str, Any] | None = None, **settings: Any
+    model: Path,
+    *,
+    limits: dict[str, Any] | None = None,
+    closing: Closing | None = None,
+    **settings: Any,
 ) -> AsyncIterator[tuple[httpx.AsyncClient, LocalBackend]]:
     """An HTTP client of the API over a null engine, all in this process."""
     config = EngineConfig(model=str(model), served_model_name=["tiny"], **(limits or {}))
     async with LocalBackend(**settings) as backend:
-        app = create_app(Frontend.load(config), backend, config)
+        app = create_app(Frontend.load(config), backend, config, closing=closing)
         transport = httpx.ASGITransport(app)
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
             yield client, backend
