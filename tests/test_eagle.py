@@ -128,7 +128,7 @@ def expected(method: str, path: Path, tokens: list[int], count: int) -> list[np.
 def assert_guesses(method: str, path: Path, recorded: Recorded, known: list[list[int]]) -> None:
     assert len(recorded.read) > 20
     assert {len(rows) for _, _, rows in recorded.read} >= {3}
-    for seq, count, rows in recorded.read[:: max(1, len(recorded.read) // 40)]:
+    for seq, count, rows in recorded.read[:: max(1, len(recorded.read) // 15)]:
         plain = expected(method, path, known[seq][:count], len(rows))
         for ours, row in zip(rows, plain, strict=True):
             assert (np.isinf(ours) == np.isinf(row)).all()
@@ -213,16 +213,17 @@ def test_no_token_changes(name: str, method: str, drafts: dict[str, Path]) -> No
 
 
 @pytest.mark.usefixtures("always")
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("method", "name"), [("eagle", "gemma3"), ("eagle3", "llama3")])
 def test_preemption_and_prefix_reuse_change_no_token_either(
-    method: str, drafts: dict[str, Path]
+    method: str, name: str, drafts: dict[str, Path]
 ) -> None:
     how = using(method, drafts[method])
-    plain = run(*start("gemma3", None), arrivals())
-    shard, scheduler = start("gemma3", how, num_kv_blocks=60, max_num_batched_tokens=20)
+    plain = run(*start(name, None), arrivals())
+    blocks = {"gemma3": 60, "llama3": 30}[name]
+    shard, scheduler = start(name, how, num_kv_blocks=blocks, max_num_batched_tokens=20)
     assert run(shard, scheduler, arrivals()) == plain
     assert scheduler.stats().preemptions > 0
-    shard, scheduler = start("gemma3", how)
+    shard, scheduler = start(name, how)
     twice = [replace(each, step=after) for after in (0, 60) for each in arrivals()]
     assert run(shard, scheduler, twice) == plain * 2
     assert scheduler.stats().prefix_hits > 0
