@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import shutil
@@ -39,6 +40,16 @@ def logs_as_they_were(request: pytest.FixtureRequest) -> Iterator[None]:
         log.setLevel(level)
         log.propagate = propagate
         log.handlers[:] = attached
+
+
+@pytest.fixture(scope="session")
+def one_tokenizer() -> Iterator[None]:
+    """Gemma's vocabulary is long: to load its tokenizer takes seconds, so it is done once."""
+    from tensorray.cluster import frontend
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(frontend, "load_tokenizer", functools.cache(frontend.load_tokenizer))
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

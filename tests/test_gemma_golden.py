@@ -13,7 +13,7 @@ from tensorray.cluster.demo import model_path
 from tensorray.cluster.llm import LLM, SamplingParams
 from tensorray.cluster.outputs import CompletionOutput
 
-pytestmark = pytest.mark.model
+pytestmark = [pytest.mark.model, pytest.mark.usefixtures("one_tokenizer")]
 
 GOLDEN = json.loads(
     (Path(__file__).parent / "fixtures" / "gemma3_270m_golden.json").read_text("utf-8")

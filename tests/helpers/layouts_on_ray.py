@@ -43,7 +43,7 @@ async def run(name: str, layout: dict[str, Any]) -> dict[str, Any]:
     )
     shards = [config.shard(rank) for rank in range(config.num_shards)]
     count = config.data_parallel_size
-    where = Where(timeout=120.0, lease=5.0, replicas=count)
+    where = Where(timeout=300.0, lease=30.0, replicas=count)
     replicas = [await Replica.open(config.digest(), shards, where) for _ in range(count)]
     engines = []
     for replica in replicas:
@@ -74,8 +74,10 @@ async def run(name: str, layout: dict[str, Any]) -> dict[str, Any]:
 async def main() -> None:
     with results_on_stdout() as results:
         ray.init(log_to_driver=False, logging_level="ERROR")
-        for name, layout in json.loads(sys.argv[1]):
-            print(json.dumps(await run(name, layout)), file=results, flush=True)
+        # All at once: each waits until the cluster has room for it.
+        asked = [run(name, layout) for name, layout in json.loads(sys.argv[1])]
+        for found in await asyncio.gather(*asked):
+            print(json.dumps(found), file=results, flush=True)
 
 
 if __name__ == "__main__":
