@@ -291,6 +291,7 @@ def test_offline(machine: Machine) -> None:
     """Without Ray: the library, and a file of prompts."""
     from tensorray.cluster.demo import model_path
 
+    (machine.place / "model.gguf").unlink(missing_ok=True)
     (machine.place / "model.gguf").symlink_to(model_path())
     assert machine.run(marked("with LLM(")).strip()
     (machine.place / "prompts.jsonl").write_text('{"prompt": "Once upon a time"}\n')
@@ -326,10 +327,13 @@ def test_jobs(cluster: Machine) -> None:
     """`ray job submit`, of a build and of a file of requests."""
     jobs = cluster.with_(RAY_ADDRESS=cluster.environment["DASHBOARD"], NUM_GPUS="0")
     pytest.importorskip("tensorrt_rtx_bindings", reason="pip install 'tensorray[rtx]'")
-    assert "succeeded" in jobs.run(marked("build_job.sh"))
+    built = jobs.run(marked("build_job.sh"))
+    assert "succeeded" in built
+    assert re.search(r"layers 0-\d+: .*, for sm_89: ", built), built
+    assert re.search(r"sm_89, tensorrt_rtx +│ +(\d+) │ +0 │ +\1 │ +0 │", built), built
     assert list((cluster.place / "store").rglob("*.json"))
     data = cluster.place / "data"
-    data.mkdir()
+    data.mkdir(exist_ok=True)
     shutil.copy(ROOT / "deploy" / "examples" / "batch.jsonl", data / "in.jsonl")
     block = marked("batch_job.sh")
     assert "succeeded" in jobs.run(replace(block, text=block.text.replace("/data", str(data))))
