@@ -38,7 +38,7 @@ and ended together too, and take as many slots as the search is wide from its ad
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
 from typing import Literal
@@ -53,12 +53,14 @@ from tensorray.actors.protocol import (
     StepPlan,
     StepResult,
 )
+from tensorray.cluster.adapter_room import AdapterRoom
 from tensorray.cluster.beam_group import BeamGroup
 from tensorray.cluster.beams import Hypothesis
 from tensorray.cluster.blocks import BlockManager
 from tensorray.cluster.draft_length import DraftLength
 from tensorray.cluster.fairness import AdmissionQueue
-from tensorray.cluster.request import FinishReason, QueueFull, RequestRefused, Source
+from tensorray.cluster.limits import Limits
+from tensorray.cluster.request import FinishReason, QueueFull, Source
 from tensorray.cluster.sequence import NEVER, Sequence, Status
 
 
@@ -147,7 +149,7 @@ class Scheduler:
                 f"({max_num_seqs}), so that every running sequence can advance in every step"
             )
         self.blocks = BlockManager(kv, enable_prefix_caching=enable_prefix_caching)
-        self._max_model_len = max_model_len
+        self._limits = Limits(max_model_len, max_num_seqs)
         self._max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max_num_batched_tokens
         self._max_adapters = max_adapters
@@ -192,7 +194,9 @@ class Scheduler:
         does not keep out what has to be taken `always`.
         """
         for s in sequences:
-            self._check(s)
+            if s.seq in self._sequences:
+                raise ValueError(f"sequence id {s.seq} is in use")
+            self._limits.check(s, self.blocks)
         count = sum(_slots(s) for s in sequences)
         if count > self._places and not always:
             raise QueueFull(
@@ -207,7 +211,7 @@ class Scheduler:
                 f"({self._max_waiting_tokens}); try again later"
             )
         for s in sequences:
-            s.max_len = min(s.max_len, self._limit(s))
+            s.max_len = min(s.max_len, self._limits.tokens(s))
             if s.request.hand_over:
                 s.max_len = min(s.max_len, len(s.tokens) + 1)
             s.level = s.request.priority if self._priorities else 0
@@ -422,7 +426,7 @@ class Scheduler:
                 gain.finish_reason = "stop"
                 gain.stop_token = token
             elif len(tokens) >= s.max_len:
-                asked = min(s.prompt_len + s.request.max_tokens, self._limit(s))
+                asked = min(s.prompt_len + s.request.max_tokens, self._limits.tokens(s))
                 if s.request.hand_over and len(tokens) < asked:
                     gain.lent = self.blocks.lent(s)
                     s.status = Status.HELD
@@ -476,7 +480,11 @@ class Scheduler:
             s.first_step = NEVER
             s.status = Status.WAITING
             self._waiting.put_back(s)
-        unfit = [s for s in self._sequences.values() if self._needs(s) > self.blocks.total]
+        unfit = [
+            s
+            for s in self._sequences.values()
+            if self._limits.blocks(s, self.blocks) > self.blocks.total
+        ]
         for s in unfit:
             self.cancel(s.seq)
         return unfit
@@ -617,7 +625,7 @@ class Scheduler:
     def _admit(self) -> None:
         """Move waiting sequences to the prefilling ones, as far as slots and blocks go."""
         put_aside: list[Sequence] = []
-        adapters = _AdapterRoom(self._max_adapters, self._admitted_ones())
+        adapters = AdapterRoom(self._max_adapters, self._admitted_ones())
         while (s := self._waiting.head()) is not None:
             if self._running == self._max_num_seqs and not self._priorities:
                 break
@@ -698,7 +706,9 @@ class Scheduler:
         if s.group is None:
             return 0
         most = (s.group.width - 1) * self.blocks.num_groups
-        return min(most, self._needs(s) - self.blocks.blocks_needed(s.prompt_len))
+        return min(
+            most, self._limits.blocks(s, self.blocks) - self.blocks.blocks_needed(s.prompt_len)
+        )
 
     def _should_wait_for_prefix(self, s: Sequence) -> bool:
         """Whether another's prefill is just computing blocks that this sequence could reuse.
@@ -897,61 +907,6 @@ class Scheduler:
         taken that had to be."""
         return self._max_waiting + self._max_num_seqs - self._running - len(self._waiting)
 
-    def _needs(self, s: Sequence) -> int:
-        """The most blocks it holds on its way to its end: the last token is sampled and never
-        computed, so it needs no room in the cache."""
-        cached = min(s.max_len, self._limit(s)) - 1
-        beams = s.request.beams
-        if beams is None:
-            return self.blocks.blocks_needed(cached)
-        return self.blocks.blocks_needed_by_beams(s.prompt_len, cached, beams.width)
-
-    def _limit(self, s: Sequence) -> int:
-        """Tokens it may have, its last included, which is never computed; a pooled sequence's is
-        not even sampled."""
-        return self._max_model_len + bool(s.request.pooling)
-
-    def _check(self, s: Sequence) -> None:
-        """Refuse what can never run, saying what to change."""
-        limit = self._limit(s)
-        if s.seq in self._sequences:
-            raise ValueError(f"sequence id {s.seq} is in use")
-        if not s.prompt_len:
-            raise RequestRefused("the prompt is empty; it must have at least one token")
-        if min(s.request.prompt) < 0 or max(s.request.prompt) >= 2**32:
-            raise RequestRefused("the prompt has token ids outside 0 to 2**32 - 1")
-        if s.prompt_len >= limit:
-            raise RequestRefused(
-                f"the prompt has {s.prompt_len} tokens; with max_model_len {self._max_model_len} "
-                f"it can have {limit - 1} at most"
-                + ("" if s.request.pooling else ", to leave room for one generated token")
-            )
-        needed = self._needs(s)
-        if (beams := s.request.beams) is not None:
-            if beams.width > self._max_num_seqs:
-                raise RequestRefused(
-                    f"beam_width ({beams.width}) is more than the {self._max_num_seqs} sequences "
-                    "that run at once here; ask for fewer beams, or serve with a larger "
-                    "max_num_seqs"
-                )
-            if needed > self.blocks.total:
-                raise RequestRefused(
-                    f"{beams.width} beams of {s.prompt_len} prompt tokens and up to "
-                    f"{min(s.max_len, limit) - s.prompt_len} generated ones may need {needed} KV "
-                    f"blocks and the cache has {self.blocks.total}; lower beam_width or "
-                    "max_tokens, or serve with a larger KV cache (kv_cache_memory_bytes or "
-                    "num_kv_blocks)"
-                )
-        if needed > self.blocks.total:
-            cached = min(s.max_len, limit) - 1
-            raise RequestRefused(
-                f"{s.prompt_len} prompt tokens and up to {min(s.max_len, limit) - s.prompt_len} "
-                f"generated ones need {needed} KV blocks and the cache has {self.blocks.total}, "
-                f"room for {self.blocks.longest(cached) + 1} tokens in all; shorten the prompt, "
-                "lower max_tokens, or serve with a larger KV cache (kv_cache_memory_bytes or "
-                "num_kv_blocks)"
-            )
-
     def _prompt_rows(self, result: StepResult) -> dict[int, list[Logprobs]]:
         """The step's prompt logprobs by sequence, without those given before a preemption."""
         gained: dict[int, list[Logprobs]] = {}
@@ -965,32 +920,6 @@ class Scheduler:
             if len(rows) > known:
                 gained[seq] = rows[known:]
         return gained
-
-
-class _AdapterRoom:
-    """Which LoRA adapters run while sequences are admitted, and whether there is room for more."""
-
-    __slots__ = ("_full", "_most", "_running", "_sequences")
-
-    def __init__(self, most: int, sequences: Iterable[Sequence]) -> None:
-        self._most = most
-        self._sequences = sequences  # that run already; looked at if anyone wants an adapter
-        self._running: set[int] | None = None
-        self._full = False
-
-    def take(self, s: Sequence) -> bool:
-        """Whether the sequence can be admitted. While one waits for room, no other with an
-        adapter passes it, so that its turn comes."""
-        adapter = s.request.adapter
-        if not adapter:
-            return True
-        if self._running is None:
-            self._running = {each.request.adapter for each in self._sequences} - {0}
-        self._full |= adapter not in self._running and len(self._running) >= self._most
-        if self._full:
-            return False
-        self._running.add(adapter)
-        return True
 
 
 def _without(sequences: list[Sequence], left_out: set[Sequence]) -> list[Sequence]:

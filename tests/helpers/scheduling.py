@@ -201,7 +201,7 @@ class Rig:
         """Whatever ended by itself generated what it would have generated alone."""
         for seq, reason in self.finished.items():
             s = self.sequences[seq]
-            limit = self.scheduler._max_model_len - s.prompt_len
+            limit = self.scheduler._limits.max_model_len - s.prompt_len
             if s.request.beams is not None:
                 if reason == "found":
                     prompt, most = s.request.prompt, min(s.request.max_tokens, limit)
