@@ -29,6 +29,7 @@ from ray import serve
 from ray.serve.config import HTTPOptions, RequestRouterConfig
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
+from ray.serve.schema import ApplicationStatus
 from rich.console import Console
 
 from tensorray.cluster import request_log
@@ -37,6 +38,7 @@ from tensorray.cluster.closing import Closing
 from tensorray.cluster.config import EngineConfig
 from tensorray.cluster.connect import connect, joins
 from tensorray.cluster.deploy_failure import why_not_deployed
+from tensorray.cluster.flags import UsageError
 from tensorray.cluster.fleet import Fleet
 from tensorray.cluster.frontend import Frontend, PreparedRequest
 from tensorray.cluster.ingress import create_app
@@ -150,6 +152,10 @@ class Ingress:
         many seconds."""
         with suppress(asyncio.TimeoutError):
             await asyncio.wait_for(self._closing.close(), seconds)
+
+    async def models(self) -> list[str]:
+        """The names that the model is served under."""
+        return self._frontend.model_names
 
     def _prepare(
         self,
@@ -294,6 +300,32 @@ def _check_tls(host: str, port: int) -> None:
         ) from error
 
 
+def _check_free(config: EngineConfig) -> None:
+    """Raises UsageError where the cluster that was joined serves another model by now.
+
+    It would be replaced, and its streams with it. The same model's settings may be changed.
+    """
+    running = serve.status().applications.get(APP_NAME)
+    if running is None or running.status != ApplicationStatus.RUNNING:
+        return
+    names = serve.get_app_handle(APP_NAME).models.remote().result(timeout_s=30)
+    if names != config.names():
+        raise UsageError(
+            f"this cluster serves {names[0]} already, which {config.names()[0]} would take the "
+            "place of: end it first (`serve shutdown`), or serve both by one file (`serve deploy`, "
+            "as in deploy/models.yaml)"
+        )
+
+
+def _answers(host: str, port: int) -> bool:
+    here = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    try:
+        socket.create_connection((here, port), 10).close()
+    except OSError:
+        return False
+    return True
+
+
 def run(
     config: EngineConfig,
     host: str = "127.0.0.1",
@@ -326,9 +358,11 @@ def run(
             check_modules(config.lora_modules)
         stage("Starting Ray ...")
         own_cluster = connect()
+        if blocking and not logger.isEnabledFor(logging.DEBUG):
+            logging.getLogger("ray.serve").setLevel(logging.WARNING)  # `stage` says it
+        if blocking and not own_cluster:
+            _check_free(config)
         try:
-            if blocking and not logger.isEnabledFor(logging.DEBUG):
-                logging.getLogger("ray.serve").setLevel(logging.WARNING)  # `stage` says it
             stage("Starting Ray Serve ...")
             serve.start(http_options=_http_options(host, port, tls))
             stage(f"Loading {config.model} ...")
@@ -346,8 +380,10 @@ def run(
             raise
     if not blocking:
         return
-    scheme = "http" if tls is None else "https"
-    console.print(f"Serving {config.names()[0]} on {scheme}://{host}:{port} until Ctrl-C")
+    place = f"{'http' if tls is None else 'https'}://{host}:{port}"
+    if not own_cluster and not _answers(host, port):
+        place = f"this cluster's own address (`serve config` tells it), which is not {place},"
+    console.print(f"Serving {config.names()[0]} on {place} until Ctrl-C", soft_wrap=True)
     interrupted = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: interrupted.set())
     try:
