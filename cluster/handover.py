@@ -20,8 +20,9 @@ from tensorray.actors import kv_door
 from tensorray.actors.kv_door import HandoverError
 from tensorray.actors.link import ShardError
 from tensorray.actors.protocol import Door
+from tensorray.cluster.fetches import Fetch
 from tensorray.cluster.request import Source
-from tensorray.cluster.scheduler import Fetch, Scheduler
+from tensorray.cluster.scheduler import Scheduler
 from tensorray.cluster.sequence import Status
 
 logger = logging.getLogger(__name__)

@@ -59,8 +59,10 @@ from tensorray.cluster.beams import Hypothesis
 from tensorray.cluster.blocks import BlockManager
 from tensorray.cluster.draft_length import DraftLength
 from tensorray.cluster.fairness import AdmissionQueue
+from tensorray.cluster.fetches import Fetch, Fetches, given_columns
 from tensorray.cluster.limits import Limits
-from tensorray.cluster.request import FinishReason, QueueFull, Source
+from tensorray.cluster.prefill_shares import shares
+from tensorray.cluster.request import FinishReason, QueueFull
 from tensorray.cluster.sequence import NEVER, Sequence, Status
 
 
@@ -79,18 +81,6 @@ class Progress(msgspec.Struct, gc=False):
     # Of a beam search, whose `sequence` is its leader: what it has found, when it has ended.
     hypotheses: list[Hypothesis] | None = None
     lent: list[list[int]] | None = None  # it is held from now on, with these blocks: Source.blocks
-
-
-@dataclass(frozen=True)
-class Fetch:
-    """Blocks to be filled from another replica's, pairwise."""
-
-    sequence: Sequence
-    source: Source
-    theirs: list[int]
-    ours: list[int]
-    given: int  # columns that the sequence has then
-    after: int  # the last plan that may still use `ours` for whoever had them before
 
 
 @dataclass(frozen=True)
@@ -164,8 +154,7 @@ class Scheduler:
         self._prefilling: list[Sequence] = []  # admitted, known tokens not all planned yet
         self._decoding: list[Sequence] = []
         self._held: set[Sequence] = set()
-        self._fetching: dict[int, Fetch] = {}  # cancelled sequences' included
-        self._to_fetch: list[Fetch] = []  # of these, the ones that have not begun
+        self._fetching = Fetches()
         self._groups: dict[int, BeamGroup] = {}  # unfinished beam searches, by their leaders
         self._guessing: dict[Sequence, int] = {}  # with drafts in a plan that is out: which
         self._admitted = 0
@@ -247,19 +236,16 @@ class Scheduler:
 
     def fetches(self) -> list[Fetch]:
         """What is to be fetched from now on, each told once; its end must reach `fetched`."""
-        oldest = self._in_flight[0][0] if self._in_flight else self._step
-        ready = [each for each in self._to_fetch if each.after < oldest]
-        self._to_fetch = [each for each in self._to_fetch if each.after >= oldest]
-        return ready
+        return self._fetching.begin(self._in_flight[0][0] if self._in_flight else self._step)
 
     @property
     def wants_fetches(self) -> bool:
         """Whether anything is still to be told by `fetches`."""
-        return bool(self._to_fetch)
+        return self._fetching.wants_begin
 
     def fetched(self, seq: int, came: bool) -> None:
         """A fetch has ended, and writes no more. One from before a restart is ignored."""
-        fetch = self._fetching.pop(seq, None)
+        fetch = self._fetching.end(seq)
         if fetch is None:
             return
         s = fetch.sequence
@@ -464,7 +450,7 @@ class Scheduler:
         self._copies = {}
         self.blocks = BlockManager(kv, enable_prefix_caching=self.blocks.enable_prefix_caching)
         ran = self._prefilling + self._decoding
-        fetching = [each.sequence for each in self._fetching.values()]
+        fetching = [each.sequence for each in self._fetching]
         ran += [s for s in fetching if _fetches(s)]
         for s in fetching:
             s.source = None  # the fetch may be what the shards failed of
@@ -473,7 +459,7 @@ class Scheduler:
             self._sequences.pop(s.seq, None)
             s.tables = []
             s.status = Status.FINISHED
-        self._held, self._fetching, self._to_fetch = set(), {}, []
+        self._held, self._fetching = set(), Fetches()
         for s in ran:
             s.tables = []
             s.computed = s.registered = s.promised = 0
@@ -643,13 +629,13 @@ class Scheduler:
     def _admitted_ones(self) -> Iterator[Sequence]:
         """All that have slots; a search is its leader, also while it waits for its results."""
         searching = (group.leader for group in self._groups.values() if group.running)
-        fetching = (each.sequence for each in self._fetching.values())
+        fetching = (each.sequence for each in self._fetching)
         return chain(self._decoding, self._prefilling, self._held, fetching, searching)
 
     def _try_to_admit(self, s: Sequence) -> bool:
         if self._running + _slots(s) > self._max_num_seqs:
             return False
-        given = self._given(s)
+        given = given_columns(s, self.blocks)
         if not self.blocks.admit(s, self._reserve() + self._headroom(s), given):
             return False
         self._waiting.remove(s)
@@ -668,34 +654,11 @@ class Scheduler:
         s.last_prefill = self._step
         s.prompt_rows = 0
         if s.source is not None and s.registered < given:
-            self._fetch(s, s.source, given)
+            s.status = Status.FETCHING
+            self._fetching.add(s, s.source, given, self.blocks, after=self._step - 1)
         else:
             self._prefilling.append(s)
         return True
-
-    def _given(self, s: Sequence) -> int:
-        """The leading columns that another replica holds for the sequence."""
-        if (source := s.source) is None:
-            return 0
-        columns = {len(blocks) for blocks in source.blocks}
-        if len(source.blocks) != self.blocks.num_groups or len(columns) != 1:
-            return 0
-        (given,) = columns
-        # One token must be left to compute.
-        return given if given * self.blocks.block_size < len(s.tokens) else 0
-
-    def _fetch(self, s: Sequence, source: Source, given: int) -> None:
-        s.status = Status.FETCHING
-        pairs = [
-            (theirs, ours)
-            for there, here in zip(source.blocks, self.blocks.unfilled(s, given), strict=True)
-            for theirs, ours in zip(there, here, strict=True)
-            if ours
-        ]
-        theirs, ours = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
-        fetch = Fetch(s, source, theirs, ours, given, self._step - 1)
-        self._fetching[s.seq] = fetch
-        self._to_fetch.append(fetch)
 
     def _reserve(self) -> int:
         """Blocks to leave to the running sequences, so that newcomers don't cost them theirs."""
@@ -727,7 +690,7 @@ class Scheduler:
         lower = [other for other in self._preemptible() if other.level > s.level]
         if not lower:
             return False
-        given = self._given(s)
+        given = given_columns(s, self.blocks)
         missing = self.blocks.shortfall(s, self._reserve() + self._headroom(s), given)
         slots = self._max_num_seqs - self._running - _slots(s)
         victims: list[Sequence] = []
@@ -749,20 +712,8 @@ class Scheduler:
     def _share_out(self, resting: set[Sequence]) -> list[tuple[Sequence, int]]:
         """Chunks for the prefilling sequences, by rank; blocks for them are taken."""
         budget = self._max_num_batched_tokens - len(_without(self._decoding, resting))
-        by_rank = sorted(self._prefilling, key=_rank)
-        chunk = dict.fromkeys(by_rank, 0)
-        for_oldest = (budget + 1) // 2
-        for s in by_rank:
-            chunk[s] = min(for_oldest, s.target - s.computed)
-            for_oldest -= chunk[s]
-            budget -= chunk[s]
-        for s in sorted(by_rank, key=lambda s: (s.level, s.target - s.computed)):
-            extra = min(budget, s.target - s.computed - chunk[s])
-            chunk[s] += extra
-            budget -= extra
-
         chunks: list[tuple[Sequence, int]] = []
-        for s, count in chunk.items():
+        for s, count in shares(budget, sorted(self._prefilling, key=_rank)).items():
             if count and s.status is Status.RUNNING:
                 # Rather a smaller chunk than preempting for it, but one token at least.
                 reach = self.blocks.reach(s, self._reserve())

@@ -234,7 +234,7 @@ def test_a_few_prompts_are_fetched_at_a_time_and_in_order(monkeypatch: pytest.Mo
             tasks = [asyncio.create_task(answer(both.client, request(name))) for name in names]
             await until(lambda: len(both.decode.scheduler._fetching) == len(names))
             await until(lambda: len(begun) == AT_ONCE)
-            waiting = list(both.decode.scheduler._fetching.values())[AT_ONCE:]
+            waiting = list(both.decode.scheduler._fetching)[AT_ONCE:]
             await both.decode.cancel(waiting[-1].sequence.request.request_id)
             assert len(begun) == AT_ONCE
             go.set()

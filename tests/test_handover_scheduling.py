@@ -13,8 +13,8 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from tensorray.cluster.fetches import Fetch
 from tensorray.cluster.request import RequestRefused, Resumed, Source
-from tensorray.cluster.scheduler import Fetch
 from tensorray.cluster.sequence import Sequence, Status
 
 WINDOWS = st.sampled_from([(None,), (None, 6), (5,), (None, 8, 8, 17)])

@@ -148,7 +148,7 @@ class Rig:
         places: dict[Page, list[tuple[Sequence, int]]] = {}
         unfinished = scheduler._sequences.values()
         running = [s for s in unfinished if s.status is not Status.WAITING]
-        gone = [each.sequence for each in scheduler._fetching.values()]
+        gone = [each.sequence for each in scheduler._fetching]
         gone = [s for s in gone if s.status is Status.FINISHED]  # cancelled in mid-fetch
         groups = [group for group in scheduler._groups.values() if group.running]
         assert {s for s in running if s.group} == {s for g in groups for s in g.members.values()}
