@@ -11,7 +11,7 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -21,6 +21,7 @@ from tensorray.actors.link import ShardError, ShardLink
 from tensorray.actors.protocol import ShardInfo, StepPlan
 from tensorray.cluster.adapters import EngineAdapters
 from tensorray.cluster.beams import Hypothesis
+from tensorray.cluster.engine_observer import EngineObserver, SilentObserver
 from tensorray.cluster.handover import Handovers
 from tensorray.cluster.replica_choice import weight
 from tensorray.cluster.request import (
@@ -30,9 +31,9 @@ from tensorray.cluster.request import (
     Resumed,
     UnknownAdapter,
 )
-from tensorray.cluster.request_id import request_id
 from tensorray.cluster.scheduler import Progress, Scheduler
 from tensorray.cluster.sequence import Sequence
+from tensorray.cluster.token_stream import TokenStream
 
 logger = logging.getLogger(__name__)
 
@@ -69,50 +70,6 @@ class EngineFailed(RuntimeError):
     """The engine can't serve any more; carries the shard's own reason."""
 
 
-class EngineObserver(Protocol):
-    """What metrics want to hear. Times in seconds."""
-
-    def step(self, sequences: int, tokens: int, seconds: float) -> None: ...
-
-    def first_token(self, since_arrival: float) -> None: ...
-
-    def next_token(self, since_last: float) -> None: ...
-
-    def finished(
-        self, reason: FinishReason, prompt_tokens: int, generated: int, since_arrival: float
-    ) -> None: ...
-
-    def failed(self, reason: str) -> None:
-        """Shards were lost."""
-
-    def recovered(self, reason: str, seconds: float) -> None:
-        """They are back, so long after they were lost; the reason is known better by now."""
-
-
-class SilentObserver:
-    """Hears everything, says nothing."""
-
-    def step(self, sequences: int, tokens: int, seconds: float) -> None:
-        pass
-
-    def first_token(self, since_arrival: float) -> None:
-        pass
-
-    def next_token(self, since_last: float) -> None:
-        pass
-
-    def finished(
-        self, reason: FinishReason, prompt_tokens: int, generated: int, since_arrival: float
-    ) -> None:
-        pass
-
-    def failed(self, reason: str) -> None:
-        pass
-
-    def recovered(self, reason: str, seconds: float) -> None:
-        pass
-
-
 @dataclass(slots=True)
 class _Tracked:
     """One running sequence: where its tokens go, and the times metrics want."""
@@ -125,62 +82,6 @@ class _Tracked:
     failures: int = 0  # of the shards while it ran, since its last token
     began: float = 0.0  # its first step; 0: none yet
     others: range = range(0)  # further indices that end with it: of a beam search all but the first
-
-
-class TokenStream(AsyncIterator[list[Delta]]):
-    """What one request's sequences produce. Each item is all that came since the last one.
-
-    Ends when every sequence has finished. `aclose` (or dropping out of `async for` and closing)
-    cancels what still runs.
-    """
-
-    def __init__(
-        self, engine: Engine, request: GenerationRequest, sequences: dict[int, int]
-    ) -> None:
-        self.request = request
-        self.sequences = sequences  # the engine's ids, by index
-        self.log_id = request_id.get()
-        self._engine = engine
-        self._pending: dict[int, Delta] = {}
-        self._unfinished = set(sequences)
-        self._ready = asyncio.Event()
-
-    def push(self, delta: Delta) -> None:
-        waiting = self._pending.get(delta.index)
-        if waiting is None:
-            self._pending[delta.index] = delta
-        else:
-            waiting.tokens += delta.tokens
-            if delta.logprobs:
-                waiting.logprobs = waiting.logprobs + delta.logprobs
-            if delta.prompt_logprobs:
-                waiting.prompt_logprobs = waiting.prompt_logprobs + delta.prompt_logprobs
-            waiting.finish_reason = delta.finish_reason
-            waiting.stop_token = delta.stop_token
-            waiting.error = delta.error
-            waiting.refused = delta.refused
-            waiting.source = delta.source or waiting.source
-            if delta.drafted:
-                waiting.drafted, waiting.accepted = delta.drafted, delta.accepted
-            waiting.pooled = delta.pooled
-        if delta.finish_reason is not None:
-            self._unfinished.discard(delta.index)
-        elif self.request.whole:
-            return
-        self._ready.set()
-
-    async def __anext__(self) -> list[Delta]:
-        if not self._ready.is_set():
-            if not self._unfinished:
-                raise StopAsyncIteration
-            await self._ready.wait()
-        self._ready.clear()
-        deltas = list(self._pending.values())
-        self._pending.clear()
-        return deltas
-
-    async def aclose(self) -> None:
-        await self._engine.cancel(self.request.request_id)
 
 
 class Engine:
@@ -275,7 +176,7 @@ class Engine:
             sequences[index] = Sequence(seq, request, sampling, begun)
         self.scheduler.add(*sequences.values(), always=request.resumed is not None)
         self._next_sequence += count
-        stream = TokenStream(self, request, {i: each.seq for i, each in sequences.items()})
+        stream = TokenStream(request, {i: each.seq for i, each in sequences.items()}, self.cancel)
         now = time.perf_counter()
         for index, sequence in sequences.items():
             generated = sequence.output_len

@@ -17,7 +17,8 @@ from tensorray.actors.protocol import KVGroups, ShardInfo
 from tensorray.cluster.backend import EngineStatus, ShardStatus
 from tensorray.cluster.closing import Closing
 from tensorray.cluster.config import EngineConfig
-from tensorray.cluster.engine import Engine, EngineObserver
+from tensorray.cluster.engine import Engine
+from tensorray.cluster.engine_observer import EngineObserver
 from tensorray.cluster.frontend import Frontend
 from tensorray.cluster.ingress import create_app
 from tensorray.cluster.metrics import EngineMetrics
