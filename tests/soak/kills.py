@@ -149,6 +149,7 @@ class Nodes:
                 "num_cpus": 0,
                 "num_gpus": 0,
                 "include_dashboard": False,
+                "dashboard_agent_listen_port": free_port(),  # another cluster may have the usual
                 "object_store_memory": 100 << 20,
                 "_system_config": HEALTH_CHECKS,
             },
@@ -163,6 +164,7 @@ class Nodes:
             wait=False,
             num_cpus=1,
             num_gpus=int(self._gpus),
+            dashboard_agent_listen_port=free_port(),
             object_store_memory=100 << 20,
             env_vars=environment,
         )
