@@ -418,7 +418,7 @@ class Engine:
                 delta.cached_tokens = item.sequence.cached_tokens
                 delta.adapter = tracked.stream.request.adapter
                 delta.queued = tracked.began - tracked.arrival
-                self._observer.first_token(now - tracked.arrival)
+                self._observer.first_token(now - tracked.arrival, delta.queued)
             else:
                 self._observer.next_token(now - tracked.last_token)
             tracked.last_token = now
@@ -449,7 +449,7 @@ class Engine:
         deltas += [Delta(i, [], finish_reason="abort") for i in range(len(found), n)]
         deltas[0].cached_tokens = cached
         tracked.others = range(0)
-        self._observer.first_token(now - tracked.arrival)
+        self._observer.first_token(now - tracked.arrival, tracked.began - tracked.arrival)
         for delta in deltas[1:]:
             tracked.stream.push(delta)
         self._finish(seq, tracked, deltas[0])

@@ -12,7 +12,8 @@ class EngineObserver(Protocol):
 
     def step(self, sequences: int, tokens: int, seconds: float) -> None: ...
 
-    def first_token(self, since_arrival: float) -> None: ...
+    def first_token(self, since_arrival: float, queued: float) -> None:
+        """`queued` of the time since its arrival was before its first step."""
 
     def next_token(self, since_last: float) -> None: ...
 
@@ -33,7 +34,7 @@ class SilentObserver:
     def step(self, sequences: int, tokens: int, seconds: float) -> None:
         pass
 
-    def first_token(self, since_arrival: float) -> None:
+    def first_token(self, since_arrival: float, queued: float) -> None:
         pass
 
     def next_token(self, since_last: float) -> None:

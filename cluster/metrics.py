@@ -83,6 +83,8 @@ class EngineMetrics(Collector):
         self._labels = {"model_name": model_name, "engine": engine}
         self._engine: Engine | None = None
         self._first_token = Histogram(_SECONDS)
+        self._queue = Histogram(_SECONDS)
+        self._prefill = Histogram(_SECONDS)
         self._next_token = Histogram(_SECONDS)
         self._request = Histogram(_SECONDS)
         self._step_seconds = Histogram(_SECONDS)
@@ -110,9 +112,11 @@ class EngineMetrics(Collector):
         self._step_tokens.observe(tokens)
         self._step_seconds.observe(seconds)
 
-    def first_token(self, since_arrival: float) -> None:
+    def first_token(self, since_arrival: float, queued: float) -> None:
         self._generated += 1
         self._first_token.observe(since_arrival)
+        self._queue.observe(queued)
+        self._prefill.observe(since_arrival - queued)
 
     def next_token(self, since_last: float) -> None:
         self._generated += 1
@@ -158,6 +162,8 @@ class EngineMetrics(Collector):
         yield success
         for name, help, histogram in (
             ("time_to_first_token_seconds", "Arrival to first token", self._first_token),
+            ("request_queue_time_seconds", "Arrival to first step", self._queue),
+            ("request_prefill_time_seconds", "First step to first token", self._prefill),
             ("inter_token_latency_seconds", "From one token to the next", self._next_token),
             ("e2e_request_latency_seconds", "Arrival to last token", self._request),
             ("recovery_seconds", "From a loss of shards to their return", self._recovery),

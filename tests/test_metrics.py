@@ -56,6 +56,12 @@ async def test_counts_and_latencies(server: tuple[httpx.AsyncClient, LocalBacken
     assert seen["rejected_plans"] == 0
     assert seen["time_to_first_token_seconds_count"] == 4
     assert seen["time_to_first_token_seconds_sum"] > 4 * 0.002
+    assert seen["request_queue_time_seconds_count"] == 4
+    assert seen["request_prefill_time_seconds_sum"] > 4 * 0.002
+    parts = ("request_queue_time", "request_prefill_time")
+    assert sum(seen[f"{part}_seconds_sum"] for part in parts) == pytest.approx(
+        seen["time_to_first_token_seconds_sum"]
+    )
     assert seen["inter_token_latency_seconds_count"] == 16
     assert seen["inter_token_latency_seconds_sum"] > 16 * 0.002
     assert seen["e2e_request_latency_seconds_count"] == 4
