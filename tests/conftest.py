@@ -62,7 +62,7 @@ def a_place_for_ray() -> Iterator[None]:
         "RAY_DASHBOARD_STARTUP_TIMEOUT_S",
         "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S",  # a proxy that is not up after 5 s is killed
     ):
-        os.environ.setdefault(patience, "300")  # on a busy machine
+        os.environ.setdefault(patience, "120")  # on a busy machine
     os.environ.pop("RAY_ADDRESS", None)
     yield
     shutil.rmtree(place, ignore_errors=True)
@@ -72,14 +72,21 @@ def a_place_for_ray() -> Iterator[None]:
 def ray_cluster() -> Iterator[None]:
     """A local Ray cluster for the whole run; "local" never joins one that happens to run."""
     import ray
+    from helpers.ports import agent_ports
+    from ray._private import parameter
 
-    ray.init(
-        address="local",
-        num_cpus=8,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level="ERROR",
-    )
+    ports = agent_ports()
+    export = ports.pop("metrics_export_port")  # the one that `ray.init` takes
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parameter, "RayParams", functools.partial(parameter.RayParams, **ports))
+        ray.init(
+            address="local",
+            num_cpus=8,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="ERROR",
+            _metrics_export_port=export,
+        )
     yield
     ray.shutdown()
 

@@ -29,7 +29,7 @@ from typing import Any
 
 import pytest
 from helpers.null_engine import serving, write_model
-from helpers.ports import free_port
+from helpers.ports import agent_ports, free_port
 from helpers.tiny_models import directory
 from typer.main import get_command
 
@@ -208,7 +208,7 @@ def machine() -> Iterator[Machine]:
         "HF_HUB_OFFLINE": "1",
         "TENSORRAY_STORE": str(place / "store"),
         "OMP_NUM_THREADS": "1",
-        "RAY_raylet_start_wait_time_s": "300",
+        "RAY_raylet_start_wait_time_s": "120",
         "RAY_DASHBOARD_STARTUP_TIMEOUT_S": "300",
         "RAY_TMPDIR": str(place),
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
@@ -238,8 +238,13 @@ def cluster(machine: Machine) -> Iterator[Machine]:
     `ray start` stays in the foreground, so that it ends with this test and no other.
     """
     gcs, dashboard = free_port(), free_port()
+    agents = agent_ports()
     flags = (
-        f"--port={gcs} --dashboard-port={dashboard} --dashboard-agent-listen-port={free_port()} "
+        f"--port={gcs} --dashboard-port={dashboard} "
+        f"--dashboard-agent-listen-port={agents['dashboard_agent_listen_port']} "
+        f"--dashboard-agent-grpc-port={agents['metrics_agent_port']} "
+        f"--metrics-export-port={agents['metrics_export_port']} "
+        f"--runtime-env-agent-port={agents['runtime_env_agent_port']} "
         "--num-cpus=4 --disable-usage-stats --block"
     )
     url = f"http://127.0.0.1:{dashboard}"

@@ -13,6 +13,24 @@ _RANGE = range(20_000, 32_000)
 _CHOICE = random.SystemRandom()
 
 
+# Of a Ray node's agents, as RayParams names them.
+_AGENTS = (
+    "dashboard_agent_listen_port",
+    "metrics_agent_port",
+    "metrics_export_port",
+    "runtime_env_agent_port",
+)
+
+
+def agent_ports() -> dict[str, int]:
+    """Ports for a Ray node's agents, by RayParams' names.
+
+    A raylet that is not told them ends itself if its agents have not chosen theirs within 15 s,
+    which they may need on a busy machine (https://github.com/ray-project/ray/issues/65983).
+    """
+    return {name: free_port() for name in _AGENTS}
+
+
 def free_port() -> int:
     """A port of this machine that nobody listens on."""
     while True:

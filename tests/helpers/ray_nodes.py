@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from helpers.ports import free_port
+from helpers.ports import agent_ports, free_port
 
 #: Ray's, by which a killed node is noticed within seconds rather than a quarter of a minute.
 HEALTH_CHECKS = {
@@ -108,7 +108,7 @@ def _main(count: int, dashboard: bool) -> None:
             "num_cpus": 1,
             "include_dashboard": dashboard,
             "dashboard_port": port,
-            "dashboard_agent_listen_port": free_port(),
+            **agent_ports(),
             "_system_config": HEALTH_CHECKS,
         },
     )
@@ -144,8 +144,7 @@ def _main(count: int, dashboard: bool) -> None:
 
 
 def _add(cluster: Any, **options: Any) -> Any:
-    # Jobs are submitted through a node's agent, whose usual port another cluster may have.
-    return cluster.add_node(num_cpus=1, dashboard_agent_listen_port=free_port(), **options)
+    return cluster.add_node(num_cpus=1, **agent_ports(), **options)
 
 
 if __name__ == "__main__":
