@@ -332,9 +332,10 @@ def test_jobs(cluster: Machine) -> None:
     """`ray job submit`, of a build and of a file of requests."""
     jobs = cluster.with_(RAY_ADDRESS=cluster.environment["DASHBOARD"], NUM_GPUS="0")
     pytest.importorskip("tensorrt_rtx_bindings", reason="pip install 'tensorray[rtx]'")
+    shutil.rmtree(cluster.place / "store", ignore_errors=True)  # what a first try built
     built = jobs.run(marked("build_job.sh"))
     assert "succeeded" in built
-    assert re.search(r"layers 0-\d+: .*, for sm_89: ", built), built
+    assert re.search(r", for sm_89: \d", built), built
     assert re.search(r"sm_89, tensorrt_rtx +│ +(\d+) │ +0 │ +\1 │ +0 │", built), built
     assert list((cluster.place / "store").rglob("*.json"))
     data = cluster.place / "data"
