@@ -15,6 +15,7 @@ import logging
 import signal
 import socket
 import ssl
+import sys
 import threading
 from collections.abc import AsyncIterator
 from contextlib import aclosing, nullcontext, suppress
@@ -56,6 +57,9 @@ APP_NAME = "tensorray"
 
 # What a router may take to end its shards, once it has drained.
 _CLOSING_SECONDS = 15.0
+
+# As shells have it of a program that was ended by SIGTERM.
+_TERMINATED = 128 + signal.SIGTERM
 
 _PATHS = (
     "model",
@@ -358,6 +362,8 @@ def run(
             check_modules(config.lora_modules)
         stage("Starting Ray ...")
         own_cluster = connect()
+        if blocking:  # from Ray, which ends a process as if it had crashed
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(_TERMINATED))
         if blocking and not logger.isEnabledFor(logging.DEBUG):
             logging.getLogger("ray.serve").setLevel(logging.WARNING)  # `stage` says it
         if blocking and not own_cluster:

@@ -36,7 +36,7 @@ HEALTHY_WITHIN = 600.0  # seconds; a cold disk and a busy machine included
 def run(port: int, *, once: bool, prompt: str, max_tokens: int) -> None:
     """Serve the demo model, stream one completion, then serve until Ctrl-C, or stop if `once`."""
     console = Console(highlight=False)
-    require_free_port(HOST, port)
+    require_free_port(HOST, port, "choose another with --port, or make demo PORT=8001")
     config = EngineConfig(model=str(model_path()), served_model_name=[MODEL_NAME])
     console.print(f"[bold]Gemma 3 270M[/], Q4_K_M. {LICENCE_NOTICE}\n")
     # Ended by another process, this one still stops what it started.

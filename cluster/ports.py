@@ -7,7 +7,7 @@ import socket
 from tensorray.cluster.flags import UsageError
 
 
-def require_free_port(host: str, port: int) -> None:
+def require_free_port(host: str, port: int, remedy: str = "choose another with --port") -> None:
     """Raises UsageError when something listens there already.
 
     Serve's proxy would listen beside it, and requests go to either.
@@ -19,6 +19,5 @@ def require_free_port(host: str, port: int) -> None:
             probe.bind(address)
     except OSError as error:
         raise UsageError(
-            f"port {port} on {host} can't be used ({error.strerror}); choose another with --port "
-            "(make demo PORT=8001)"
+            f"port {port} on {host} can't be used ({error.strerror}); {remedy}"
         ) from None

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -264,6 +266,7 @@ def test_serve_looks_at_port_and_model_before_it_starts_ray(
     assert (status, out) == (2, "")
     message = f"port {port} on 127.0.0.1 can't be used" if port else "no such file or directory"
     assert message in err
+    assert "make" not in err
 
 
 def test_an_unknown_key_of_the_config_file_is_named(tensorray: Command, tmp_path: Path) -> None:
@@ -427,3 +430,24 @@ def test_help_is_quick() -> None:
     )
     answer = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True)
     assert answer.stdout.splitlines()[-1].strip() == "heavy:"
+
+
+def test_serve_told_to_end_while_it_loads_stops_what_it_started(
+    tensorray: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stopped: list[bool] = []
+    handler = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(app, "joins", lambda: True)
+    monkeypatch.setattr(app, "connect", lambda: True)
+    monkeypatch.setattr(app, "stop", stopped.append)
+    monkeypatch.setattr(app.serve, "start", lambda **_: None)
+    monkeypatch.setattr(app.serve, "run", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
+    # As Ray does: it would end the tests.
+    signal.signal(signal.SIGTERM, lambda *_: pytest.fail("it ends at once"))
+    try:
+        status, _, err = tensorray("serve", MODEL)
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    assert status == 143
+    assert stopped == [True]
+    assert "Stopping" in err
