@@ -20,7 +20,7 @@ _HERE = {
     "models` lists, and give --model-class a file of your own for others",
     "--quantization -q": "leave it out: the checkpoint says how it is quantized",
     "--enable-chunked-prefill --async-scheduling --enable-request-id-headers "
-    "--enable-prompt-tokens-details --enable-tokenizer-info-endpoint": "leave it out: always so",
+    "--enable-prompt-tokens-details": "leave it out: always so",
     "--runner --convert --task": "leave it out: every server generates, embeds and scores",
     "--distributed-executor-backend": "leave it out: it is always Ray; RAY_ADDRESS names the "
     "cluster",
