@@ -31,7 +31,7 @@ import aiohttp
 import psutil
 import ray
 from helpers.equality import assert_same_tokens
-from helpers.ports import free_port
+from helpers.ports import agent_ports, free_port
 from helpers.ray_nodes import HEALTH_CHECKS
 from helpers.serve_process import keep_on_head
 from helpers.tiny_models import directory
@@ -149,7 +149,7 @@ class Nodes:
                 "num_cpus": 0,
                 "num_gpus": 0,
                 "include_dashboard": False,
-                "dashboard_agent_listen_port": free_port(),  # another cluster may have the usual
+                **agent_ports(),
                 "object_store_memory": 100 << 20,
                 "_system_config": HEALTH_CHECKS,
             },
@@ -164,7 +164,7 @@ class Nodes:
             wait=False,
             num_cpus=1,
             num_gpus=int(self._gpus),
-            dashboard_agent_listen_port=free_port(),
+            **agent_ports(),
             object_store_memory=100 << 20,
             env_vars=environment,
         )
