@@ -24,8 +24,8 @@ lint: $(VENV)/.installed-dev
 # install, so they get a tree of links that spells it out.
 typecheck: $(VENV)/.installed-dev
 	@mkdir -p .typecheck/tensorray
-	@for room in $(ROOMS); do ln -sfn ../../$$room .typecheck/tensorray/$$room; done
-	@MYPYPATH=.typecheck $(BIN)/mypy $(addprefix -p tensorray.,$(ROOMS))
+	@for part in __init__.py $(ROOMS); do ln -sfn ../../$$part .typecheck/tensorray/$$part; done
+	@MYPYPATH=.typecheck $(BIN)/mypy -p tensorray
 
 # Unit tests side by side; then those that start a cluster or hold a model, one after another, as
 # two clusters' starts wear out each other's patience. PYTEST_ARGS may narrow either down to nothing,

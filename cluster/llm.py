@@ -1,6 +1,6 @@
 """LLM: a model in this process, without Ray Serve. The engine is the same one that serves.
 
-from tensorray.cluster.llm import LLM, SamplingParams
+from tensorray import LLM, SamplingParams
 
 llm = LLM("path/or/hub-id")
 for output in llm.generate(["Once upon a time"], SamplingParams(max_tokens=32)):

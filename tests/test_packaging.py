@@ -135,7 +135,7 @@ def test_the_wheel_holds_every_module_and_no_tests(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     expected = {
         f"tensorray/{path.relative_to(ROOT).as_posix()}" for room in ROOMS for path in modules(room)
-    }
+    } | {"tensorray/__init__.py"}
     assert {name for name in names if name.endswith(".py")} == expected
     sources = [*ROOT.glob("kernels/cuda/*.cu"), *ROOT.glob("kernels/cuda/*.cuh")]
     assert sources
@@ -160,9 +160,13 @@ import sys
 sys.meta_path = [each for each in sys.meta_path if "ditable" not in repr(each)]
 sys.path.insert(0, {str(tmp_path)!r})
 import importlib
+import tensorray
+assert not any(name.startswith("tensorray.") for name in sys.modules)  # it loads nothing unasked
 for name in {names!r}:
     module = importlib.import_module(name)
     assert module.__file__.startswith({str(tmp_path)!r}), module.__file__
+for name in tensorray.__all__:
+    assert getattr(tensorray, name), name
 """
     answer = subprocess.run(
         [sys.executable, "-c", check], capture_output=True, text=True, cwd=tmp_path
