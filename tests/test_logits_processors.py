@@ -580,8 +580,8 @@ def test_a_cuda_processor_on_a_cpu_says_so() -> None:
     assert "runs on a GPU" in sampler.sample([0], np.zeros((1, 40), np.float32))[2][0]
 
 
-def test_the_readme_s_processor_runs() -> None:
-    text = (Path(__file__).parents[1] / "README.md").read_text()
+def test_the_guide_s_processor_runs() -> None:
+    text = (Path(__file__).parents[1] / "deploy" / "GUIDE.md").read_text()
     block = text.split("<!-- run by tests/test_logits_processors.py -->\n```python\n")[1]
     names: dict[str, Any] = {}
     exec(block.split("```")[0], names)

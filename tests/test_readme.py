@@ -1,5 +1,5 @@
-"""The README's commands: those marked as run here are, from the checkout, as they are written; of
-the others, files, flags, extras, addresses and import paths exist.
+"""The README's and the guide's commands: those marked as run here are, from the checkout, as they
+are written; of the others, files, flags, extras, addresses and import paths exist.
 
 What differs from a reader's machine is outside the commands: `Qwen/Qwen3-0.6B` is in the Hub's
 cache, but tiny; ports are free ones; `ray start` keeps to itself, and `make` finds a virtual
@@ -36,6 +36,7 @@ from typer.main import get_command
 from tensorray.cluster import cli
 
 ROOT = Path(__file__).parents[1]
+PAGES = (ROOT / "README.md", ROOT / "deploy" / "GUIDE.md")
 MARK = "<!-- run by tests/test_readme.py -->\n"
 MODEL = "Qwen/Qwen3-0.6B"
 PATIENCE = 480.0  # seconds; what is waited for takes a few
@@ -43,23 +44,23 @@ PATIENCE = 480.0  # seconds; what is waited for takes a few
 
 @dataclass(frozen=True)
 class Block:
-    """Fenced code. `run` is whether the README says that it is run here."""
+    """Fenced code. `run` is whether the page says that it is run here."""
 
     language: str
     text: str
     run: bool
 
 
-def blocks() -> list[Block]:
-    readme = (ROOT / "README.md").read_text()
+def blocks(page: Path) -> list[Block]:
+    text = page.read_text()
     fences = re.compile(f"({re.escape(MARK)})?```(\\w+)\n(.*?)```", re.DOTALL)
-    found = [Block(kind, text, bool(mark)) for mark, kind, text in fences.findall(readme)]
-    assert readme.count("```") == 2 * len(found)
-    assert readme.count(MARK.strip()) == sum(block.run for block in found)
+    found = [Block(kind, code, bool(mark)) for mark, kind, code in fences.findall(text)]
+    assert text.count("```") == 2 * len(found)
+    assert text.count(MARK.strip()) == sum(block.run for block in found)
     return found
 
 
-BLOCKS = blocks()
+BLOCKS = [block for page in PAGES for block in blocks(page)]
 
 
 def marked(part: str) -> Block:
@@ -149,8 +150,23 @@ def test_python_imports_what_there_is() -> None:
 
 def test_every_block_says_what_it_is() -> None:
     assert {block.language for block in BLOCKS} <= {"bash", "python", "json", "yaml", "text"}
-    for _, target in re.findall(r"\[([^\]]+)\]\(([^)#h][^)]*)\)", (ROOT / "README.md").read_text()):
-        assert (ROOT / target.split("#")[0]).exists(), f"there is no {target}"
+
+
+def anchors(page: Path) -> set[str]:
+    """What a page's headings are called in links."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    targets = re.findall(r"\[[^\]]+\]\(([^)h][^)]*)\)", page.read_text())
+    assert targets
+    for target in targets:
+        path, _, heading = target.partition("#")
+        there = (page.parent / path).resolve() if path else page
+        assert there.exists(), f"there is no {target}"
+        assert not heading or heading in anchors(there), f"there is no {target}"
 
 
 # --- what is run ------------------------------------------------------------------------------
