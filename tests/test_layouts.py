@@ -143,7 +143,7 @@ def test_a_failed_shard_ends_the_step_with_its_own_reason() -> None:
         host._executor._weights.layers.clear()
         params = SamplingParams(temperature=0, max_tokens=12)
 
-        def broken(batch: Any) -> Any:
+        def broken(*_: Any) -> Any:
             raise MemoryError("out of luck")
 
         host._executor._forward = broken
