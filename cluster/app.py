@@ -346,6 +346,12 @@ def run(
     """
     console = Console(stderr=True, highlight=False)
     own_cluster = False
+    told_to_end = threading.Event()
+
+    def end(*_: object) -> None:
+        told_to_end.set()
+        sys.exit(_TERMINATED)
+
     with console.status("") if blocking else nullcontext() as status:
 
         def stage(text: str) -> None:
@@ -363,7 +369,7 @@ def run(
         stage("Starting Ray ...")
         own_cluster = connect()
         if blocking:  # from Ray, which ends a process as if it had crashed
-            signal.signal(signal.SIGTERM, lambda *_: sys.exit(_TERMINATED))
+            signal.signal(signal.SIGTERM, end)
         if blocking and not logger.isEnabledFor(logging.DEBUG):
             logging.getLogger("ray.serve").setLevel(logging.WARNING)  # `stage` says it
         if blocking and not own_cluster:
@@ -382,24 +388,29 @@ def run(
                 _check_tls(host, port)
         except BaseException:
             stage("Stopping ...")
-            stop(own_cluster)
+            try:
+                stop(own_cluster)
+            finally:
+                if told_to_end.is_set():  # Ray may have made another exception of it
+                    sys.exit(_TERMINATED)
             raise
     if not blocking:
         return
-    place = f"{'http' if tls is None else 'https'}://{host}:{port}"
-    if not own_cluster and not _answers(host, port):
-        place = f"this cluster's own address (`serve config` tells it), which is not {place},"
-    console.print(f"Serving {config.names()[0]} on {place} until Ctrl-C", soft_wrap=True)
-    interrupted = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: interrupted.set())
+    signal.signal(signal.SIGTERM, lambda *_: told_to_end.set())
     try:
-        interrupted.wait()
+        place = f"{'http' if tls is None else 'https'}://{host}:{port}"
+        if not own_cluster and not _answers(host, port):
+            place = f"this cluster's own address (`serve config` tells it), which is not {place},"
+        console.print(f"Serving {config.names()[0]} on {place} until Ctrl-C", soft_wrap=True)
+        told_to_end.wait()
     except KeyboardInterrupt:
         pass
     finally:
         with console.status("Stopping ..."):
-            _close(config.drain_timeout_seconds)
-            stop(own_cluster)
+            try:
+                _close(config.drain_timeout_seconds)
+            finally:  # another Ctrl-C does not wait for streams
+                stop(own_cluster)
 
 
 def _close(seconds: float) -> None:
@@ -414,7 +425,9 @@ def _close(seconds: float) -> None:
 
 def stop(own_cluster: bool) -> None:
     """Take the application down, and the cluster it was started with."""
-    with suppress(RayServeException):  # it may have failed before Serve was up
-        serve.delete(APP_NAME)
-    if own_cluster:
-        ray.shutdown()  # Serve's own processes go with it
+    try:
+        with suppress(RayServeException):  # it may have failed before Serve was up
+            serve.delete(APP_NAME)
+    finally:
+        if own_cluster:
+            ray.shutdown()  # Serve's own processes go with it

@@ -432,14 +432,22 @@ def test_help_is_quick() -> None:
     assert answer.stdout.splitlines()[-1].strip() == "heavy:"
 
 
+@pytest.mark.parametrize("wrong", [None, SystemExit(0), TimeoutError("not deleted")])
 def test_serve_told_to_end_while_it_loads_stops_what_it_started(
-    tensorray: Command, monkeypatch: pytest.MonkeyPatch
+    tensorray: Command, monkeypatch: pytest.MonkeyPatch, wrong: BaseException | None
 ) -> None:
+    """Whatever Ray makes of that."""
     stopped: list[bool] = []
+
+    def stop(own_cluster: bool) -> None:
+        stopped.append(own_cluster)
+        if wrong is not None:
+            raise wrong
+
     handler = signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr(app, "joins", lambda: True)
     monkeypatch.setattr(app, "connect", lambda: True)
-    monkeypatch.setattr(app, "stop", stopped.append)
+    monkeypatch.setattr(app, "stop", stop)
     monkeypatch.setattr(app.serve, "start", lambda **_: None)
     monkeypatch.setattr(app.serve, "run", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
     # As Ray does: it would end the tests.
