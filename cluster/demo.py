@@ -39,8 +39,6 @@ def run(port: int, *, once: bool, prompt: str, max_tokens: int) -> None:
     require_free_port(HOST, port, "choose another with --port, or make demo PORT=8001")
     config = EngineConfig(model=str(model_path()), served_model_name=[MODEL_NAME])
     console.print(f"[bold]Gemma 3 270M[/], Q4_K_M. {LICENCE_NOTICE}\n")
-    # Ended by another process, this one still stops what it started.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 
     import ray
 
@@ -57,6 +55,8 @@ def run(port: int, *, once: bool, prompt: str, max_tokens: int) -> None:
             log_to_driver=False,
             logging_level=logging.ERROR,
         )
+    # Ended by another process, this one still stops what it started. Ray has set its own before.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         with console.status("Starting Ray Serve, loading the model ..."):
             logging.getLogger("ray.serve").setLevel(logging.WARNING)
