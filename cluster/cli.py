@@ -159,7 +159,7 @@ def serve(
     config: Given,
     path: Annotated[str | None, typer.Argument(metavar="[MODEL]", help="Same as --model.")] = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port to listen on.")] = 8000,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8000,
     ssl_certfile: Annotated[
         str | None, typer.Option(metavar="FILE", help="Certificate, to serve HTTPS.")
     ] = None,
@@ -455,7 +455,7 @@ def doctor(as_json: AsJson = False) -> None:
 
 @command(app)
 def demo(
-    port: Annotated[int, typer.Option(help="Port on 127.0.0.1.")] = 8000,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port on 127.0.0.1.")] = 8000,
     once: Annotated[bool, typer.Option("--once", help="Stop after the answer.")] = False,
     prompt: Annotated[str, typer.Option(help="What to complete.")] = "Once upon a time",
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate.")] = 128,

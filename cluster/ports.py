@@ -7,7 +7,9 @@ import socket
 from tensorray.cluster.flags import UsageError
 
 
-def require_free_port(host: str, port: int, remedy: str = "choose another with --port") -> None:
+def require_free_port(
+    host: str, port: int, remedy: str = "choose another by --port or --host"
+) -> None:
     """Raises UsageError when something listens there already.
 
     Serve's proxy would listen beside it, and requests go to either.

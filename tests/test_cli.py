@@ -25,6 +25,7 @@ from tensorray.cluster.config import EngineConfig
 from tensorray.cluster.elsewhere import ELSEWHERE
 from tensorray.cluster.flags import Given, flag, with_flags
 from tensorray.cluster.sampling_params import SamplingParams
+from tests.helpers.ports import free_port
 
 MODEL = str(Path(__file__).parent / "fixtures" / "models" / "qwen3")
 SMALL = ("--model", MODEL, "--num-kv-blocks", "64", "--num-threads", "1")
@@ -240,6 +241,7 @@ MISTAKES = {
         ["bench", "latency", *SMALL, "--input-len", "9:3"],
         "--input-len must rise from at least 1",
     ),
+    "port of none": (["serve", MODEL, "--port", "70000"], "'--port': Input should be less than"),
     "rate of nothing": (["bench", "serve", "--request-rate", "0"], "--request-rate must be above"),
 }
 
@@ -261,11 +263,11 @@ def test_serve_looks_at_port_and_model_before_it_starts_ray(
     monkeypatch.setattr(app, "joins", lambda: False)  # another test's cluster may be there
     monkeypatch.setattr(app, "connect", lambda: pytest.fail("Ray starts"))
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1] if model == MODEL else 0
+        port = taken.getsockname()[1] if model == MODEL else free_port()
         status, out, err = tensorray("serve", model, "--port", str(port))
     assert (status, out) == (2, "")
-    message = f"port {port} on 127.0.0.1 can't be used" if port else "no such file or directory"
-    assert message in err
+    used = f"port {port} on 127.0.0.1 can't be used"
+    assert (used if model == MODEL else "no such file or directory") in err
     assert "make" not in err
 
 
