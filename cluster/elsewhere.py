@@ -41,5 +41,15 @@ _HERE = {
     "llguidance",
     "--attention-backend --model-impl": "leave it out: there is one",
     "--tokenizer-mode --config-format": "leave it out: found out from the files",
+    # trtllm-serve's
+    "--max-batch-size": "give --max-num-seqs",
+    "--max-num-tokens": "give --max-num-batched-tokens",
+    "--max-seq-len": "give --max-model-len",
+    "--tp-size": "give --tensor-parallel-size",
+    "--pp-size": "give --pipeline-parallel-size",
+    "--ep-size": "give --enable-expert-parallel, for all tensor-parallel shards",
+    "--kv-cache-free-gpu-memory-fraction --free-gpu-memory-fraction": "give "
+    "--gpu-memory-utilization, of the whole memory, weights included",
+    "--extra-llm-api-options": "give --config a file of these flags, with underscores",
 }
 ELSEWHERE = {name: instead for names, instead in _HERE.items() for name in names.split()}
