@@ -28,7 +28,10 @@ def agent_ports() -> dict[str, int]:
     A raylet that is not told them ends itself if its agents have not chosen theirs within 15 s,
     which they may need on a busy machine (https://github.com/ray-project/ray/issues/65983).
     """
-    return {name: free_port() for name in _AGENTS}
+    ports: set[int] = set()
+    while len(ports) < len(_AGENTS):  # Ray refuses one that two of them have
+        ports.add(free_port())
+    return dict(zip(_AGENTS, ports, strict=True))
 
 
 def free_port() -> int:
