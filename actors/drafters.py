@@ -18,6 +18,7 @@ from tensorray.actors.protocol import Drafting, KVGroups
 from tensorray.actors.speculation import Speculation
 from tensorray.actors.speculative_config import SpeculativeConfig
 from tensorray.builder.checkpoint import open_checkpoint, resolve_path
+from tensorray.builder.checkpoint.eagle import eagle_method
 from tensorray.builder.checkpoint.medusa import load_medusa
 from tensorray.builder.load import load_weights, plan_bytes
 from tensorray.builder.model import Model, ModelConfigError, ShardWeights
@@ -127,8 +128,7 @@ class OpenSpeculation:
     def _load_small(self) -> None:
         name, checkpoint = self._how.model, open_checkpoint(str(self._path()))
         try:
-            if "fc.weight" in (names := set(checkpoint.names())):
-                method = "eagle3" if "d2t" in names else "eagle"
+            if method := eagle_method(checkpoint):
                 raise ModelConfigError(
                     f"--speculative-config: {name} is no draft model by itself, but an EAGLE "
                     f'draft: add "method": "{method}"'

@@ -469,9 +469,17 @@ def test_what_does_not_fit_is_refused_by_name(
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_an_eagle_draft_is_not_taken_for_a_model(method: str, drafts: dict[str, Path]) -> None:
-    with pytest.raises(ModelConfigError, match=f'an EAGLE draft: add "method": "{method}"'):
-        start("llama3", {"model": str(drafts[method])})
+def test_an_eagle_draft_is_not_taken_for_a_model(
+    method: str, drafts: dict[str, Path], tmp_path: Path
+) -> None:
+    """Whatever prefix its names have, and whether or not it guesses all tokens."""
+    tensors = load_file(drafts[method] / "model.safetensors")
+    renamed = {f"model.{name}": tensor for name, tensor in tensors.items() if name != "d2t"}
+    save_file(renamed, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_bytes((drafts[method] / "config.json").read_bytes())
+    for path in (drafts[method], tmp_path):
+        with pytest.raises(ModelConfigError, match=f'an EAGLE draft: add "method": "{method}"'):
+            start("llama3", {"model": str(path)})
     one = parse_speculative_config(using(method, drafts[method]))
     vllms = {**using(method, drafts[method]), "draft_tensor_parallel_size": 1}
     assert parse_speculative_config(vllms) == one

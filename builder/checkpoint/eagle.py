@@ -32,6 +32,7 @@ from tensorray.builder.checkpoint.tensor import TensorCheckpoint
 _OFFSETS = "d2t"
 _LEFT_OUT = (_OFFSETS, "t2d")
 _LAYER = re.compile(r"^midlayer\.")
+_STATES_NORM = "model.layers.0.hidden_norm.weight"  # EAGLE-3's alone
 _PREFIXED = ("layers.", "norm.", "embed_tokens.")
 
 
@@ -39,6 +40,14 @@ def eagle_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """A draft's config, all of it at the top level."""
     layer = config.get("transformer_layer_config") or {}
     return {**layer, **{key: value for key, value in config.items() if value is not None}}
+
+
+def eagle_method(checkpoint: Checkpoint) -> str | None:
+    """Which of "eagle" and "eagle3" the checkpoint is a draft of; None: of neither."""
+    names = {_name(name) for name in checkpoint.names()}
+    if "fc.weight" not in names:
+        return None
+    return "eagle3" if _STATES_NORM in names else "eagle"
 
 
 def eagle_tensors(checkpoint: Checkpoint) -> TensorCheckpoint:
