@@ -23,7 +23,7 @@ class EagleParts:
     layer: Weights
     head: Weights  # an EAGLE-3 draft's own
     target: Model
-    target_head: Weights
+    target_head: Weights  # empty for an EAGLE-3 draft
     #: The tokens that an EAGLE-3 draft's logits are of, int64 [draft vocab].
     tokens: NDArray[np.int64] | None
     #: Whose embedding is read, and its weights.
@@ -74,7 +74,8 @@ def load_eagle(
     embed = own.embed
     if not draft.has_embedding or _is(embed.tokens, ends.embed.get("tokens")):
         embedder, embed = target, ends.embed  # no second copy of what training left as it is
-    return EagleParts(draft, own.layers[0], own.head, target, ends.head, tokens, embedder, embed)
+    target_head = ends.head if tokens is None else Weights()
+    return EagleParts(draft, own.layers[0], own.head, target, target_head, tokens, embedder, embed)
 
 
 def _is(one: NDArray[np.float32], other: object) -> bool:
