@@ -11,8 +11,8 @@ import asyncio
 import base64
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from typing import Annotated, Any, Literal, TypeVar
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import msgspec
 from fastapi import Request
@@ -51,6 +51,11 @@ Prompts = Sequence[str | list[int] | Conversation]
 
 class PoolingRequest(api.ApiRequest):
     """What embeddings, scores and rankings have in common."""
+
+    refused: ClassVar[Mapping[str, tuple[tuple[object, ...], str]]] = {
+        **api.ApiRequest.refused,
+        "truncation_side": ((None, "right"), "inputs that are truncated keep their beginning"),
+    }
 
     model: str | None = Field(None, description="A served model's name; default: the only one")
     user: str | None = None

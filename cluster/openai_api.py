@@ -50,6 +50,7 @@ _REFUSED: dict[str, tuple[tuple[object, ...], str]] = {
     "structural_tag": (_OFF, "use structured_outputs with a grammar"),
     "prompt_embeds": (_OFF, "prompts are text or token ids"),
     "truncate_prompt_tokens": (_OFF, "shorten the text before sending it"),
+    "truncation_side": ((None, "left"), "prompts that are truncated keep their end"),
     "chat_template": (_OFF, "the template is the server's (--chat-template)"),
     "documents": (_OFF, "put documents into the messages"),
     "continue_final_message": (_OFF, "only chats have messages"),

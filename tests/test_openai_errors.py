@@ -182,6 +182,8 @@ CASES = [
     refused("service_tier", "there is one tier", service_tier="flex"),
     refused("store", "answers are not stored", store=True),
     refused("modalities", "only text", modalities=["text", "audio"]),
+    refused("truncation_side", "prompts that are truncated keep their end",
+            truncate_prompt_tokens=1, truncation_side="right"),
     refused("chat_template", "the template is the server's", chat_template="{{ 1 }}"),
     Case("suffix refused", 400, "suffix: ", {"prompt": "Hi", "suffix": "!"}, param="suffix",
          code="unsupported_parameter"),

@@ -449,6 +449,7 @@ def test_scores_and_rankings_agree_with_embeddings(llm: LLM, http: httpx.AsyncCl
         ("/v1/embeddings", {"input": "a", "encoding_format": "x"}, "encoding_format", "base64"),
         ("/v1/embeddings", {"input": "a", "pooling_type": "x"}, "pooling_type", "'mean'"),
         ("/v1/embeddings", {"input": "a", "truncate_prompt_tokens": 0}, "truncate", "at least 1"),
+        ("/v1/embeddings", {"input": "a", "truncation_side": "left"}, "trunc", "their beginning"),
         (
             "/v1/score",
             {"text_1": "a", "text_2": "b", "truncate_prompt_tokens": 3},
