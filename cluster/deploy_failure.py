@@ -9,7 +9,10 @@ if TYPE_CHECKING:
     from ray.serve.schema import ServeStatus
 
 # Of an exception, what stands before its message, and before those of errors that it quotes.
-_KINDS = re.compile(r"(?:[A-Za-z_][\w.]*(?:Error|Exception|Failed|Exit): )+")
+_KINDS = re.compile(r"\A(?:[A-Za-z_][\w.]*(?:Error|Exception|Failed|Exit): )+")
+
+# The line before it, of a traceback's frames, which are indented.
+_FRAME = re.compile(r"^[ \t].*\n(?=[A-Za-z_][\w.]*: )", re.MULTILINE)
 
 
 def why_not_deployed(status: ServeStatus, application: str) -> str | None:
@@ -22,5 +25,5 @@ def why_not_deployed(status: ServeStatus, application: str) -> str | None:
 
 def reason(message: str) -> str:
     """The last exception's message in what Serve says of a deployment, or else all of it."""
-    *_, last = re.split(r"^(?=[A-Za-z_][\w.]*: )", message, flags=re.MULTILINE)
+    *_, last = _FRAME.split(message)
     return _KINDS.sub("", last, count=1).strip()

@@ -28,6 +28,10 @@ RuntimeError: Traceback (most recent call last):
             TRACEBACK + "tensorray.actors.placement.PlacementError: two lines,\nthe second",
             "two lines,\nthe second",
         ),
+        (
+            TRACEBACK + "ValueError: two lines\nhint: the second looks like an error",
+            "two lines\nhint: the second looks like an error",
+        ),
         (TRACEBACK + "KeyError: 'x'\n", "'x'"),
         ("Ingress waits", "Ingress waits"),
     ],
