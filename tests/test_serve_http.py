@@ -88,6 +88,7 @@ def until_running(port: int, count: int, waiting: int = 0) -> dict[str, float]:
         if (seen["num_requests_running"], seen["num_requests_waiting"]) == (count, waiting):
             return seen
         assert time.monotonic() < deadline, seen
+        time.sleep(0.05)
 
 
 def until_idle(port: int) -> dict[str, float]:

@@ -183,12 +183,11 @@ async def test_stop_ends_the_request(page: Page, served: tuple[int, LocalBackend
 async def test_probabilities_on_hover_and_by_keyboard(page: Page) -> None:
     await ask(page, "Hello")
     await page.until(ANSWERED)
-    assert await page.eval("document.getElementById('tip').hidden")
-    await page.hover(".message.assistant .token:nth-child(3)")
-    await page.until("!document.getElementById('tip').hidden")
+    hidden = "document.getElementById('tip').hidden"
+    assert await page.eval(hidden)
+    await page.hover(".message.assistant .token:nth-child(3)", until=f"!{hidden}")
     assert "100.0 %" in await page.text("#tip")
-    await page.hover("#send")
-    await page.until("document.getElementById('tip').hidden")
+    await page.hover("#send", until=hidden)
     await page.eval("document.querySelector('.message.assistant .text').focus()")
     for _ in range(3):
         await page.press("ArrowRight")

@@ -104,9 +104,16 @@ class Page:
         )
         return dict(found)
 
-    async def hover(self, selector: str) -> None:
-        at = await self._middle(selector)
-        await self.send("Input.dispatchMouseEvent", type="mouseMoved", **at)
+    async def hover(self, selector: str, until: str) -> None:
+        """Move the mouse over an element, and after it if it moves, until an expression is true."""
+        deadline = asyncio.get_running_loop().time() + 120
+        while True:
+            at = await self._middle(selector)
+            await self.send("Input.dispatchMouseEvent", type="mouseMoved", **at)
+            if await self.eval(until):
+                return
+            assert asyncio.get_running_loop().time() < deadline, f"never true: {until}"
+            await asyncio.sleep(0.1)
 
     async def click(self, selector: str) -> None:
         """With the mouse, so that what covers an element is found out."""
