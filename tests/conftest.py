@@ -95,8 +95,8 @@ def ray_cluster() -> Iterator[None]:
 def free_cluster(ray_cluster: None) -> None:
     """`ray_cluster`, with all of its CPUs free: tests before give theirs back in their own time.
 
-    A service that is taken down in the very moment in which it replaces a shard may leave that
-    shard's place behind, with nobody in it; such a one is given back here.
+    A router that is killed together with all of its shards leaves their place behind, as nobody is
+    left to give it back (ARCHITECTURE.md); so it is given back here.
     """
     import ray
     from ray.util.placement_group import PlacementGroup, placement_group_table
