@@ -16,7 +16,7 @@ draft's cache that costs guesses, never tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +26,13 @@ from tensorray.actors.drafter import Drafter, Guess, Seen
 from tensorray.actors.eagle_parts import EagleParts
 from tensorray.actors.protocol import KVGroups
 from tensorray.builder.models.eagle import Eagle3
+
+
+class _Reached(NamedTuple):
+    """How far the draft has come with a sequence."""
+
+    positions: int  # that it has run
+    state: NDArray[np.float32]  # what came out at the last, [hidden]
 
 
 class EagleDraft(Drafter):
@@ -40,17 +47,14 @@ class EagleDraft(Drafter):
         self._parts = parts
         self._longest = min(max_model_len, parts.draft.max_positions)
         self._cache = DraftCache(parts.draft, groups, self._longest)
-        self._states: dict[int, NDArray[np.float32]] = {}  # what the next guess is read from
-        self._known: dict[int, int] = {}  # positions of each sequence that the draft has run
+        self._reached: dict[int, _Reached] = {}  # by sequence
 
     def resize(self, num_blocks: int) -> None:
-        self._states.clear()
-        self._known.clear()
+        self._reached.clear()
         self._cache.resize(num_blocks)
 
     def end(self, seq: int) -> None:
-        self._states.pop(seq, None)
-        self._known.pop(seq, None)
+        self._reached.pop(seq, None)
 
     def watch(self, seen: Seen) -> None:
         parts, ops = self._parts, self._cache.ops
@@ -67,8 +71,7 @@ class EagleDraft(Drafter):
         table = seen.tables[self._cache.group]
         out = self._run(seen.following, hidden, seen.counts, seen.first, table)
         for seq, end, row in zip(seen.seqs, ends, np.cumsum(seen.counts) - 1, strict=True):
-            self._states[seq] = out[row].copy()
-            self._known[seq] = int(end)
+            self._reached[seq] = _Reached(int(end), out[row].copy())
 
     def _within(self, seen: Seen, kept: NDArray[np.bool_]) -> Seen:
         """Without sequences that are longer than the draft can follow; they have no guesses."""
@@ -94,14 +97,14 @@ class EagleDraft(Drafter):
     ) -> list[list[int]]:
         table = tables[self._cache.group]
         found: list[list[int]] = [[] for _ in seqs]
-        running = [i for i, seq in enumerate(seqs) if seq in self._states]
+        running = [i for i, seq in enumerate(seqs) if seq in self._reached]
         if not running:
             return found
-        hidden = np.stack([self._states[seqs[i]] for i in running])
+        hidden = np.stack([self._reached[seqs[i]].state for i in running])
         while True:
             for i, row in zip(running, self._logits(hidden), strict=True):
                 found[i].append(guess(seqs[i], len(found[i]), row))
-            places = [self._known[seqs[i]] + len(found[i]) - 1 for i in running]
+            places = [self._reached[seqs[i]].positions + len(found[i]) - 1 for i in running]
             on = [
                 j
                 for j, i in enumerate(running)

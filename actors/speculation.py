@@ -171,15 +171,11 @@ def unpad(padded: NDArray[np.int32], widths: Sequence[int]) -> list[list[int]]:
 
 def ranges(first: NDArray[np.int32], counts: NDArray[np.int32]) -> NDArray[np.int32]:
     """`first[i]` and the `counts[i] - 1` numbers after it, for each i, end to end."""
-    ends = np.cumsum(counts)
+    ends = np.cumsum(counts, dtype=np.int32)
     return np.arange(ends[-1], dtype=np.int32) + np.repeat(first - ends + counts, counts)
 
 
 def rows_up_to(ends: NDArray[np.int32], drafts: Sequence[Sequence[int]]) -> NDArray[np.int32]:
     """The packed rows of each sequence's drafts, and the one before them: `ends` are the last."""
-    return np.concatenate(
-        [
-            np.arange(end - len(draft), end + 1, dtype=np.int32)
-            for end, draft in zip(ends, drafts, strict=True)
-        ]
-    )
+    lengths = np.array([len(draft) for draft in drafts], np.int32)
+    return ranges(ends - lengths, lengths + 1)

@@ -91,7 +91,7 @@ class Recorded:
 
             found = draft(drafter, seqs, rooms, tables, heard)
             assert [len(tokens) for tokens in found] == [len(rows[seq]) for seq in seqs]
-            self.read += [(seq, drafter._known[seq] + 1, rows[seq]) for seq in seqs]
+            self.read += [(seq, drafter._reached[seq].positions + 1, rows[seq]) for seq in seqs]
             return found
 
         monkeypatch.setattr(EagleDraft, "draft", recording)

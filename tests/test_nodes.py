@@ -12,9 +12,7 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
@@ -22,6 +20,7 @@ import numpy as np
 import openai
 import pytest
 from helpers.equality import assert_same_tokens
+from helpers.heard import Heard
 from helpers.ports import free_port
 from helpers.ray_nodes import RayNodes, ray_nodes
 from helpers.serve_process import Service, service
@@ -112,18 +111,7 @@ def running(nodes: RayNodes) -> Iterator[Service]:
         yield started
 
 
-@dataclass
-class Heard:
-    """What one stream's reader got."""
-
-    tokens: list[str] = field(default_factory=list)
-    margins: list[float] = field(default_factory=list)
-    finish_reason: str | None = None
-    longest_pause: float = 0.0
-
-
 async def listen(client: openai.AsyncOpenAI, number: int, first: asyncio.Event) -> Heard:
-    heard = Heard()
     stream = await client.completions.create(
         model="tiny",
         prompt=[3 + (number * 7 + i) % 200 for i in range(4 + number % 5)],
@@ -133,17 +121,12 @@ async def listen(client: openai.AsyncOpenAI, number: int, first: asyncio.Event) 
         stream=True,
         extra_body={"ignore_eos": True},
     )
-    last = time.monotonic()
+    heard = Heard()
     async for chunk in stream:
-        now = time.monotonic()
-        heard.longest_pause = max(heard.longest_pause, now - last) if heard.tokens else 0.0
-        last = now
+        heard.pause_ends()
         (choice,) = chunk.choices
         if choice.logprobs is not None:
-            heard.tokens += choice.logprobs.tokens
-            for top in choice.logprobs.top_logprobs:
-                best = sorted(top.values(), reverse=True)
-                heard.margins.append(best[0] - best[1] if len(best) > 1 else 0.0)
+            heard.hear(choice.logprobs.tokens, choice.logprobs.top_logprobs)
             first.set()
         heard.finish_reason = choice.finish_reason
     return heard

@@ -14,9 +14,12 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from helpers.ports import agent_ports, free_port
 
@@ -60,7 +63,9 @@ class RayNodes:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         print(*words, file=self._process.stdin, flush=True)
-        return self._process.stdout.readline().strip()
+        answer = self._process.stdout.readline()
+        assert answer, f"the cluster's process ended of {words}"
+        return answer.strip()
 
 
 @contextlib.contextmanager
@@ -112,11 +117,11 @@ def _main(count: int, dashboard: bool) -> None:
             "_system_config": HEALTH_CHECKS,
         },
     )
-    nodes = [_add(cluster, wait=False) for _ in range(count - 2)]
+    nodes = [add_node(cluster, num_cpus=1) for _ in range(count - 2)]
     nodes.append(
-        _add(
+        add_node(
             cluster,
-            wait=False,
+            num_cpus=1,
             num_gpus=1,
             resources={"accelerator_type:H200": 1},
             env_vars={"PYTHONPATH": str(Path(__file__).with_name("fake_gpu"))},
@@ -137,14 +142,39 @@ def _main(count: int, dashboard: bool) -> None:
             nodes.remove(node)
             cluster.remove_node(node, allow_graceful=False)
         elif command == "add":
-            nodes.append(_add(cluster))
+            nodes.append(add_node(cluster, num_cpus=1))
             answer = nodes[-1].node_id
         print(answer, file=answers, flush=True)
     cluster.shutdown()
 
 
-def _add(cluster: Any, **options: Any) -> Any:
-    return cluster.add_node(num_cpus=1, **agent_ports(), **options)
+def add_node(cluster: Any, **options: Any) -> Any:
+    """A further node of Ray's `Cluster`, on a machine that may be too busy for it at first.
+
+    Ray raises if a node is not up within 30 s (`Node.__init__`; no setting changes that), and all
+    of a cluster's nodes end with the process that it raised in. So it is asked more patiently here,
+    and once more if the node ended.
+    """
+    from ray._private import services
+
+    ask = services.get_node
+
+    def ask_patiently(*arguments: Any) -> Any:
+        until = time.monotonic() + 90
+        while True:
+            try:
+                return ask(*arguments)
+            except RuntimeError:  # not there yet  # noqa: PERF203
+                if time.monotonic() > until:
+                    raise
+                time.sleep(0.2)
+
+    with mock.patch.object(services, "get_node", ask_patiently):
+        try:
+            return cluster.add_node(wait=False, **agent_ports(), **options)
+        except Exception:  # it has no type of its own
+            traceback.print_exc()
+            return cluster.add_node(wait=False, **agent_ports(), **options)
 
 
 if __name__ == "__main__":

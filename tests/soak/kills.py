@@ -23,7 +23,6 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -31,8 +30,9 @@ import aiohttp
 import psutil
 import ray
 from helpers.equality import assert_same_tokens
+from helpers.heard import Heard
 from helpers.ports import agent_ports, free_port
-from helpers.ray_nodes import HEALTH_CHECKS
+from helpers.ray_nodes import HEALTH_CHECKS, add_node
 from helpers.serve_process import keep_on_head
 from helpers.tiny_models import directory
 from ray import serve
@@ -44,20 +44,9 @@ from tensorray.cluster.config import EngineConfig
 _SECONDS = 120.0
 
 
-@dataclass
-class Heard:
-    """What one stream's reader got."""
-
-    tokens: list[str] = field(default_factory=list)
-    margins: list[float] = field(default_factory=list)
-    finish_reason: str | None = None
-    longest_pause: float = 0.0
-
-
 async def listen(
     session: aiohttp.ClientSession, url: str, number: int, tokens: int, first: asyncio.Event
 ) -> Heard:
-    heard = Heard()
     body = {
         "model": "tiny",
         "prompt": [3 + (number * 7 + i) % 80 for i in range(4 + number % 5)],
@@ -69,7 +58,7 @@ async def listen(
     }
     async with session.post(f"{url}/v1/completions", json=body) as answer:
         answer.raise_for_status()
-        last = time.monotonic()
+        heard = Heard()
         async for line in answer.content:
             data = line.removeprefix(b"data:").strip()
             if data in (b"", b"[DONE]"):
@@ -77,15 +66,10 @@ async def listen(
             event = json.loads(data)
             if "error" in event:
                 raise RuntimeError(event["error"])
-            now = time.monotonic()
-            heard.longest_pause = max(heard.longest_pause, now - last) if heard.tokens else 0.0
-            last = now
+            heard.pause_ends()
             (choice,) = event["choices"]
             if choice["logprobs"] is not None:
-                heard.tokens += choice["logprobs"]["tokens"]
-                for top in choice["logprobs"]["top_logprobs"]:
-                    best = sorted(top.values(), reverse=True)
-                    heard.margins.append(best[0] - best[1] if len(best) > 1 else 0.0)
+                heard.hear(choice["logprobs"]["tokens"], choice["logprobs"]["top_logprobs"])
                 first.set()
             heard.finish_reason = choice["finish_reason"]
     return heard
@@ -160,11 +144,10 @@ class Nodes:
 
     def _add(self, number: int) -> Any:
         environment = {"CUDA_VISIBLE_DEVICES": _gpus()[number]} if self._gpus else {}
-        return self._cluster.add_node(
-            wait=False,
+        return add_node(
+            self._cluster,
             num_cpus=1,
             num_gpus=int(self._gpus),
-            **agent_ports(),
             object_store_memory=100 << 20,
             env_vars=environment,
         )
