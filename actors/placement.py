@@ -17,6 +17,8 @@ import ray
 import ray.util
 from ray.util.placement_group import PlacementGroup
 
+from tensorray.actors.orphaned_groups import free_in_background, group_name
+
 logger = logging.getLogger("ray.serve")
 
 _WARN_SECONDS = 30.0
@@ -108,15 +110,20 @@ def cluster_nodes() -> dict[str, dict[str, float]]:
     }
 
 
-async def reserve(placement: Placement, name: str, timeout: float) -> PlacementGroup:
+async def reserve(placement: Placement, replica: str, timeout: float) -> PlacementGroup:
     """The placement group, once its bundles are reserved. It outlives this process.
 
+    `replica` is what its shards' names begin with. Frees what dead replicas have left reserved.
     Warns every half a minute while other work is in the way. Raises PlacementError after `timeout`
     seconds.
     """
     group: PlacementGroup = ray.util.placement_group(
-        list(placement.bundles), strategy=placement.strategy, name=name, lifetime="detached"
+        list(placement.bundles),
+        strategy=placement.strategy,
+        name=group_name(replica),
+        lifetime="detached",
     )
+    free_in_background()
     waited = 0.0
     while True:
         step = min(_WARN_SECONDS, timeout - waited)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 import secrets
 import time
 from collections import defaultdict
@@ -31,6 +30,7 @@ from tensorray.actors.config import ShardConfig
 from tensorray.actors.group_link import GroupFailed, GroupLink
 from tensorray.actors.lease import HeldLease, LeaseTaken
 from tensorray.actors.link import ShardError
+from tensorray.actors.orphaned_groups import NAMESPACE
 from tensorray.actors.placement import (
     Placement,
     PlacementError,
@@ -50,7 +50,6 @@ logger = logging.getLogger("ray.serve")
 
 T = TypeVar("T")
 
-NAMESPACE = "tensorray"
 # How long a shard that should live may take to say so before it is taken for dead.
 _ALIVE_SECONDS = 5.0
 # How long Ray may take to say why one died; of a node's death it may not know for half a minute.
@@ -373,7 +372,6 @@ class Replica:
     def _create(self, rank: int) -> Any:
         """A shard's actor, which Ray is about to place."""
         config = self._configs[rank]
-        threads = config.num_threads or os.cpu_count() or 1
         bundle = self._placement.bundle_of[rank]
         options: dict[str, Any] = {
             # A shard whose node is gone may have its name for a while, so each has its own.
@@ -387,8 +385,8 @@ class Replica:
             "scheduling_strategy": PlacementGroupSchedulingStrategy(
                 self._group, placement_group_bundle_index=bundle
             ),
-            # Ray sets OMP_NUM_THREADS=1 for actors with few CPUs; the shard's threads are its own.
-            "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(threads)}},
+            # No environment of its own: with one, Ray could not take a process that is up already,
+            # and recovery would take seconds longer.
         }
         return ray.remote(ShardActor).options(**options).remote(self._where.lease)
 

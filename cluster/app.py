@@ -31,7 +31,6 @@ from ray.serve.config import HTTPOptions, RequestRouterConfig
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import ApplicationStatus
-from rich.console import Console
 
 from tensorray.cluster import request_log
 from tensorray.cluster.autoscaling import serve_settings
@@ -39,7 +38,6 @@ from tensorray.cluster.closing import Closing
 from tensorray.cluster.config import EngineConfig
 from tensorray.cluster.connect import connect, joins
 from tensorray.cluster.deploy_failure import why_not_deployed
-from tensorray.cluster.flags import UsageError
 from tensorray.cluster.fleet import Fleet
 from tensorray.cluster.frontend import Frontend, PreparedRequest
 from tensorray.cluster.ingress import create_app
@@ -50,6 +48,7 @@ from tensorray.cluster.router import Router
 from tensorray.cluster.router_door import RouterDoor
 from tensorray.cluster.router_share import Place
 from tensorray.cluster.routers import REQUEST_ROUTER, Routers, SplitRouters
+from tensorray.cluster.usage_error import UsageError
 
 logger = logging.getLogger(__name__)
 
@@ -344,6 +343,8 @@ def run(
     it started. Raises the loader's errors for a model that can't be served, and RuntimeError when
     Serve can't deploy it.
     """
+    from rich.console import Console  # not for replicas, which import this module too
+
     console = Console(stderr=True, highlight=False)
     own_cluster = False
     told_to_end = threading.Event()

@@ -28,9 +28,9 @@ from starlette.types import ASGIApp, Message
 
 from tensorray.cluster.backend import EngineStatus
 from tensorray.cluster.config import EngineConfig
-from tensorray.cluster.flags import UsageError
 from tensorray.cluster.frontend import EngineClient
 from tensorray.cluster.request import Delta, GenerationRequest
+from tensorray.cluster.usage_error import UsageError
 
 URLS = (
     "/v1/chat/completions",

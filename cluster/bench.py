@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from tensorray.cluster import loadgen
 from tensorray.cluster.config import EngineConfig
-from tensorray.cluster.flags import UsageError
 from tensorray.cluster.loadgen import Prompt, random_prompts
 from tensorray.cluster.prompts import read_prompts
 from tensorray.cluster.sampling_params import SamplingParams
+from tensorray.cluster.usage_error import UsageError
 
 if TYPE_CHECKING:
     from tensorray.cluster.llm import LLM

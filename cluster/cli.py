@@ -20,8 +20,9 @@ from pydantic import BaseModel, ValidationError
 from tensorray.cluster.build_config import BuildConfig
 from tensorray.cluster.command_lines import Command
 from tensorray.cluster.config import EngineConfig
-from tensorray.cluster.flags import Given, UsageError, explain, with_flags
+from tensorray.cluster.flags import Given, explain, with_flags
 from tensorray.cluster.sampling_params import SamplingParams
+from tensorray.cluster.usage_error import UsageError
 
 app = typer.Typer(
     name="tensorray",

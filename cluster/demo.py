@@ -19,8 +19,8 @@ from typing import Any
 from rich.console import Console
 
 from tensorray.cluster.config import EngineConfig
-from tensorray.cluster.flags import UsageError
 from tensorray.cluster.ports import require_free_port
+from tensorray.cluster.usage_error import UsageError
 
 HOST = "127.0.0.1"
 MODEL_NAME = "gemma-3-270m"

@@ -21,13 +21,10 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from tensorray.cluster.command_lines import ALIASES
+from tensorray.cluster.usage_error import UsageError
 
 # The flags that were on the command line, by field name.
 Given = dict[str, Any]
-
-
-class UsageError(ValueError):
-    """The command line or an input file is wrong; the message says what to change."""
 
 
 def with_flags(**models: type[BaseModel]) -> Callable[[Callable[..., None]], Callable[..., None]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 
-from tensorray.cluster.flags import UsageError
+from tensorray.cluster.usage_error import UsageError
 
 
 def require_free_port(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import logging
 import os
@@ -93,24 +94,18 @@ def ray_cluster() -> Iterator[None]:
 
 @pytest.fixture
 def free_cluster(ray_cluster: None) -> None:
-    """`ray_cluster`, with all of its CPUs free: tests before give theirs back in their own time.
-
-    A router that is killed together with all of its shards leaves their place behind, as nobody is
-    left to give it back (ARCHITECTURE.md); so it is given back here.
-    """
+    """`ray_cluster`, with all of its CPUs free: tests before give theirs back in their own time,
+    and what was killed together with all that belonged to it has nobody to do so."""
     import ray
-    from ray.util.placement_group import PlacementGroup, placement_group_table
+
+    from tensorray.actors.orphaned_groups import free_orphaned_groups
 
     started = time.monotonic()
     while ray.available_resources().get("CPU") != 8:
         waited = time.monotonic() - started
         assert waited < 180, ray.available_resources()
-        if waited > 60:
-            for name, group in placement_group_table().items():
-                if group["state"] != "REMOVED":
-                    ray.util.remove_placement_group(
-                        PlacementGroup(ray.PlacementGroupID.from_hex(name))
-                    )
+        if waited > 15:
+            asyncio.run(free_orphaned_groups(seconds=5.0))
         time.sleep(0.5)
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from tensorray.cluster import batch
 from tensorray.cluster.config import EngineConfig
-from tensorray.cluster.flags import UsageError
+from tensorray.cluster.usage_error import UsageError
 from tests.helpers.null_engine import write_model
 
 CHAT = "/v1/chat/completions"

@@ -15,8 +15,8 @@ from aiohttp import web
 
 from tensorray.cluster import cli, loadgen
 from tensorray.cluster.bench import Lengths, Workload, table
-from tensorray.cluster.flags import UsageError
 from tensorray.cluster.loadgen import Prompt, Record, Target
+from tensorray.cluster.usage_error import UsageError
 
 FIRST, STEP = 0.1, 0.05  # seconds the fake server takes to the first token and between tokens
 

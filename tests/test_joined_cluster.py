@@ -11,7 +11,7 @@ from ray.serve.schema import ApplicationStatus
 
 from tensorray.cluster import app
 from tensorray.cluster.config import EngineConfig
-from tensorray.cluster.flags import UsageError
+from tensorray.cluster.usage_error import UsageError
 
 MINE = EngineConfig(model="org/mine")
 
