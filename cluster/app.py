@@ -377,7 +377,7 @@ def run(
             _check_free(config)
         try:
             stage("Starting Ray Serve ...")
-            serve.start(http_options=_http_options(host, port, tls))
+            start_serve(_http_options(host, port, tls))
             stage(f"Loading {config.model} ...")
             # Alone here, what fails to start fails again: said at once. A cluster may change.
             once = {"max_constructor_retry_count": 1} if own_cluster else {}
@@ -422,6 +422,19 @@ def _close(seconds: float) -> None:
             handle.broadcast("close", seconds).results(timeout_s=seconds + _CLOSING_SECONDS)
         except Exception as error:  # then what runs ends as Serve has it
             logger.warning("the ingresses did not close: %r", error)
+
+
+def start_serve(options: HTTPOptions) -> None:
+    """Start Ray Serve, or use the one there is.
+
+    Serve waits for its proxies for 60 s, which is little on a machine that is busy with other work.
+    They go on starting; asked again it does not wait, and `serve.run` does, as long again.
+    """
+    try:
+        serve.start(http_options=options)
+    except TimeoutError as error:
+        logger.warning("%s Waiting on", error)
+        serve.start(http_options=options)
 
 
 def stop(own_cluster: bool) -> None:

@@ -29,11 +29,19 @@ def connect(logging_level: int = logging.WARNING) -> bool:
     if ray.is_initialized():
         return False
     named = "RAY_ADDRESS" in os.environ
-    os.environ.setdefault("RAY_raylet_start_wait_time_s", "120")  # 30 is little on a busy machine
-    ray.init(
-        address=None if named else "local",
-        include_dashboard=None if named else False,
-        log_to_driver=False,
-        logging_level=logging_level,
-    )
+    if named:
+        ray.init(log_to_driver=False, logging_level=logging_level)
+    else:
+        start(logging_level)
     return not named
+
+
+def start(logging_level: int = logging.WARNING) -> None:
+    """Start a cluster on this machine, and connect to it."""
+    # Seconds that starts may take. Ray's own (30, and 5 before a proxy is killed and started again)
+    # are little on a busy machine.
+    os.environ.setdefault("RAY_raylet_start_wait_time_s", "120")
+    os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
+    ray.init(
+        address="local", include_dashboard=False, log_to_driver=False, logging_level=logging_level
+    )

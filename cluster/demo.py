@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shlex
 import signal
 import sys
@@ -40,21 +39,13 @@ def run(port: int, *, once: bool, prompt: str, max_tokens: int) -> None:
     config = EngineConfig(model=str(model_path()), served_model_name=[MODEL_NAME])
     console.print(f"[bold]Gemma 3 270M[/], Q4_K_M. {LICENCE_NOTICE}\n")
 
-    import ray
-
     from tensorray.cluster import app
+    from tensorray.cluster.connect import start
 
     url = f"http://{HOST}:{port}"
     began = time.perf_counter()
-    os.environ.setdefault("RAY_raylet_start_wait_time_s", "120")  # 30 is little on a busy machine
     with console.status("Starting Ray ..."):
-        # A cluster of its own, whatever else runs here.
-        ray.init(
-            address="local",
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-        )
+        start(logging.ERROR)  # a cluster of its own, whatever else runs here
     # Ended by another process, this one still stops what it started. Ray has set its own before.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:

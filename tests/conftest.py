@@ -117,8 +117,11 @@ def serve_port(ray_cluster: None) -> Iterator[int]:
     """
     from helpers.ports import free_port
     from ray import serve
+    from ray.serve.config import HTTPOptions
+
+    from tensorray.cluster.app import start_serve
 
     port = free_port()
-    serve.start(http_options={"host": "127.0.0.1", "port": port})
+    start_serve(HTTPOptions(host="127.0.0.1", port=port))
     yield port
     serve.shutdown()

@@ -15,6 +15,7 @@ import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from ray import serve
+from ray.util.placement_group import placement_group_table
 
 from tensorray.cluster import app
 from tensorray.cluster.config import EngineConfig
@@ -131,3 +132,15 @@ def test_it_is_used_again_when_it_is_back(port: int, expected: list[str]) -> Non
     until(lambda: "prefill-0" in scrape(port)["engine_up"])
     assert ["".join(each) for each in answers(port)] == expected
     assert scrape(port)["handover_held_total"]["prefill-0"] > 0
+
+
+def test_what_the_killed_one_had_reserved_is_given_back(port: int) -> None:
+    """By the one that came in its place: it and all of its shards were killed."""
+
+    def reserved() -> list[str]:
+        groups = [
+            group for group in placement_group_table().values() if "#Prefill#" in group["name"]
+        ]
+        return [group["name"] for group in groups if group["state"] != "REMOVED"]
+
+    until(lambda: len(reserved()) == 1)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from ray import serve
+from ray.serve.config import HTTPOptions
 from ray.serve.schema import ApplicationStatus
 
 from tensorray.cluster import app
@@ -50,3 +51,17 @@ def test_another_model_is_not_put_out(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UsageError, match="serves org/other already, which org/mine would"):
         app.run(MINE)
     assert touched == []
+
+
+def test_proxies_that_take_long_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[HTTPOptions] = []
+
+    def start(http_options: HTTPOptions) -> None:
+        asked.append(http_options)
+        if len(asked) == 1:
+            raise TimeoutError("HTTP proxies not available after 60s.")
+
+    monkeypatch.setattr(serve, "start", start)
+    options = HTTPOptions(port=1234)
+    app.start_serve(options)
+    assert asked == [options, options]
