@@ -173,7 +173,7 @@ def test_a_dry_run_tells_what_it_can_where_a_target_has_no_node(tensorray: Comma
 def test_only_a_named_cluster_is_joined(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
-    monkeypatch.setattr(ray, "init", lambda address, **_: asked.append(address))
+    monkeypatch.setattr(ray, "init", lambda address=None, **_: asked.append(address))
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     assert connect()
     monkeypatch.setenv("RAY_ADDRESS", "auto")
