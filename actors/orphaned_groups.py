@@ -5,8 +5,9 @@ the group back: its router, or the last of its shards, whose lease lapses. Where
 killed at once, nobody is; so whoever reserves room looks for such groups too. A group's name says
 which actors to look for: its shards, by what their names begin with, and who reserved it.
 
-A router that has adopted shards is not in the name of their group, so a group is only taken for
-orphaned if it has no shards for longer than it takes to replace lost ones.
+A router that has adopted shards is not in the name of their group. So a group is taken for orphaned
+only if it is without actors in look after look, for longer than it takes to replace lost shards.
+Looking goes on for minutes, as Ray may take that long to know of a node's death.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ logger = logging.getLogger("ray.serve")
 NAMESPACE = "tensorray"
 
 _PREFIX = "tensorray"
-_SECONDS = 20.0  # that a group has to be without anyone
+_INTERVAL = 5.0  # seconds between looks
+_LOOKS = 60
+_ORPHANED = 5  # looks in turn at which a group has to be without anyone
 
 _running: set[asyncio.Task[None]] = set()  # asyncio itself keeps no task alive
 
@@ -37,29 +40,26 @@ def group_name(replica: str) -> str:
 
 
 def free_in_background() -> None:
-    """Start to free orphaned groups. Needs a running event loop."""
-    task = asyncio.get_running_loop().create_task(_free_or_warn())
+    """Free orphaned groups for some minutes. Needs a running event loop."""
+    task = asyncio.get_running_loop().create_task(free_orphaned_groups())
     _running.add(task)
     task.add_done_callback(_running.discard)
 
 
-async def free_orphaned_groups(seconds: float = _SECONDS) -> None:
-    """Remove all of the cluster's groups that have nobody for so long."""
-    before = await asyncio.to_thread(_orphaned)
-    if not before:
-        return
-    await asyncio.sleep(seconds)
-    for id, name in (await asyncio.to_thread(_orphaned)).items():
-        if id in before:
-            logger.warning("freeing what %s had reserved, as it and its shards have died", name)
-            ray.util.remove_placement_group(PlacementGroup(ray.PlacementGroupID.from_hex(id)))
-
-
-async def _free_or_warn() -> None:
-    try:
-        await free_orphaned_groups()
-    except ray.exceptions.RayError as error:
-        logger.warning("could not look for placement groups without owner: %s", error)
+async def free_orphaned_groups(looks: int = _LOOKS, interval: float = _INTERVAL) -> None:
+    """Remove the cluster's groups that have nobody, until so many looks were taken."""
+    seen: dict[str, int] = {}  # looks in turn, by the group's id
+    for _ in range(looks):
+        try:
+            orphaned = await asyncio.to_thread(_orphaned)
+            seen = {id: 1 + seen.get(id, 0) for id in orphaned}
+            for id, owner in orphaned.items():
+                if seen[id] >= _ORPHANED:
+                    logger.warning("freeing what %s had reserved: it and its shards died", owner)
+                    await asyncio.to_thread(_remove, id)
+        except ray.exceptions.RayError as error:
+            logger.warning("could not look for placement groups without owner: %s", error)
+        await asyncio.sleep(interval)
 
 
 def _orphaned() -> dict[str, str]:
@@ -77,3 +77,7 @@ def _orphaned() -> dict[str, str]:
             if owner and owner not in alive and replica not in replicas:
                 found[id] = owner
     return found
+
+
+def _remove(id: str) -> None:
+    ray.util.remove_placement_group(PlacementGroup(ray.PlacementGroupID.from_hex(id)))

@@ -25,6 +25,7 @@ from typing import Any, cast
 from uuid import uuid4
 
 import ray
+import ray.exceptions
 from fastapi import FastAPI
 from ray import serve
 from ray.serve.config import HTTPOptions, RequestRouterConfig
@@ -383,7 +384,7 @@ def run(
             once = {"max_constructor_retry_count": 1} if own_cluster else {}
             try:
                 serve.run(_application(config, **once), name=APP_NAME, route_prefix="/")
-            except RuntimeError as error:
+            except (RuntimeError, TimeoutError) as error:
                 raise RuntimeError(why_not_deployed(serve.status(), APP_NAME) or error) from error
             if tls is not None:
                 _check_tls(host, port)
@@ -427,13 +428,14 @@ def _close(seconds: float) -> None:
 def start_serve(options: HTTPOptions) -> None:
     """Start Ray Serve, or use the one there is.
 
-    Serve waits for its proxies for 60 s, which is little on a machine that is busy with other work.
-    They go on starting; asked again it does not wait, and `serve.run` does, as long again.
+    Serve waits for its proxies for 60 s, and gives up at once if it has to replace one: little on a
+    machine that is busy with other work. They go on starting; asked again it does not wait, and
+    `serve.run` does, as long again.
     """
     try:
         serve.start(http_options=options)
-    except TimeoutError as error:
-        logger.warning("%s Waiting on", error)
+    except (TimeoutError, ray.exceptions.RayActorError) as error:
+        logger.warning("Serve's proxies take their time, waiting on: %s", error)
         serve.start(http_options=options)
 
 

@@ -28,20 +28,24 @@ def connect(logging_level: int = logging.WARNING) -> bool:
     """
     if ray.is_initialized():
         return False
-    named = "RAY_ADDRESS" in os.environ
-    if named:
-        ray.init(log_to_driver=False, logging_level=logging_level)
-    else:
+    if "RAY_ADDRESS" not in os.environ:
         start(logging_level)
-    return not named
+        return True
+    _be_patient()
+    ray.init(log_to_driver=False, logging_level=logging_level)
+    return False
 
 
 def start(logging_level: int = logging.WARNING) -> None:
     """Start a cluster on this machine, and connect to it."""
-    # Seconds that starts may take. Ray's own (30, and 5 before a proxy is killed and started again)
-    # are little on a busy machine.
-    os.environ.setdefault("RAY_raylet_start_wait_time_s", "120")
-    os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
+    _be_patient()
     ray.init(
         address="local", include_dashboard=False, log_to_driver=False, logging_level=logging_level
     )
+
+
+def _be_patient() -> None:
+    """Have Ray give processes time to start: 30 s, and 5 s for a proxy of Serve's, which is killed
+    and started again otherwise, are little on a busy machine."""
+    os.environ.setdefault("RAY_raylet_start_wait_time_s", "120")
+    os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "300")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import functools
 import logging
 import os
@@ -94,18 +93,23 @@ def ray_cluster() -> Iterator[None]:
 
 @pytest.fixture
 def free_cluster(ray_cluster: None) -> None:
-    """`ray_cluster`, with all of its CPUs free: tests before give theirs back in their own time,
-    and what was killed together with all that belonged to it has nobody to do so."""
-    import ray
+    """`ray_cluster`, with all of its CPUs free: tests before give theirs back in their own time.
 
-    from tensorray.actors.orphaned_groups import free_orphaned_groups
+    What a test that failed has left reserved is taken away after a minute.
+    """
+    import ray
+    from ray.util.placement_group import PlacementGroup, placement_group_table
 
     started = time.monotonic()
     while ray.available_resources().get("CPU") != 8:
         waited = time.monotonic() - started
         assert waited < 180, ray.available_resources()
-        if waited > 15:
-            asyncio.run(free_orphaned_groups(seconds=5.0))
+        if waited > 60:
+            for name, group in placement_group_table().items():
+                if group["state"] != "REMOVED":
+                    ray.util.remove_placement_group(
+                        PlacementGroup(ray.PlacementGroupID.from_hex(name))
+                    )
         time.sleep(0.5)
 
 

@@ -8,6 +8,7 @@ import signal
 import time
 from collections.abc import Iterator
 from typing import Any
+from uuid import uuid4
 
 import pytest
 import ray
@@ -48,53 +49,59 @@ def kept() -> list[str]:
     return sorted(name.split("/")[1] for name in names if "/kept-" in name)
 
 
+def named(prefix: str) -> set[str]:
+    """The actors that Ray knows to live."""
+    names = {each["name"] for each in ray.util.list_named_actors(all_namespaces=True)}
+    return {name for name in names if name.startswith(prefix)}
+
+
 async def kill(*actors: Any) -> None:
+    """What the OOM killer does; returns once Ray knows."""
+    before = len(named(""))
     for pid in await asyncio.gather(*(actor.pid.remote() for actor in actors)):
         os.kill(pid, signal.SIGKILL)
     deadline = time.monotonic() + PATIENCE
-    for actor in actors:
-        while True:
-            try:
-                await actor.pid.remote()
-            except ray.exceptions.RayActorError:
-                break
-            assert time.monotonic() < deadline
-            await asyncio.sleep(0.1)
+    while len(named("")) > before - len(actors):
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.1)
+
+
+def start(name: str, namespace: str, group: Any = "DEFAULT") -> Any:
+    placed = PlacementGroupSchedulingStrategy(group) if group != "DEFAULT" else group
+    cpus = int(group != "DEFAULT")
+    options = {"num_cpus": cpus, "scheduling_strategy": placed}
+    return Process.options(name=name, namespace=namespace, **options).remote()
 
 
 async def test_only_what_nobody_is_left_for_is_given_back() -> None:
     """Of four replicas the second loses its router, the third its shard, the last both."""
-    routers = [Process.options(name=f"router-{i}", namespace="other").remote() for i in range(4)]
+    routers = [start(f"router-{uuid4()}", "other") for _ in range(4)]
     groups = await asyncio.gather(
         *(router.reserve.remote(f"kept-{i}") for i, router in enumerate(routers))
     )
-    shards = [
-        Process.options(
-            name=f"kept-{i}/0/{i}",
-            namespace=NAMESPACE,
-            num_cpus=1,
-            scheduling_strategy=PlacementGroupSchedulingStrategy(group),
-        ).remote()
-        for i, group in enumerate(groups)
-    ]
+    shards = [start(f"kept-{i}/0/{uuid4()}", NAMESPACE, group) for i, group in enumerate(groups)]
     await kill(routers[1], routers[3], shards[2], shards[3])
     assert kept() == ["kept-0", "kept-1", "kept-2", "kept-3"]
 
-    await free_orphaned_groups(seconds=1.0)
+    await free_orphaned_groups(looks=6, interval=0.5)
     assert kept() == ["kept-0", "kept-1", "kept-2"]
 
 
 async def test_a_shard_that_comes_in_time_keeps_its_place() -> None:
-    """As that of a router that has adopted the one before it, and lost it."""
-    router = Process.options(name="router", namespace="other").remote()
+    """As that of a router that has adopted the one before it, and lost it; and Ray may not know at
+    first that a node died."""
+    router = start(f"router-{uuid4()}", "other")
+    freeing = asyncio.create_task(free_orphaned_groups(looks=1000, interval=1.0))
     group = await router.reserve.remote("kept-0")
     await kill(router)
-    freeing = asyncio.create_task(free_orphaned_groups(seconds=3.0))
-    await asyncio.sleep(1.0)
-    placed = PlacementGroupSchedulingStrategy(group)
-    shard = Process.options(
-        name="kept-0/0/1", namespace=NAMESPACE, num_cpus=1, scheduling_strategy=placed
-    ).remote()
-    await freeing
-    assert kept() == ["kept-0"]
+    await asyncio.sleep(2.0)
+    shard = start(f"kept-0/0/{uuid4()}", NAMESPACE, group)
     assert await shard.pid.remote()
+    await asyncio.sleep(6.0)
+    assert kept() == ["kept-0"]
+    await kill(shard)
+    deadline = time.monotonic() + PATIENCE
+    while kept():
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.1)
+    freeing.cancel()

@@ -151,9 +151,9 @@ def _main(count: int, dashboard: bool) -> None:
 def add_node(cluster: Any, **options: Any) -> Any:
     """A further node of Ray's `Cluster`, on a machine that may be too busy for it at first.
 
-    Ray raises if a node is not up within 30 s (`Node.__init__`; no setting changes that), and all
-    of a cluster's nodes end with the process that it raised in. So it is asked more patiently here,
-    and once more if the node ended.
+    Ray raises if a node is not up in time or has ended (`Node.__init__`), and all of a cluster's
+    nodes end with the process that it raised in. So it is asked more patiently here, and for
+    another node if the first one did not come.
     """
     from ray._private import services
 
