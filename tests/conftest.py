@@ -98,18 +98,14 @@ def free_cluster(ray_cluster: None) -> None:
     What a test that failed has left reserved is taken away after a minute.
     """
     import ray
-    from ray.util.placement_group import PlacementGroup, placement_group_table
+    from helpers.reservations import give_back
 
     started = time.monotonic()
     while ray.available_resources().get("CPU") != 8:
         waited = time.monotonic() - started
         assert waited < 180, ray.available_resources()
         if waited > 60:
-            for name, group in placement_group_table().items():
-                if group["state"] != "REMOVED":
-                    ray.util.remove_placement_group(
-                        PlacementGroup(ray.PlacementGroupID.from_hex(name))
-                    )
+            give_back()
         time.sleep(0.5)
 
 

@@ -15,12 +15,12 @@ import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from ray import serve
-from ray.util.placement_group import placement_group_table
 
 from tensorray.cluster import app
 from tensorray.cluster.config import EngineConfig
 from tensorray.cluster.llm import LLM
 from tensorray.cluster.sampling_params import SamplingParams
+from tests.helpers.reservations import reserved
 from tests.helpers.tiny_models import directory
 
 pytestmark = pytest.mark.ray
@@ -116,7 +116,7 @@ def test_two_replicas_answer_as_one_does(port: int, expected: list[str]) -> None
 
 
 def test_a_prefill_replica_that_is_killed_loses_nothing(port: int, expected: list[str]) -> None:
-    (its_place,) = reserved()
+    (its_place,) = reserved("#Prefill#")
     prefill = serve.get_deployment_handle("Prefill", app.APP_NAME)
     pids = [prefill.process.remote().result()["pid"]]
     pids += [each["pid"] for each in prefill.shards.remote().result()]
@@ -131,10 +131,4 @@ def test_a_prefill_replica_that_is_killed_loses_nothing(port: int, expected: lis
     until(lambda: "prefill-0" in scrape(port)["engine_up"])
     assert ["".join(each) for each in answers(port)] == expected
     assert scrape(port)["handover_held_total"]["prefill-0"] > 0
-    until(lambda: its_place not in reserved())
-
-
-def reserved() -> list[str]:
-    """What prefill replicas have."""
-    groups = [group for group in placement_group_table().values() if "#Prefill#" in group["name"]]
-    return [group["name"] for group in groups if group["state"] != "REMOVED"]
+    until(lambda: its_place not in reserved("#Prefill#"))
