@@ -1,19 +1,30 @@
 // The sum of every rank's array, over memory that the ranks' GPUs map from one another.
 //
-// One shot: a rank writes its array into each other rank's memory, tells it so, waits until all have
-// told it the same, and adds up what lies in its own memory, in rank order, so that every rank gets
-// the same bits. Block i speaks to block i of the other ranks only.
+// One shot: a rank writes its array into each other rank's memory, waits until all have done the
+// same, and adds up what lies in its own memory, in rank order, so that every rank gets the same
+// bits. Block i speaks to block i of the other ranks only.
 //
-// ELEMENT: element type. RANKS: how many there are. BLOCKS: the most blocks of a launch, all of which have
-// to fit on a GPU at once. SHARE: bytes that a block handles at most, a multiple of 16.
+// How a rank knows that all is there: `all_reduce` tells the others once it has written, which takes
+// a fence over all GPUs between the two. `all_reduce_small` writes twice the bytes instead, each four
+// beside the call's number in one access of eight, so that whoever reads the eight sees whether the
+// four are new (as NCCL's protocol LL does): nothing is waited for but the bytes themselves.
+//
+// ELEMENT: element type. RANKS: how many there are. BLOCKS: the most blocks of a launch, all of which
+// have to fit on a GPU at once. SHARE: bytes that a block handles at most, a multiple of 16; PACKS:
+// 16 bytes each, that a block of a small call does, no fewer than it has threads.
 //
 // A rank's memory, zeros at first:
-//   arrived  uint32 [RANKS][BLOCKS]           the last call for which that rank has written
-//   calls    uint32 [BLOCKS]                  calls that this rank's block has made
-//   data     [2][RANKS][BLOCKS][SHARE bytes]  what was written, by call in turn
+//   arrived      uint32 [RANKS][BLOCKS]             the last call for which that rank has written
+//   calls        uint32 [BLOCKS]                    calls that this rank's block has made
+//   data         [2][RANKS][BLOCKS][SHARE bytes]    what was written, by call in turn
+//   small calls  uint32 [BLOCKS]                    the same two of small calls
+//   lines        uint4 [2][RANKS][BLOCKS][2][PACKS]
 // Two turns do: whoever writes for call n + 2 has heard of call n + 1 from every rank, which each
-// began after it had read all of call n.
+// began after it had read all of call n. A line is as old as its block's last call but one, or as the
+// last that was as long: never by a whole round of the 32 bits, so its number tells it from new ones.
 #include "common.cuh"
+
+static_assert(SHARE % 16 == 0 && BLOCKS % 4 == 0, "what follows has to be aligned");
 
 using T = ELEMENT;
 constexpr int VEC = 16 / sizeof(T);
@@ -31,10 +42,26 @@ __device__ __forceinline__ unsigned* calls(char* memory, int block) {
   return reinterpret_cast<unsigned*>(memory) + RANKS * BLOCKS + block;
 }
 
+constexpr long long DATA_AT = (RANKS + 1) * BLOCKS * 4;
+constexpr long long SMALL_CALLS_AT = DATA_AT + 2ll * RANKS * BLOCKS * SHARE;
+constexpr long long LINES_AT = SMALL_CALLS_AT + BLOCKS * 4;
+
+// The number of a block's part of what a rank wrote in a turn.
+__device__ __forceinline__ long long part(unsigned turn, int rank, int block) {
+  return ((long long)turn * RANKS + rank) * BLOCKS + block;
+}
+
 __device__ __forceinline__ uint4* data(char* memory, unsigned turn, int rank, int block) {
-  constexpr long long head = ((RANKS + 1) * BLOCKS * 4 + 15) / 16 * 16;
-  const long long share = ((long long)turn * RANKS + rank) * BLOCKS + block;
-  return reinterpret_cast<uint4*>(memory + head + share * SHARE);
+  return reinterpret_cast<uint4*>(memory + DATA_AT + part(turn, rank, block) * SHARE);
+}
+
+__device__ __forceinline__ unsigned* small_calls(char* memory, int block) {
+  return reinterpret_cast<unsigned*>(memory + SMALL_CALLS_AT) + block;
+}
+
+// Where a pack's first 8 bytes lie; the others PACKS lines further, so that a warp's are together.
+__device__ __forceinline__ uint4* line(char* memory, unsigned turn, int rank, int block, int pack) {
+  return reinterpret_cast<uint4*>(memory + LINES_AT) + part(turn, rank, block) * 2 * PACKS + pack;
 }
 
 __device__ __forceinline__ void tell(unsigned* at, unsigned value) {
@@ -47,16 +74,98 @@ __device__ __forceinline__ unsigned ask(const unsigned* at) {
   return value;
 }
 
+__device__ __forceinline__ bool stopped(const unsigned* stop) {
+  return *reinterpret_cast<const volatile unsigned*>(stop);
+}
+
+// Two accesses of 8 bytes, each whole or not at all: four of data below the call's number.
+__device__ __forceinline__ void write_line(uint4* at, unsigned one, unsigned other, unsigned call) {
+  const unsigned long long high = (unsigned long long)call << 32;
+  asm volatile("st.relaxed.sys.global.v2.b64 [%0], {%1, %2};" ::"l"(at), "l"(high | one),
+               "l"(high | other)
+               : "memory");
+}
+
+// Whether a line is the call's; its data in `one` and `other`.
+__device__ __forceinline__ bool read_line(const uint4* at, unsigned call, unsigned& one,
+                                          unsigned& other) {
+  unsigned long long low, high;
+  asm volatile("ld.relaxed.sys.global.v2.b64 {%0, %1}, [%2];"
+               : "=l"(low), "=l"(high)
+               : "l"(at)
+               : "memory");
+  one = (unsigned)low, other = (unsigned)high;
+  return (unsigned)(low >> 32) == call && (unsigned)(high >> 32) == call;
+}
+
+__device__ __forceinline__ void write_pack(uint4* at, const uint4& pack, unsigned call) {
+  write_line(at, pack.x, pack.y, call);
+  write_line(at + PACKS, pack.z, pack.w, call);
+}
+
+// A pack of the call's, once it is there.
+__device__ __forceinline__ uint4 read_pack(const uint4* at, unsigned call, const unsigned* stop) {
+  uint4 pack;
+  for (unsigned spins = 1;; spins++) {
+    const bool low = read_line(at, call, pack.x, pack.y);
+    const bool high = read_line(at + PACKS, call, pack.z, pack.w);
+    if ((low && high) || (spins % 256 == 0 && stopped(stop))) return pack;
+  }
+}
+
+__device__ __forceinline__ void add(float (&sum)[VEC], const uint4& pack) {
+  const auto& elements = reinterpret_cast<const Elements&>(pack);
+#pragma unroll
+  for (int j = 0; j < VEC; j++) sum[j] += to_float(elements.at[j]);
+}
+
+__device__ __forceinline__ uint4 rounded(const float (&sum)[VEC]) {
+  Elements total;
+#pragma unroll
+  for (int j = 0; j < VEC; j++) total.at[j] = from_float<T>(sum[j]);
+  return reinterpret_cast<const uint4&>(total);
+}
+
+// The sum of every rank's pack `own`, which block and pack number name alike on all of them.
+__device__ __forceinline__ uint4 sum_of(const uint4& own, int pack, const Peers& peers, int rank,
+                                        unsigned call, const unsigned* stop) {
+  const int block = blockIdx.x;
+  const unsigned turn = call & 1;
+#pragma unroll
+  for (int peer = 0; peer < RANKS; peer++)
+    if (peer != rank) write_pack(line(peers.at[peer], turn, rank, block, pack), own, call);
+  float sum[VEC] = {};
+#pragma unroll
+  for (int from = 0; from < RANKS; from++)
+    add(sum, from == rank ? own
+                          : read_pack(line(peers.at[rank], turn, from, block, pack), call, stop));
+  return rounded(sum);
+}
+
+// One pack a thread, and no block without any. Otherwise as all_reduce.
+extern "C" __global__ void all_reduce_small(const uint4* x, uint4* out, int packs, Peers peers,
+                                            int rank, const unsigned* stop) {
+  wait_for_previous_kernel();
+  let_next_kernel_start();
+  unsigned* const calls = small_calls(peers.at[rank], blockIdx.x);
+  const unsigned call = __ldcg(calls) + 1;
+  const int i = blockIdx.x * blockDim.x + threadIdx.x;
+  if (i < packs) out[i] = sum_of(x[i], threadIdx.x, peers, rank, call, stop);
+  __syncthreads();  // all threads have read the calls
+  if (threadIdx.x == 0) *calls = call;
+}
+
 // x, out: `packs` times 16 bytes. `stop`, in the host's memory: once it is not 0, nobody is waited
 // for any more and what comes out is worth nothing.
 extern "C" __global__ void all_reduce(const uint4* x, uint4* out, int packs, Peers peers, int rank,
                                       const unsigned* stop) {
   wait_for_previous_kernel();
+  let_next_kernel_start();
   const int block = blockIdx.x, thread = threadIdx.x;
   const int share = (packs + gridDim.x - 1) / gridDim.x;
   const int first = block * share, end = min(packs, first + share);
   char* const mine = peers.at[rank];
-  const unsigned call = *calls(mine, block) + 1;
+  const unsigned call = __ldcg(calls(mine, block)) + 1;
   const unsigned turn = call & 1;
 
   for (int i = first + thread; i < end; i += blockDim.x) {
@@ -73,23 +182,16 @@ extern "C" __global__ void all_reduce(const uint4* x, uint4* out, int packs, Pee
     const unsigned* told = arrived(mine, thread, block);
     // One that is ahead has told of its next call already.
     for (unsigned spins = 1; int(ask(told) - call) < 0; spins++)
-      if (spins % 256 == 0 && *reinterpret_cast<const volatile unsigned*>(stop)) break;
+      if (spins % 256 == 0 && stopped(stop)) break;
   }
   __syncthreads();
 
   for (int i = first + thread; i < end; i += blockDim.x) {
     float sum[VEC] = {};
 #pragma unroll
-    for (int from = 0; from < RANKS; from++) {
+    for (int from = 0; from < RANKS; from++)
       // Not by the first-level cache, which others' writes do not reach.
-      const uint4 pack = from == rank ? x[i] : __ldcg(data(mine, turn, from, block) + (i - first));
-      const auto elements = reinterpret_cast<const Elements&>(pack);
-#pragma unroll
-      for (int j = 0; j < VEC; j++) sum[j] += to_float(elements.at[j]);
-    }
-    Elements total;
-#pragma unroll
-    for (int j = 0; j < VEC; j++) total.at[j] = from_float<T>(sum[j]);
-    out[i] = reinterpret_cast<const uint4&>(total);
+      add(sum, from == rank ? x[i] : __ldcg(data(mine, turn, from, block) + (i - first)));
+    out[i] = rounded(sum);
   }
 }

@@ -18,15 +18,21 @@ from tensorray.kernels.cuda.dtypes import ctype
 
 _BLOCKS = 64
 _THREADS = 512
+# What a rank sends at most where each four bytes go beside a call's number; no more than a pack a
+# thread of all blocks.
+_SMALL_SENT_BYTES = _BLOCKS * _THREADS * 16
 #: What a rank sends at most; its own memory, for two calls' parts from every rank, is 2.3 (of 8
 #: ranks) to 4 times (of 2) as large.
 _SENT_BYTES = 16 << 20
 
 CONSTANT_SETS = {
     "all_reduce.cu": [
-        {"ELEMENT": "__half", "RANKS": 2, "BLOCKS": _BLOCKS, "SHARE": _SENT_BYTES // _BLOCKS},
-        {"ELEMENT": "__nv_bfloat16", "RANKS": 8, "BLOCKS": _BLOCKS, "SHARE": 9360},
-        {"ELEMENT": "float", "RANKS": 4, "BLOCKS": _BLOCKS, "SHARE": 21840},
+        {"ELEMENT": kind, "RANKS": ranks, "BLOCKS": _BLOCKS, "SHARE": share, "PACKS": _THREADS}
+        for kind, ranks, share in (
+            ("__half", 2, _SENT_BYTES // _BLOCKS),
+            ("__nv_bfloat16", 8, 37440),
+            ("float", 4, 87376),
+        )
     ]
 }
 
@@ -55,8 +61,9 @@ def most_bytes(ranks: int) -> int:
 
 def bytes_needed(ranks: int) -> int:
     """Each rank's memory, in bytes."""
-    head = -(-(ranks + 1) * _BLOCKS * 4 // 16) * 16
-    return head + 2 * ranks * most_bytes(ranks)
+    counts = (ranks + 2) * _BLOCKS * 4
+    lines = 2 * ranks * _BLOCKS * 2 * _THREADS * 16
+    return counts + 2 * ranks * most_bytes(ranks) + lines
 
 
 def takes(x: Any, ranks: int) -> bool:
@@ -80,10 +87,12 @@ def all_reduce(x: Any, memory: PeerMemory) -> Any:
         RANKS=memory.ranks,
         BLOCKS=_BLOCKS,
         SHARE=_share(memory.ranks),
+        PACKS=_THREADS,
     )
     # A pack a thread, as long as there are blocks for it, and shares that fit.
     blocks = max(min(_BLOCKS, -(-packs // _THREADS)), -(-x.nbytes // _share(memory.ranks)))
-    module.function("all_reduce")(
+    small = x.nbytes * (memory.ranks - 1) <= _SMALL_SENT_BYTES
+    module.function("all_reduce_small" if small else "all_reduce")(
         (blocks,),
         (_THREADS,),
         *(x, out, packs, _addresses(memory), memory.rank, np.uint64(memory.stop)),
