@@ -51,7 +51,7 @@ from tensorray.actors.segment_runners import open_runners
 from tensorray.actors.step_buffers import RunningSequences, Scored, Step, StepBuffers
 from tensorray.builder.array_ops import ArrayOps
 from tensorray.builder.graph import DTypes, Program, Segment, trace
-from tensorray.builder.joining import join_rope
+from tensorray.builder.joining import join
 from tensorray.builder.load import load_weights, plan_bytes
 from tensorray.builder.model import Model, ShardWeights
 from tensorray.builder.precision import choose_dtypes, numpy_dtype
@@ -310,7 +310,7 @@ class GpuShard:
                 )
             logger.info("room for adapters: %.0f MiB", adapters.nbytes / 2**20)
         limits = Limits(max_model_len, config.max_num_seqs, config.step_tokens(DEFAULT_STEP_TOKENS))
-        program = join_rope(trace(model, layers))
+        program = join(trace(model, layers))
         with device.current():
             runners = open_runners(
                 program,

@@ -21,7 +21,14 @@ import numpy as np
 
 from tensorray.actors.communicator import Communicator
 from tensorray.actors.nccl_communicator import NcclCommunicator
-from tensorray.kernels.cuda.all_reduce import PeerMemory, all_reduce, bytes_needed, takes
+from tensorray.kernels.cuda.all_reduce import (
+    PeerMemory,
+    all_reduce,
+    all_reduce_norm,
+    bytes_needed,
+    takes,
+    takes_rows,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +62,17 @@ class PeerCommunicator:
             assert self._region is not None
             return all_reduce(x, self._region.memory)
         return self._nccl.all_reduce(x)
+
+    def all_reduce_norm(
+        self, x: Any, delta: Any, weight: Any, eps: float, *, delta_weight: Any | None = None
+    ) -> tuple[Any, Any] | None:
+        """See `builder.array_ops.NormingRanks`."""
+        if delta.nbytes > self.most or not takes_rows(x, delta, self.size):
+            return None
+        assert self._region is not None
+        return all_reduce_norm(
+            x, delta, weight, eps, self._region.memory, delta_weight=delta_weight
+        )
 
     def all_gather(self, x: Any) -> Any:
         return self._nccl.all_gather(x)

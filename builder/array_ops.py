@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from tensorray.builder.ops import Ops, Tensor, kernel, segment
 from tensorray.builder.rope import RopeSpec, table
@@ -36,6 +36,18 @@ class Ranks(Protocol):
 
     def all_gather(self, x: Any) -> Any:
         """Every rank's x: `[ranks, *x.shape]`."""
+        ...
+
+
+@runtime_checkable
+class NormingRanks(Ranks, Protocol):
+    """Ranks that reach each other in a kernel of their own, which does what follows a sum too."""
+
+    def all_reduce_norm(
+        self, x: Any, delta: Any, weight: Any, eps: float, *, delta_weight: Any | None = None
+    ) -> tuple[Any, Any] | None:
+        """`kernels.norm.add_rms_norm` of x and the sum of every rank's delta; None: not of such
+        arrays, which is so on all ranks."""
         ...
 
 
@@ -232,6 +244,28 @@ class ArrayOps(Ops):
     @kernel
     def all_reduce(self, x: Tensor) -> Tensor:
         return x if self.ranks is None else self.ranks.all_reduce(x)
+
+    def sum_norm(
+        self,
+        x: Tensor,
+        delta: Tensor,
+        weight: Tensor,
+        delta_weight: Tensor | None = None,
+        *,
+        eps: float,
+    ) -> tuple[Tensor, Tensor]:
+        """`all_reduce` of delta (normed then, if a weight for that is given), `add_residual` to x,
+        and `rms_norm` of the sum: both. Not an op of its own: how these may run
+        (joining_sums.py)."""
+        if isinstance(self.ranks, NormingRanks):
+            both = self.ranks.all_reduce_norm(x, delta, weight, eps, delta_weight=delta_weight)
+            if both is not None:
+                return both
+        total = self.all_reduce(delta)
+        joined: tuple[Tensor, Tensor] = norm.add_rms_norm(
+            x, total, weight, eps, delta_weight=delta_weight
+        )
+        return joined
 
     @kernel
     def all_gather(self, x: Tensor) -> Tensor:

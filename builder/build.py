@@ -18,7 +18,7 @@ from typing import Any, Literal, Protocol
 
 from tensorray.builder.checkpoint.quantization_config import schemes_of
 from tensorray.builder.graph import DTypes, Program, Segment, SegmentCall, trace
-from tensorray.builder.joining import join_rope
+from tensorray.builder.joining import join
 from tensorray.builder.model import Layout, Model, stage_layers
 from tensorray.builder.plan import Plan, ProfileSet, build_plan, plan_key
 from tensorray.builder.quantized_segment import model_forms, products, quantize_program
@@ -87,7 +87,7 @@ def find_segments(
                 model = definition(config, Layout(tp_rank, tp_size, pp_rank, pp_size))
                 layers = stage_layers(model.num_layers, pp_size, pp_rank)
                 forms = model_forms(model, layers, scheme_of)
-                yield quantize_program(join_rope(trace(model, layers)), forms)
+                yield quantize_program(join(trace(model, layers)), forms)
 
     return name_segments(programs())
 

@@ -18,11 +18,17 @@ from tensorray.builder.graph import (
     SegmentCall,
     WeightRef,
 )
+from tensorray.builder.joining_sums import join_sums
 
 #: `ArrayOps.rope_attention`: q, k, v and, where heads are normed, q_norm and k_norm.
 ROPE_ATTENTION = "rope_attention"
 
 Call = SegmentCall | KernelCall
+
+
+def join(program: Program) -> Program:
+    """The program as devices run it."""
+    return join_sums(join_rope(program))
 
 
 def join_rope(program: Program) -> Program:

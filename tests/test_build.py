@@ -26,7 +26,7 @@ from tensorray.builder.build import (
     plan_for,
 )
 from tensorray.builder.graph import trace
-from tensorray.builder.joining import join_rope
+from tensorray.builder.joining import join
 from tensorray.builder.model import Layout, ModelConfigError, stage_layers
 from tensorray.builder.models.llama import Llama
 from tensorray.builder.plan import Plan
@@ -94,7 +94,7 @@ def test_every_rank_and_stage_finds_its_segments(name: str, tp: int, pp: int) ->
         for tp_rank in range(tp):
             model = definition(config, Layout(tp_rank, tp, pp_rank, pp))
             layers = stage_layers(model.num_layers, pp, pp_rank)
-            used |= set(join_rope(trace(model, layers)).segments())
+            used |= set(join(trace(model, layers)).segments())
     assert found == used
 
 
@@ -111,8 +111,8 @@ def test_segments_are_named_by_where_they_are() -> None:
     assert names == [
         "layer 0: attention_norm qkv",
         "layers 0-31: o",
-        "layers 0-31: mlp_norm gate_up down",
-        "layers 1-31: attention_norm qkv",
+        "layers 0-31: gate_up down",
+        "layers 1-31: qkv",
         "layer 31: add_residual",
         "head: norm tokens",
     ]

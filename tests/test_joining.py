@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
+from helpers.gpu_shards import ArrayRunners
 from helpers.running import load
 from helpers.tiny_models import NAMES, directory
 
+from tensorray.actors.program import ProgramRunner
 from tensorray.builder.array_ops import ArrayOps
 from tensorray.builder.graph import KernelCall, Program, SegmentCall, trace
-from tensorray.builder.joining import ROPE_ATTENTION, join_rope
+from tensorray.builder.joining import ROPE_ATTENTION, join, join_rope
+from tensorray.builder.joining_sums import SUM_NORM, join_sums
+from tensorray.builder.model import Layout
 
 
 def kernels(program: Program) -> list[str]:
@@ -77,3 +83,52 @@ def test_a_joined_segment_computes_what_is_left_of_it(name: str) -> None:
                     scale = groups[ref.group].arrays[ref.name]
                     ours = ops.rms_norm(ours, scale, dict(call.attributes)["eps"])
             np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-6)
+
+
+class Stateless(ArrayOps):
+    """Ranks that all hold the same, and calls that need no batch."""
+
+    def embedding(self, tokens: Any, table: Any, first_row: int = 0) -> Any:
+        return table[tokens % len(table)].astype(np.float32)
+
+    def position_embedding(self, table: Any) -> Any:
+        return table[:5].astype(np.float32)
+
+    def rope_attention(self, q: Any, k: Any, v: Any, *norms: Any, **options: Any) -> Any:
+        return q * np.float32(0.5) + v.mean(axis=1, keepdims=True)
+
+    def attention(self, q: Any, k: Any, v: Any, **options: Any) -> Any:
+        return q * np.float32(0.5) + v.mean(axis=1, keepdims=True)
+
+    def select_rows(self, x: Any) -> Any:
+        return x[1:]
+
+    def all_reduce(self, x: Any) -> Any:
+        return x + x
+
+    def all_gather(self, x: Any) -> Any:
+        return np.concatenate([x, x], axis=-1)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_sums_are_joined_with_what_follows(name: str) -> None:
+    """A call for each norm of the residual stream but the first and the last, where neither a bias
+    comes between nor the norm is another one; and equal results."""
+    model, weights = load(directory(name), Layout(tp_size=2))
+    plain, joined = join_rope(trace(model)), join(trace(model))
+    results, norms = [], []
+    for program in (plain, joined):
+        runner = ProgramRunner(program, Stateless(np, {}), weights, ArrayRunners().get)
+        results.append(runner.head(runner.select(runner.body(np.arange(5, dtype=np.int32)))))
+        norms.append(kernels(program).count(SUM_NORM))
+    np.testing.assert_allclose(results[1], results[0], rtol=1e-5, atol=1e-5)
+    ops = {node.op for segment in plain.segments() for node in segment.nodes}
+    apart = "add" in ops or "layer_norm" in ops
+    assert norms == [0, 0 if apart else 2 * model.num_layers - 1]
+    # Few segments are left, and no more than without.
+    assert len(joined.segments()) <= len(plain.segments())
+
+
+def test_one_rank_has_no_sums_to_join() -> None:
+    program = trace(load(directory("llama3"))[0])
+    assert join_sums(program) == program

@@ -32,7 +32,7 @@ from tensorray.builder.graph import (
     trace,
     trace_segment,
 )
-from tensorray.builder.joining import join_rope
+from tensorray.builder.joining import join
 from tensorray.builder.load import load_weights
 from tensorray.builder.model import Model, ModelConfigError, ShardWeights
 from tensorray.builder.plan import (
@@ -108,7 +108,7 @@ def load(name: str) -> tuple[Model, ShardWeights]:
 
 @cache
 def published_segments(name: str, ranks: int) -> list[Segment]:
-    return join_rope(trace(PUBLISHED[name].model(ranks))).segments()
+    return join(trace(PUBLISHED[name].model(ranks))).segments()
 
 
 @pytest.mark.parametrize("architecture", ["sm_89", "sm_120"])
@@ -130,7 +130,7 @@ def test_published_models_compile(build: Build, name: str, ranks: int, architect
 @pytest.mark.parametrize("name", tiny_models.NAMES)
 def test_other_dtypes_compile(build: Build, name: str, dtypes: DTypes) -> None:
     config = read_config(tiny_models.directory(name), {})
-    for segment in join_rope(trace(resolve(config)(config))).segments():
+    for segment in join(trace(resolve(config)(config))).segments():
         plan = build(segment, dtypes=dtypes, profiles=ONE_PROFILE)
         for binding, spec in zip(plan.outputs, segment.output_specs, strict=True):
             assert binding.dtype == dtypes.of(spec.dtype)

@@ -8,8 +8,9 @@
 // a fence over all GPUs between the two. `all_reduce_small` writes twice the bytes instead, each four
 // beside the call's number in one access of eight, so that whoever reads the eight sees whether the
 // four are new (as NCCL's protocol LL does): nothing is waited for but the bytes themselves.
+// `all_reduce_norm` is a small call as well, a block a row, which goes on with what follows a sum.
 //
-// ELEMENT: element type. RANKS: how many there are. BLOCKS: the most blocks of a launch, all of which
+// ELEMENT: element type; STREAM: of the residual stream. RANKS: how many there are. BLOCKS: the most blocks of a launch, all of which
 // have to fit on a GPU at once. SHARE: bytes that a block handles at most, a multiple of 16; PACKS:
 // 16 bytes each, that a block of a small call does, no fewer than it has threads.
 //
@@ -22,6 +23,7 @@
 // Two turns do: whoever writes for call n + 2 has heard of call n + 1 from every rank, which each
 // began after it had read all of call n. A line is as old as its block's last call but one, or as the
 // last that was as long: never by a whole round of the 32 bits, so its number tells it from new ones.
+#include "block_sum.cuh"
 #include "common.cuh"
 
 static_assert(SHARE % 16 == 0 && BLOCKS % 4 == 0, "what follows has to be aligned");
@@ -153,6 +155,76 @@ extern "C" __global__ void all_reduce_small(const uint4* x, uint4* out, int pack
   if (i < packs) out[i] = sum_of(x[i], threadIdx.x, peers, rank, call, stop);
   __syncthreads();  // all threads have read the calls
   if (threadIdx.x == 0) *calls = call;
+}
+
+__device__ __forceinline__ void unpack(float (&to)[VEC], const uint4& pack) {
+  const auto& elements = reinterpret_cast<const Elements&>(pack);
+#pragma unroll
+  for (int j = 0; j < VEC; j++) to[j] = to_float(elements.at[j]);
+}
+
+__device__ __forceinline__ float squares(const float (&row)[VEC]) {
+  float sum = 0.0f;
+#pragma unroll
+  for (int j = 0; j < VEC; j++) sum += row[j] * row[j];
+  return sum;
+}
+
+// sum: of every rank's delta, in T. total = x + sum, or x + sum / rms(sum) * delta_weight;
+// y = total / rms(total) * weight. A block a row of n elements, of which a thread has one pack.
+extern "C" __global__ void __launch_bounds__(PACKS)
+    all_reduce_norm(const STREAM* x, const uint4* delta, const uint4* delta_weight,
+                    const uint4* weight, STREAM* total, uint4* y, int n, long long x_stride,
+                    float eps, Peers peers, int rank, const unsigned* stop) {
+  using Stream = Pack<STREAM, VEC>;
+  __shared__ float scratch[2][32];
+  const int thread = threadIdx.x, packs = n / VEC;
+  const bool any = thread < packs;
+  uint4 own, scale, delta_scale;
+  if (any) {
+    scale = weight[thread];
+    if (delta_weight != nullptr) delta_scale = delta_weight[thread];
+  }
+  wait_for_previous_kernel();
+  let_next_kernel_start();
+  unsigned* const calls = small_calls(peers.at[rank], blockIdx.x);
+  const unsigned call = __ldcg(calls) + 1;
+  const long long row = blockIdx.x, i = row * packs + thread;
+  Stream base;
+  float values[VEC] = {};
+  if (any) {
+    own = delta[i];
+    base = *reinterpret_cast<const Stream*>(x + row * x_stride + thread * VEC);
+    unpack(values, sum_of(own, thread, peers, rank, call, stop));
+  }
+  __syncthreads();  // all threads have read the calls
+  if (thread == 0) *calls = call;
+
+  if (delta_weight != nullptr) {
+    const float by = rsqrtf(block_sum(squares(values), scratch[0]) / n + eps);
+    if (any) {
+      float factors[VEC];
+      unpack(factors, delta_scale);
+#pragma unroll
+      for (int j = 0; j < VEC; j++) values[j] = values[j] * by * factors[j];
+    }
+  }
+  if (any) {
+#pragma unroll
+    for (int j = 0; j < VEC; j++) {
+      base.at[j] = from_float<STREAM>(to_float(base.at[j]) + values[j]);
+      values[j] = to_float(base.at[j]);
+    }
+    *reinterpret_cast<Stream*>(total + row * n + thread * VEC) = base;
+  }
+  const float by = rsqrtf(block_sum(squares(values), scratch[1]) / n + eps);
+  if (any) {
+    float factors[VEC];
+    unpack(factors, scale);
+#pragma unroll
+    for (int j = 0; j < VEC; j++) values[j] = values[j] * by * factors[j];
+    y[i] = rounded(values);
+  }
 }
 
 // x, out: `packs` times 16 bytes. `stop`, in the host's memory: once it is not 0, nobody is waited

@@ -1,4 +1,5 @@
-"""The sum of a small array over GPUs that map each other's memory, in one kernel.
+"""The sum of a small array over GPUs that map each other's memory, in one kernel, which adds it to
+the residual stream and norms that where rows are few.
 
 For what decoding adds up, where a collective library's rounds take longer than the bytes. A rank
 writes to each of the others, so the bytes it sends grow with their number; of two ranks each sends
@@ -15,9 +16,12 @@ import numpy as np
 
 from tensorray.kernels.cuda import compiler
 from tensorray.kernels.cuda.dtypes import ctype
+from tensorray.kernels.cuda.layout import aligned, stride
 
 _BLOCKS = 64
 _THREADS = 512
+# The most threads of a block, a pack of 16 bytes each: the longest row that is summed and normed.
+_PACKS = 1024
 # What a rank sends at most where each four bytes go beside a call's number; no more than a pack a
 # thread of all blocks.
 _SMALL_SENT_BYTES = _BLOCKS * _THREADS * 16
@@ -27,11 +31,12 @@ _SENT_BYTES = 16 << 20
 
 CONSTANT_SETS = {
     "all_reduce.cu": [
-        {"ELEMENT": kind, "RANKS": ranks, "BLOCKS": _BLOCKS, "SHARE": share, "PACKS": _THREADS}
-        for kind, ranks, share in (
-            ("__half", 2, _SENT_BYTES // _BLOCKS),
-            ("__nv_bfloat16", 8, 37440),
-            ("float", 4, 87376),
+        {"ELEMENT": kind, "STREAM": stream, "RANKS": ranks, "SHARE": share}
+        | {"BLOCKS": _BLOCKS, "PACKS": _PACKS}
+        for kind, stream, ranks, share in (
+            ("__half", "float", 2, _SENT_BYTES // _BLOCKS),
+            ("__nv_bfloat16", "__nv_bfloat16", 8, 37440),
+            ("float", "float", 4, 87376),
         )
     ]
 }
@@ -62,7 +67,7 @@ def most_bytes(ranks: int) -> int:
 def bytes_needed(ranks: int) -> int:
     """Each rank's memory, in bytes."""
     counts = (ranks + 2) * _BLOCKS * 4
-    lines = 2 * ranks * _BLOCKS * 2 * _THREADS * 16
+    lines = 2 * ranks * _BLOCKS * 2 * _PACKS * 16
     return counts + 2 * ranks * most_bytes(ranks) + lines
 
 
@@ -81,14 +86,7 @@ def all_reduce(x: Any, memory: PeerMemory) -> Any:
 
     out = cupy.empty_like(x)
     packs = x.nbytes // 16
-    module = compiler.load(
-        "all_reduce.cu",
-        ELEMENT=ctype(x),
-        RANKS=memory.ranks,
-        BLOCKS=_BLOCKS,
-        SHARE=_share(memory.ranks),
-        PACKS=_THREADS,
-    )
+    module = _module(x, x, memory)
     # A pack a thread, as long as there are blocks for it, and shares that fit.
     blocks = max(min(_BLOCKS, -(-packs // _THREADS)), -(-x.nbytes // _share(memory.ranks)))
     small = x.nbytes * (memory.ranks - 1) <= _SMALL_SENT_BYTES
@@ -99,6 +97,53 @@ def all_reduce(x: Any, memory: PeerMemory) -> Any:
         overlap=True,
     )
     return out
+
+
+def takes_rows(x: Any, delta: Any, ranks: int) -> bool:
+    """Whether arrays are such as `all_reduce_norm` takes: few rows, none of them too long."""
+    if delta.ndim != 2 or x.shape != delta.shape or len(x) > _BLOCKS or not takes(delta, ranks):
+        return False
+    row_bytes = delta.nbytes // len(delta)
+    small = delta.nbytes * (ranks - 1) <= _SMALL_SENT_BYTES and row_bytes <= _PACKS * 16
+    return bool(small and row_bytes % 16 == 0 and x.strides[1] == x.itemsize and aligned(x))
+
+
+def all_reduce_norm(
+    x: Any,
+    delta: Any,
+    weight: Any,
+    eps: float,
+    memory: PeerMemory,
+    *,
+    delta_weight: Any | None = None,
+) -> tuple[Any, Any]:
+    """`tensorray.kernels.norm.add_rms_norm` of x and the sum of every rank's delta, as `all_reduce`
+    makes it. Both `[T, n]`, weights `[n]` in delta's dtype."""
+    import cupy
+
+    total, y = cupy.empty(x.shape, x.dtype), cupy.empty(x.shape, delta.dtype)
+    columns = x.shape[1]
+    packs = columns * delta.itemsize // 16
+    _module(delta, x, memory).function("all_reduce_norm")(
+        (len(x),),
+        (-(-packs // 32) * 32,),
+        *(x, delta, delta_weight, weight, total, y, columns, stride(x), float(eps)),
+        *(_addresses(memory), memory.rank, np.uint64(memory.stop)),
+        overlap=True,
+    )
+    return total, y
+
+
+def _module(x: Any, stream: Any, memory: PeerMemory) -> compiler.Module:
+    return compiler.load(
+        "all_reduce.cu",
+        ELEMENT=ctype(x),
+        STREAM=ctype(stream),
+        RANKS=memory.ranks,
+        BLOCKS=_BLOCKS,
+        SHARE=_share(memory.ranks),
+        PACKS=_PACKS,
+    )
 
 
 def _addresses(memory: PeerMemory) -> Any:

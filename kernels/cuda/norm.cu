@@ -2,6 +2,7 @@
 //
 // INPUT: element type of what is normed, or of the residual stream; DELTA: of what is added to it;
 // WEIGHT: of weights, bias and result. A thread holds ITEMS packs of VEC elements of a row.
+#include "block_sum.cuh"
 #include "common.cuh"
 
 using X = INPUT;
@@ -31,22 +32,6 @@ __device__ __forceinline__ void store(T* to, const float (&from)[VEC]) {
 #pragma unroll
   for (int j = 0; j < VEC; j++) pack.at[j] = from_float<T>(from[j]);
   *reinterpret_cast<Pack<T, VEC>*>(to) = pack;
-}
-
-__device__ __forceinline__ float warp_sum(float value) {
-#pragma unroll
-  for (int mask = 16; mask > 0; mask /= 2) value += __shfl_xor_sync(~0u, value, mask);
-  return value;
-}
-
-// The sum of one value a thread, over the block. Each call has a scratch of its own.
-__device__ __forceinline__ float block_sum(float value, float (&scratch)[32]) {
-  const int warps = blockDim.x / 32, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  value = warp_sum(value);
-  if (warps == 1) return value;
-  if (lane == 0) scratch[warp] = value;
-  __syncthreads();
-  return warp_sum(lane < warps ? scratch[lane] : 0.0f);
 }
 
 __device__ __forceinline__ float sum_of_squares(const float (&row)[ITEMS][VEC], int thread,

@@ -54,6 +54,35 @@ def test_sums_over_peers_memory(dtype: str) -> None:
         assert a.tobytes() == expected.tobytes()
 
 
+@pytest.mark.parametrize(
+    ("dtype", "stream"),
+    [("float16", "float32"), ("bfloat16", "bfloat16"), ("float32", "float32")],
+)
+def test_sums_that_are_added_and_normed(dtype: str, stream: str) -> None:
+    """Rows of one warp to those of the most threads, and as many as there are blocks: what the two
+    kernels give, one after the other, to the rounding of the norm, whose sum has another order."""
+    kind, wide = (np.dtype(getattr(ml_dtypes, name, name)) for name in (dtype, stream))
+    rng = np.random.default_rng(0)
+    columns = (16 // kind.itemsize, 640, 4096, 16384 // kind.itemsize)
+    shapes = [(rows, n) for n in columns for rows in (1, 3, 16)] + [(64, 512), (1, 4096)]
+    cases = [
+        {
+            "x": rng.standard_normal(shape).astype(wide),
+            "deltas": [rng.standard_normal(shape).astype(kind) for _ in range(2)],
+            "weight": rng.standard_normal(shape[1]).astype(kind),
+            "delta_weight": rng.standard_normal(shape[1]).astype(kind) if i % 3 == 0 else None,
+        }
+        for i, shape in enumerate(shapes)
+    ]
+    ours, theirs = on_gpus(2, gpu_ranks.normed_sums, cases)
+    step = {"float16": 1e-3, "bfloat16": 8e-3, "float32": 1e-5}[dtype]
+    for (a, expected), (b, _) in zip(ours, theirs, strict=True):
+        assert a.tobytes() == b.tobytes()
+        np.testing.assert_allclose(
+            a.astype(np.float64), expected.astype(np.float64), rtol=2 * step, atol=step
+        )
+
+
 def test_what_nccl_does() -> None:
     for ours, theirs, dtype in zip(*on_gpus(2, gpu_ranks.collectives), DTYPES, strict=True):
         x = np.arange(1000, dtype=dtype) % 100

@@ -16,6 +16,7 @@ import numpy as np
 from tensorray.actors.communicator import CommunicatorError
 from tensorray.actors.host_communicator import MeetingPoint
 from tensorray.kernels.cuda.all_reduce import most_bytes
+from tensorray.kernels.norm import add_rms_norm
 
 _SECONDS = 60
 
@@ -89,6 +90,53 @@ def sums(group: Any, rank: int, parts: list[list[Any]]) -> list[Any]:
     for one, other in zip(recorded, eager, strict=True):
         assert cupy.asnumpy(one).tobytes() == other.tobytes()
     return eager
+
+
+def normed_sums(group: Any, rank: int, cases: list[dict[str, Any]]) -> list[Any]:
+    """Sums that go on to the residual stream and its norm, in one kernel and in two, each as it
+    comes and all again from one graph."""
+    import cupy
+
+    assert group.reaches_peers, "the GPUs do not map each other's memory"
+    group.most = most_bytes(group.size)
+    given = []
+    for case in cases:
+        names = ("x", "weight", "delta_weight")
+        arrays = {name: _on_gpu(case[name]) for name in names}
+        given.append((cupy.asarray(case["deltas"][rank]), arrays))
+
+    def joined() -> list[Any]:
+        found = []
+        for delta, arrays in given:
+            x, weight, delta_weight = arrays.values()
+            both = group.all_reduce_norm(x, delta, weight, 1e-5, delta_weight=delta_weight)
+            assert both is not None, "the kernel does not take these"
+            found += both
+            if len(found) % 3 == 0:  # calls of both kinds, whose blocks and lines they share
+                group.all_reduce(delta)
+        return found
+
+    one_by_one = []
+    for delta, arrays in given:
+        x, weight, delta_weight = arrays.values()
+        total = group.all_reduce(delta)
+        one_by_one += add_rms_norm(x, total, weight, 1e-5, delta_weight=delta_weight)
+    stream = cupy.cuda.get_current_stream()
+    eager = [cupy.asnumpy(each) for each in joined()]
+    stream.begin_capture()
+    recorded = joined()
+    graph = stream.end_capture()
+    for _ in range(3):
+        graph.launch(stream)
+    for one, other in zip(recorded, eager, strict=True):
+        assert cupy.asnumpy(one).tobytes() == other.tobytes()
+    return list(zip(eager, [cupy.asnumpy(each) for each in one_by_one], strict=True))
+
+
+def _on_gpu(x: Any | None) -> Any | None:
+    import cupy
+
+    return None if x is None else cupy.asarray(x)
 
 
 def collectives(group: Any, rank: int) -> list[Any]:

@@ -16,7 +16,7 @@ from tensorray.actors.gpu_shard import GpuShard, GraphSizes, Limits
 from tensorray.actors.kv_cache import plan_stage
 from tensorray.actors.protocol import SegmentInfo, StepPlan, StepResult
 from tensorray.builder.graph import DTypes, Segment, trace
-from tensorray.builder.joining import join_rope
+from tensorray.builder.joining import join
 from tensorray.builder.load import plan_bytes
 from tensorray.builder.model import Layout
 
@@ -87,7 +87,7 @@ def make_gpu_shard(
     return kind(
         device,
         model,
-        join_rope(trace(model, layers)),
+        join(trace(model, layers)),
         weights,
         runners or ArrayRunners(),
         groups,
