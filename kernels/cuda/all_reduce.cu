@@ -76,6 +76,11 @@ __device__ __forceinline__ unsigned ask(const unsigned* at) {
   return value;
 }
 
+// Looks at what is waited for, between two at the host's memory: some milliseconds. A look at that
+// takes a trip over PCIe for each warp, half a millisecond for all of a large call's; had a rank
+// looked sooner than that, then the others, waiting for it, would look in turn, and so on for ever.
+constexpr unsigned LOOK_AWAY = 4096;
+
 __device__ __forceinline__ bool stopped(const unsigned* stop) {
   return *reinterpret_cast<const volatile unsigned*>(stop);
 }
@@ -111,7 +116,7 @@ __device__ __forceinline__ uint4 read_pack(const uint4* at, unsigned call, const
   for (unsigned spins = 1;; spins++) {
     const bool low = read_line(at, call, pack.x, pack.y);
     const bool high = read_line(at + PACKS, call, pack.z, pack.w);
-    if ((low && high) || (spins % 256 == 0 && stopped(stop))) return pack;
+    if ((low && high) || (spins % LOOK_AWAY == 0 && stopped(stop))) return pack;
   }
 }
 
@@ -254,7 +259,7 @@ extern "C" __global__ void all_reduce(const uint4* x, uint4* out, int packs, Pee
     const unsigned* told = arrived(mine, thread, block);
     // One that is ahead has told of its next call already.
     for (unsigned spins = 1; int(ask(told) - call) < 0; spins++)
-      if (spins % 256 == 0 && stopped(stop)) break;
+      if (spins % LOOK_AWAY == 0 && stopped(stop)) break;
   }
   __syncthreads();
 
