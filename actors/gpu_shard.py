@@ -279,7 +279,11 @@ class GpuShard:
             model = resolve(checkpoint.config, config.model_class)(checkpoint.config, layout)
             # A GGUF file does not say: float16 keeps more of its values' bits than bfloat16.
             dtypes = choose_dtypes(
-                checkpoint.config, model=config.model, dtype=config.dtype, unstated="float16"
+                checkpoint.config,
+                model=config.model,
+                wide_residual=model.wide_residual,
+                dtype=config.dtype,
+                unstated="float16",
             )
             max_model_len = config.max_model_len or model.max_positions
             if max_model_len > model.max_positions:

@@ -145,6 +145,8 @@ class Model(ABC):
 
     #: Hugging Face `architectures` entries this definition answers to.
     architectures: ClassVar[tuple[str, ...]] = ()
+    #: Whether its residual stream may exceed float16, and so is float32 where it computes in that.
+    wide_residual: ClassVar[bool] = False
 
     config: Mapping[str, Any]
     layout: Layout

@@ -15,15 +15,16 @@ def choose_dtypes(
     config: Mapping[str, Any],
     *,
     model: str,
+    wide_residual: bool,
     dtype: str = "auto",
     residual: str = "auto",
     unstated: str | None = None,
 ) -> DTypes:
     """`dtype` "auto" is the checkpoint's own, or `unstated` where its config says none.
 
-    `residual` "auto" is the same, but float32 under float16: some models' residual streams exceed
-    its range (Gemma 3 270M's reaches 104,000; float16 ends at 65,504). Raises ValueError, naming
-    `model`, where nothing usable is said.
+    `residual` "auto" is the same, but with `wide_residual` float32 under float16: some models'
+    residual streams exceed its range, which ends at 65,504 (`Model.wide_residual`). Raises
+    ValueError, naming `model`, where nothing usable is said.
     """
     if dtype == "auto":
         stored = config.get("dtype") or config.get("torch_dtype") or unstated
@@ -34,7 +35,7 @@ def choose_dtypes(
                 f"{', '.join(FLOATS)}"
             )
     if residual == "auto":
-        residual = "float32" if dtype == "float16" else dtype
+        residual = "float32" if dtype == "float16" and wide_residual else dtype
     return DTypes(dtype, residual)
 
 

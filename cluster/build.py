@@ -111,7 +111,14 @@ def examine(config: BuildConfig) -> Needs:
     files = _open(config)
     definition = resolve(files.config, config.model_class)
     segments = find_segments(definition, files.config, tp_size=config.tp, pp_size=config.pp)
-    return Needs(config, files, segments, _dtypes(config, files), open_store(config.store))
+    dtypes = choose_dtypes(
+        files.config,
+        model=config.model,
+        wide_residual=definition.wide_residual,
+        dtype=config.dtype,
+        residual=config.residual_dtype,
+    )
+    return Needs(config, files, segments, dtypes, open_store(config.store))
 
 
 def build_needs(
@@ -182,12 +189,6 @@ def _open(config: BuildConfig) -> ModelFiles:
                 "is enough)"
             ) from error
     return files
-
-
-def _dtypes(config: BuildConfig, files: ModelFiles) -> DTypes:
-    return choose_dtypes(
-        files.config, model=config.model, dtype=config.dtype, residual=config.residual_dtype
-    )
 
 
 def _profiles(config: BuildConfig, target: Target) -> ProfileSet:

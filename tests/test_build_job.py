@@ -205,7 +205,7 @@ def test_from_python(ray_cluster: None, tmp_path: Path) -> None:
     assert report.failures == []
     plan = open_store(str(tmp_path)).get(report.outcomes[0].request.key)
     assert plan is not None
-    assert (plan.dtypes.compute, plan.dtypes.residual) == ("float16", "float32")
+    assert (plan.dtypes.compute, plan.dtypes.residual) == ("float16", "float16")
     assert plan.profiles.max_rows == 64
     assert {outcome.state for outcome in build(**settings).outcomes} == {"reused"}
 

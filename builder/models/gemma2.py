@@ -20,6 +20,7 @@ class Gemma2(Decoder):
     """
 
     architectures: ClassVar[tuple[str, ...]] = ("Gemma2ForCausalLM",)
+    wide_residual = True  # Gemma 3 270M's reaches 104,000
     tied_by_default = True
     norm_add = 1.0
 

@@ -9,6 +9,7 @@ from tensorray.builder.models.decoder import Decoder
 
 class Qwen2(Decoder):
     architectures = ("Qwen2ForCausalLM",)
+    wide_residual = True  # some of its sizes are known for infinities in float16
 
     def make_attention(self, c: ConfigReader) -> Attention:
         return self.attention_block(qkv_bias=True)

@@ -10,6 +10,7 @@ from tensorray.builder.models.qwen2 import late_windows
 
 class Qwen3(Decoder):
     architectures = ("Qwen3ForCausalLM",)
+    wide_residual = True  # some of its sizes are known for infinities in float16
 
     def read_head_dim(self, c: ConfigReader) -> int:
         return c.integer("head_dim", default=128)
