@@ -6,24 +6,19 @@ from bisect import bisect_left
 from collections.abc import Sequence
 
 
-def decode_sizes(max_num_seqs: int) -> list[int]:
-    """Powers of two, and `max_num_seqs` itself."""
-    sizes = [1 << i for i in range(max_num_seqs.bit_length())]
-    return sorted({*(size for size in sizes if size < max_num_seqs), max_num_seqs})
+def bucket_sizes(smallest: int, largest: int) -> list[int]:
+    """Powers of two from `smallest` to 64, then four steps to each doubling, none below 32; and
+    `largest` itself.
 
-
-def mixed_sizes(smallest: int, max_tokens: int) -> list[int]:
-    """Powers of two from `smallest` to 128, then four steps to each doubling.
-
-    Few tokens cost what reading the weights costs, however few; many cost by the token, so padding
-    is kept under a fifth of them.
+    Few rows cost what reading the weights costs, however few; many cost by the row, so padding is
+    kept under a third of them, and from 128 on under a fifth.
     """
-    sizes = {max_tokens}
+    sizes = []
     size = smallest
-    while size < max_tokens:
-        sizes.add(size)
-        size = 2 * size if size < 128 else size + (1 << (size.bit_length() - 3))
-    return sorted(sizes)
+    while size < largest:
+        sizes.append(size)
+        size = 2 * size if size < 64 else size + max(32, 1 << (size.bit_length() - 3))
+    return [*sizes, largest]
 
 
 class Buckets:

@@ -29,7 +29,7 @@ from tensorray.actors.adapted_program import AdaptedProgram
 from tensorray.actors.adapter import Adapter, AdapterSource
 from tensorray.actors.array_segment import Runner
 from tensorray.actors.beam_starts import BeamStarts
-from tensorray.actors.buckets import decode_sizes, mixed_sizes
+from tensorray.actors.buckets import bucket_sizes
 from tensorray.actors.communicator import Communicator, CommunicatorError
 from tensorray.actors.config import ShardConfig
 from tensorray.actors.device import CudaDevice, Device, DeviceError, Mark
@@ -104,9 +104,9 @@ class GraphSizes:
             )
         smallest = min(_SMALLEST_MIXED, limits.step_tokens)
         return cls(
-            decode_sizes(limits.max_num_seqs),
-            mixed_sizes(smallest, limits.step_tokens),
-            decode_sizes(min(most, _LARGEST_CHAIN)) if drafts else (),
+            bucket_sizes(1, limits.max_num_seqs),
+            bucket_sizes(smallest, limits.step_tokens),
+            bucket_sizes(1, min(most, _LARGEST_CHAIN)) if drafts else (),
         )
 
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tensorray.actors import step_buffers
-from tensorray.actors.buckets import Buckets, decode_sizes, mixed_sizes
+from tensorray.actors.buckets import Buckets, bucket_sizes
 from tensorray.actors.protocol import Sampling, SequenceStart, StepPlan
 from tensorray.actors.step_buffers import RunningSequences, StepBuffers
 
@@ -216,13 +216,13 @@ def test_a_plan_that_contradicts_the_books_is_refused():
 
 
 def test_sizes():
-    assert decode_sizes(1) == [1]
-    assert decode_sizes(48) == [1, 2, 4, 8, 16, 32, 48]
-    sizes = mixed_sizes(16, 2048)
-    assert sizes[:4] == [16, 32, 64, 128]
+    assert bucket_sizes(1, 1) == [1]
+    assert bucket_sizes(1, 48) == [1, 2, 4, 8, 16, 32, 48]
+    assert bucket_sizes(16, 100) == [16, 32, 64, 96, 100]
+    assert bucket_sizes(64, 256) == [64, 96, 128, 160, 192, 224, 256]
+    sizes = bucket_sizes(16, 2048)
     assert sizes[-3:] == [1536, 1792, 2048]
-    assert all(b <= 1.25 * a for a, b in pairwise(sizes[3:]))
-    assert mixed_sizes(16, 100) == [16, 32, 64, 100]
+    assert all(b <= 1.25 * a for a, b in pairwise(sizes) if a >= 128)
 
 
 @pytest.mark.parametrize(("size", "fit"), [(1, 2), (2, 2), (3, 8), (8, 8), (9, None)])
