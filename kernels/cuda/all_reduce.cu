@@ -1,35 +1,32 @@
 // The sum of every rank's array, over memory that the ranks' GPUs map from one another.
 //
-// A rank writes its array into each other rank's memory, waits until all have done the same, and adds
-// up what lies in its own memory, in rank order, so that every rank gets the same bits. Block i speaks
-// to block i of the other ranks only.
+// One shot: a rank writes its array into each other rank's memory, waits until all have done the
+// same, and adds up what lies in its own memory, in rank order, so that every rank gets the same
+// bits. Block i speaks to block i of the other ranks only.
 //
 // How a rank knows that all is there: `all_reduce` tells the others once it has written, which takes
-// a fence over all GPUs between the two; it does so piece by piece, and adds up one while the next is
-// on its way. `all_reduce_small` writes twice the bytes instead, each four beside the call's number in
-// one access of eight, so that whoever reads the eight sees whether the four are new (as NCCL's
-// protocol LL does): nothing is waited for but the bytes themselves. `all_reduce_norm` is a small call
-// as well, a block a row, which goes on with what follows a sum.
+// a fence over all GPUs between the two. `all_reduce_small` writes twice the bytes instead, each four
+// beside the call's number in one access of eight, so that whoever reads the eight sees whether the
+// four are new (as NCCL's protocol LL does): nothing is waited for but the bytes themselves.
+// `all_reduce_norm` is a small call as well, a block a row, which goes on with what follows a sum.
 //
-// ELEMENT: element type; STREAM: of the residual stream. RANKS: how many there are. BLOCKS: the most
-// blocks of a launch, all of which have to fit on a GPU at once. PIECE: packs of 16 bytes that a block
-// writes at a time; PACKS: those that a block of a small call does, no fewer than it has threads.
+// ELEMENT: element type; STREAM: of the residual stream. RANKS: how many there are. BLOCKS: the most blocks of a launch, all of which
+// have to fit on a GPU at once. SHARE: bytes that a block handles at most, a multiple of 16; PACKS:
+// 16 bytes each, that a block of a small call does, no fewer than it has threads.
 //
 // A rank's memory, zeros at first:
-//   arrived      uint32 [RANKS][BLOCKS]             the last piece that that rank has written
-//   pieces       uint32 [BLOCKS]                    the last that this rank's block has, of all calls
-//   data         uint4 [SLOTS][RANKS][BLOCKS][PIECE]  what was written, by piece in turn
-//   small calls  uint32 [BLOCKS]                    small calls that this rank's block has made
+//   arrived      uint32 [RANKS][BLOCKS]             the last call for which that rank has written
+//   calls        uint32 [BLOCKS]                    calls that this rank's block has made
+//   data         [2][RANKS][BLOCKS][SHARE bytes]    what was written, by call in turn
+//   small calls  uint32 [BLOCKS]                    the same two of small calls
 //   lines        uint4 [2][RANKS][BLOCKS][2][PACKS]
-// Whoever writes piece n has heard of piece n - 2 from every rank, which each told it once it had read
-// piece n - 3: three slots would do, and four go into the 32 bits evenly. Two turns do for lines:
-// whoever writes for call n + 2 has heard of call n + 1 from every rank, which each began after it had
-// read all of call n. A line is as old as its block's last call but one, or as the last that was as
-// long: never by a whole round of the 32 bits, so its number tells it from new ones.
+// Two turns do: whoever writes for call n + 2 has heard of call n + 1 from every rank, which each
+// began after it had read all of call n. A line is as old as its block's last call but one, or as the
+// last that was as long: never by a whole round of the 32 bits, so its number tells it from new ones.
 #include "block_sum.cuh"
 #include "common.cuh"
 
-static_assert(BLOCKS % 4 == 0, "what follows has to be aligned");
+static_assert(SHARE % 16 == 0 && BLOCKS % 4 == 0, "what follows has to be aligned");
 
 using T = ELEMENT;
 constexpr int VEC = 16 / sizeof(T);
@@ -43,13 +40,12 @@ __device__ __forceinline__ unsigned* arrived(char* memory, int rank, int block) 
   return reinterpret_cast<unsigned*>(memory) + rank * BLOCKS + block;
 }
 
-__device__ __forceinline__ unsigned* pieces(char* memory, int block) {
+__device__ __forceinline__ unsigned* calls(char* memory, int block) {
   return reinterpret_cast<unsigned*>(memory) + RANKS * BLOCKS + block;
 }
 
-constexpr int SLOTS = 4;
 constexpr long long DATA_AT = (RANKS + 1) * BLOCKS * 4;
-constexpr long long SMALL_CALLS_AT = DATA_AT + 16ll * SLOTS * RANKS * BLOCKS * PIECE;
+constexpr long long SMALL_CALLS_AT = DATA_AT + 2ll * RANKS * BLOCKS * SHARE;
 constexpr long long LINES_AT = SMALL_CALLS_AT + BLOCKS * 4;
 
 // The number of a block's part of what a rank wrote in a turn.
@@ -57,8 +53,8 @@ __device__ __forceinline__ long long part(unsigned turn, int rank, int block) {
   return ((long long)turn * RANKS + rank) * BLOCKS + block;
 }
 
-__device__ __forceinline__ uint4* data(char* memory, unsigned piece, int rank, int block) {
-  return reinterpret_cast<uint4*>(memory + DATA_AT) + part(piece % SLOTS, rank, block) * PIECE;
+__device__ __forceinline__ uint4* data(char* memory, unsigned turn, int rank, int block) {
+  return reinterpret_cast<uint4*>(memory + DATA_AT + part(turn, rank, block) * SHARE);
 }
 
 __device__ __forceinline__ unsigned* small_calls(char* memory, int block) {
@@ -244,54 +240,35 @@ extern "C" __global__ void all_reduce(const uint4* x, uint4* out, int packs, Pee
   let_next_kernel_start();
   const int block = blockIdx.x, thread = threadIdx.x;
   const int share = (packs + gridDim.x - 1) / gridDim.x;
-  const int end = min(packs, (block + 1) * share);
-  const int count = (share + PIECE - 1) / PIECE;
+  const int first = block * share, end = min(packs, first + share);
   char* const mine = peers.at[rank];
-  const unsigned before = __ldcg(pieces(mine, block));
+  const unsigned call = __ldcg(calls(mine, block)) + 1;
+  const unsigned turn = call & 1;
 
-  const auto write = [&](int first, unsigned number) {
-    for (int i = thread; i < PIECE && first + i < end; i += blockDim.x) {
-      const uint4 pack = x[first + i];
+  for (int i = first + thread; i < end; i += blockDim.x) {
+    const uint4 pack = x[i];
 #pragma unroll
-      for (int peer = 0; peer < RANKS; peer++)
-        if (peer != rank) data(peers.at[peer], number, rank, block)[i] = pack;
-    }
-  };
-  const auto wait_for = [&](unsigned number) {
-    if (thread < RANKS && thread != rank) {
-      const unsigned* told = arrived(mine, thread, block);
-      // One that is ahead has told of its next piece already.
-      for (unsigned spins = 1; int(ask(told) - number) < 0; spins++)
-        if (spins % LOOK_AWAY == 0 && stopped(stop)) break;
-    }
-    __syncthreads();
-  };
-  const auto sum_up = [&](int first, unsigned number) {
-    for (int i = thread; i < PIECE && first + i < end; i += blockDim.x) {
-      float sum[VEC] = {};
-#pragma unroll
-      for (int from = 0; from < RANKS; from++)
-        // Not by the first-level cache, which others' writes do not reach.
-        add(sum, from == rank ? x[first + i] : __ldcg(data(mine, number, from, block) + i));
-      out[first + i] = rounded(sum);
-    }
-  };
-  const auto tell_of = [&](unsigned number) {
-    __threadfence_system();
-    __syncthreads();
-    if (thread < RANKS && thread != rank) tell(arrived(peers.at[thread], rank, block), number);
-  };
-
-  int first = block * share;
-  write(first, before + 1);
-  tell_of(before + 1);
-  for (int piece = 1; piece < count; piece++, first += PIECE) {
-    write(first + PIECE, before + piece + 1);
-    wait_for(before + piece);
-    sum_up(first, before + piece);
-    tell_of(before + piece + 1);
+    for (int peer = 0; peer < RANKS; peer++)
+      if (peer != rank) data(peers.at[peer], turn, rank, block)[i - first] = pack;
   }
-  wait_for(before + count);
-  sum_up(first, before + count);
-  if (thread == 0) *pieces(mine, block) = before + count;
+  __threadfence_system();
+  __syncthreads();  // also: all threads have read `calls`
+  if (thread == 0) *calls(mine, block) = call;
+  if (thread < RANKS && thread != rank) {
+    tell(arrived(peers.at[thread], rank, block), call);
+    const unsigned* told = arrived(mine, thread, block);
+    // One that is ahead has told of its next call already.
+    for (unsigned spins = 1; int(ask(told) - call) < 0; spins++)
+      if (spins % LOOK_AWAY == 0 && stopped(stop)) break;
+  }
+  __syncthreads();
+
+  for (int i = first + thread; i < end; i += blockDim.x) {
+    float sum[VEC] = {};
+#pragma unroll
+    for (int from = 0; from < RANKS; from++)
+      // Not by the first-level cache, which others' writes do not reach.
+      add(sum, from == rank ? x[i] : __ldcg(data(mine, turn, from, block) + (i - first)));
+    out[i] = rounded(sum);
+  }
 }
