@@ -1,7 +1,7 @@
 """A replica on several GPUs beside one GPU, at published sizes with random weights, by `LLM`.
 
     python3 tests/gpu/bench_layouts.py [--model Llama-3.1-8B] [--layouts 1,tp2,pp2]
-        [--work alone,256] [--rounds 3] [--dtype float16] [--expect tp2:alone=1.5,…] [--limit 60]
+        [--work alone,256] [--dtype float16] [--expect tp2:alone=1.5,…] [--limit 60]
         [-- EngineConfig's fields as NAME=VALUE ...]
 
 A layout is `tpN`, `ppN`, both joined by `x`, or 1; with `nccl` after it, as in tp2nccl, NCCL makes
@@ -86,7 +86,6 @@ def measure(
     works: list[str],
     settings: dict[str, Any],
     *,
-    rounds: int,
     watch: Watch,
     tell: Callable[[str, float], None],
 ) -> None:
@@ -100,8 +99,7 @@ def measure(
             watch.next()
             requests = _WORK[work]
             try:
-                times = rounds if work in ("alone", "16") else 1
-                seconds = min(requests.run(llm, seed) for seed in range(times))
+                seconds = requests.best(llm)
             except Exception as error:
                 print(f"{work} FAILED: {type(error).__name__}: {error}", flush=True)
                 continue
@@ -116,7 +114,6 @@ def main() -> None:
     parser.add_argument("--model", default="Llama-3.1-8B")
     parser.add_argument("--layouts", default="1,tp2,pp2")
     parser.add_argument("--work", default="alone,256")
-    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dtype", default="float16")
     parser.add_argument("--expect", default="", help="LAYOUT:WORK=RATIO or =FIGURE, to be shown")
     parser.add_argument("--limit", type=float, default=60.0)
@@ -142,7 +139,6 @@ def main() -> None:
                 model,
                 arguments.work.split(","),
                 settings | settings_of(layout),
-                rounds=arguments.rounds,
                 watch=watch,
                 tell=tell,
             )

@@ -221,9 +221,7 @@ def measure(name: str, model: Path, arguments: argparse.Namespace) -> dict[str, 
         clients = Clients(arguments.clients, service.port)
         for work in arguments.work.split(","):
             requests = WORK[work]
-            # Short ones: what happens once is over, the best of three.
-            tries = 3 if work in ("alone", "16") else 1
-            runs = [clients.run(requests.lengths, seed) for seed in range(tries)]
+            runs = [clients.run(requests.lengths, seed) for seed in range(requests.tries)]
             seconds, answers = min(runs, key=lambda run: run[0])
             wrong = next((answers.wrong for _, answers in runs if answers.wrong), "")
             if wrong:
