@@ -3,17 +3,19 @@
 Each rank is a process, which maps the others' memory by CUDA's handles.
 
 Whether they do, whether the sums are right, and which is faster, is found out when the ranks meet:
-by a few sums of random numbers, made both ways. Whatever speaks against it, NCCL makes all sums;
-all ranks decide alike.
+by a few sums of random numbers, made both ways. NCCL makes all sums unless those of the kernel are
+right, and those of a size at which it is faster; all ranks decide alike.
 """
 
 from __future__ import annotations
 
 import logging
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +38,11 @@ _HANDLE_BYTES = 64
 _BOOT_BYTES = 36
 # A trial of a group that works takes milliseconds.
 _TRIAL_SECONDS = 10.0
-# A decoded token's residual stream, that of more and more of them, and a prefill step's.
-_TRIAL_BYTES = (8 << 10, 64 << 10, 512 << 10, 2 << 20, 4 << 20, 16 << 20)
+#: A decoded token's residual stream, that of more and more of them, and a prefill step's. Each size
+#: stands for those down to the one before.
+TRIAL_BYTES = (8 << 10, 64 << 10, 512 << 10, 2 << 20, 4 << 20, 16 << 20)
 _TRIAL_SUMS = 50
+_TRIAL_ROUNDS = 7
 
 
 class PeerCommunicator:
@@ -49,8 +53,10 @@ class PeerCommunicator:
         self._host = host
         self._nccl = NcclCommunicator(host)
         self._region = _open_region(host)
-        #: The largest array, in bytes, whose sum the kernel makes; 0: NCCL makes all.
-        self.most = 0 if self._region is None else _trial(host, self._region, self._nccl)
+        #: Which of TRIAL_BYTES the kernel sums up, NCCL the others.
+        self.own_sizes = (
+            frozenset() if self._region is None else _trial(host, self._region, self._nccl)
+        )
 
     @property
     def reaches_peers(self) -> bool:
@@ -58,7 +64,7 @@ class PeerCommunicator:
         return self._region is not None
 
     def all_reduce(self, x: Any) -> Any:
-        if x.nbytes <= self.most and takes(x, self.size):
+        if self._own(x) and takes(x, self.size):
             assert self._region is not None
             return all_reduce(x, self._region.memory)
         return self._nccl.all_reduce(x)
@@ -67,12 +73,17 @@ class PeerCommunicator:
         self, x: Any, delta: Any, weight: Any, eps: float, *, delta_weight: Any | None = None
     ) -> tuple[Any, Any] | None:
         """See `builder.array_ops.NormingRanks`."""
-        if delta.nbytes > self.most or not takes_rows(x, delta, self.size):
+        if not self._own(delta) or not takes_rows(x, delta, self.size):
             return None
         assert self._region is not None
         return all_reduce_norm(
             x, delta, weight, eps, self._region.memory, delta_weight=delta_weight
         )
+
+    def _own(self, x: Any) -> bool:
+        """Whether an array is of a size that the kernel sums up."""
+        at = bisect_left(TRIAL_BYTES, x.nbytes)
+        return at < len(TRIAL_BYTES) and TRIAL_BYTES[at] in self.own_sizes
 
     def all_gather(self, x: Any) -> Any:
         return self._nccl.all_gather(x)
@@ -193,38 +204,40 @@ def _open_region(host: Communicator) -> _Region | None:
     return region
 
 
-def _trial(host: Communicator, region: _Region, nccl: NcclCommunicator) -> int:
-    """The bytes up to which the kernel's sums are right and come sooner than NCCL's."""
+def _trial(host: Communicator, region: _Region, nccl: NcclCommunicator) -> frozenset[int]:
+    """The sizes at which the kernel's sums come sooner than NCCL's; none if they are not right."""
     import cupy
 
-    most = 0
-    for nbytes in _TRIAL_BYTES:
+    won = set()
+    for nbytes in TRIAL_BYTES:
         drawn = np.random.default_rng(host.rank).standard_normal(nbytes // 2, np.float32)
         x = cupy.asarray(drawn.astype(np.float16))
         if not takes(x, host.size):
             break
         sums = all_reduce(x, region.memory)
-        mine = _seconds(partial(all_reduce, x, region.memory), region)
-        if not _all(host, mine is not None):
+        mine = _seconds(partial(all_reduce, x, region.memory), host, region)
+        if mine is None:
             logger.error("GPUs that map each other's memory do not hear each other; NCCL sums")
-            return 0
+            return frozenset()
         expected = nccl.all_reduce(x)
         close = np.allclose(cupy.asnumpy(sums), cupy.asnumpy(expected), rtol=1e-2, atol=3e-2)
         if not _all(host, close):
             logger.error("sums over peers' memory are wrong; NCCL makes all sums")
-            return 0
-        theirs = _seconds(partial(nccl.all_reduce, x), region)
-        assert mine is not None
+            return frozenset()
+        theirs = _seconds(partial(nccl.all_reduce, x), host, region)
         assert theirs is not None
         logger.info("a sum of %d bytes: %.1f us, by NCCL %.1f us", nbytes, mine * 1e6, theirs * 1e6)
-        if not _all(host, mine < theirs):
-            break
-        most = nbytes
-    return most
+        if mine < theirs:
+            won.add(nbytes)
+    return frozenset(won)
 
 
-def _seconds(work: Callable[[], Any], region: _Region) -> float | None:
-    """What a call takes in a recorded graph; None if it does not end."""
+def _seconds(work: Callable[[], Any], host: Communicator, region: _Region) -> float | None:
+    """What a call takes in a recorded graph; None if it does not end on one of the ranks.
+
+    The same on all of them: the median of all their rounds. What spoils a few, a host that comes
+    late, does not count; a sum that is slow in most is slow.
+    """
     import cupy
 
     stream = cupy.cuda.get_current_stream()
@@ -234,19 +247,21 @@ def _seconds(work: Callable[[], Any], region: _Region) -> float | None:
             work()
     finally:
         graph = stream.end_capture()
-    began, ended = cupy.cuda.Event(), cupy.cuda.Event()
-    graph.launch(stream)
-    began.record(stream)
-    graph.launch(stream)
-    ended.record(stream)
+    # The first launch, which takes the graph to the GPU, is before the first event.
+    events = [cupy.cuda.Event() for _ in range(1 + _TRIAL_ROUNDS)]
+    for event in events:
+        graph.launch(stream)
+        event.record(stream)
     deadline = time.perf_counter() + _TRIAL_SECONDS
-    while not ended.done:
-        if time.perf_counter() > deadline:
+    ended = True
+    while not events[-1].done:
+        if ended and time.perf_counter() > deadline:
+            ended = False
             region.stop()
-            ended.synchronize()
-            return None
         time.sleep(1e-4)
-    return float(cupy.cuda.get_elapsed_time(began, ended)) / 1e3 / _TRIAL_SUMS
+    elapsed = [cupy.cuda.get_elapsed_time(began, end) for began, end in pairwise(events)]
+    rounds = host.all_gather(np.array(elapsed if ended else [np.nan] * _TRIAL_ROUNDS))
+    return None if np.isnan(rounds).any() else float(np.median(rounds)) / 1e3 / _TRIAL_SUMS
 
 
 def _all(host: Communicator, yes: bool) -> bool:

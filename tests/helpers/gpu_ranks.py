@@ -15,7 +15,7 @@ import numpy as np
 
 from tensorray.actors.communicator import CommunicatorError
 from tensorray.actors.host_communicator import MeetingPoint
-from tensorray.kernels.cuda.all_reduce import most_bytes
+from tensorray.actors.peer_communicator import TRIAL_BYTES, PeerCommunicator
 from tensorray.kernels.norm import add_rms_norm
 
 _SECONDS = 60
@@ -54,8 +54,6 @@ def _run(pipe: Connection, rank: int, work: Callable[..., Any], arguments: Any) 
     logging.basicConfig(level=logging.INFO, format=f"rank {rank}: %(message)s")
     import cupy
 
-    from tensorray.actors.peer_communicator import PeerCommunicator
-
     point = MeetingPoint()
     pipe.send(point.endpoint)
     host = point.join(rank, pipe.recv())
@@ -78,7 +76,7 @@ def sums(group: Any, rank: int, parts: list[list[Any]]) -> list[Any]:
     import cupy
 
     assert group.reaches_peers, "the GPUs do not map each other's memory"
-    group.most = most_bytes(group.size)
+    group.own_sizes = frozenset(TRIAL_BYTES)
     arrays = [cupy.asarray(x) for x in parts[rank]]
     stream = cupy.cuda.get_current_stream()
     eager = [cupy.asnumpy(group.all_reduce(x)) for x in arrays]
@@ -98,7 +96,7 @@ def normed_sums(group: Any, rank: int, cases: list[dict[str, Any]]) -> list[Any]
     import cupy
 
     assert group.reaches_peers, "the GPUs do not map each other's memory"
-    group.most = most_bytes(group.size)
+    group.own_sizes = frozenset(TRIAL_BYTES)
     given = []
     for case in cases:
         names = ("x", "weight", "delta_weight")
@@ -146,7 +144,7 @@ def collectives(group: Any, rank: int) -> list[Any]:
     found = []
     stream = cupy.cuda.get_current_stream()
     for dtype in (np.float16, np.float32, np.int32):
-        group.most = 0
+        group.own_sizes = frozenset()
         x = cupy.arange(1000, dtype=dtype) % 100 + rank
         gathered = group.all_gather(x)
         both = group.reduce_scatter(gathered)
