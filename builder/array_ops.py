@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeGuard
 
 from tensorray.builder.ops import Ops, Tensor, kernel, segment
 from tensorray.builder.rope import RopeSpec, table
@@ -39,7 +39,6 @@ class Ranks(Protocol):
         ...
 
 
-@runtime_checkable
 class NormingRanks(Ranks, Protocol):
     """Ranks that reach each other in a kernel of their own, which does what follows a sum too."""
 
@@ -49,6 +48,10 @@ class NormingRanks(Ranks, Protocol):
         """`kernels.norm.add_rms_norm` of x and the sum of every rank's delta; None: not of such
         arrays, which is so on all ranks."""
         ...
+
+
+def _norms(ranks: Ranks | None) -> TypeGuard[NormingRanks]:
+    return hasattr(ranks, "all_reduce_norm")
 
 
 class ArrayOps(Ops):
@@ -257,7 +260,7 @@ class ArrayOps(Ops):
         """`all_reduce` of delta (normed then, if a weight for that is given), `add_residual` to x,
         and `rms_norm` of the sum: both. Not an op of its own: how these may run
         (joining_sums.py)."""
-        if isinstance(self.ranks, NormingRanks):
+        if _norms(self.ranks):
             both = self.ranks.all_reduce_norm(x, delta, weight, eps, delta_weight=delta_weight)
             if both is not None:
                 return both

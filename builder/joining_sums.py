@@ -33,6 +33,7 @@ def join_sums(program: Program) -> Program:
             and isinstance(before, KernelCall)
             and before.op == "all_reduce"
             and uses[before.outputs[0]] == 1
+            and before.outputs[0] in call.inputs
         ):
             start = _start(call.segment, call.inputs.index(before.outputs[0]))
             if start is not None:

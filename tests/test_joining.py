@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -132,3 +133,17 @@ def test_sums_are_joined_with_what_follows(name: str) -> None:
 def test_one_rank_has_no_sums_to_join() -> None:
     program = trace(load(directory("llama3"))[0])
     assert join_sums(program) == program
+
+
+def test_a_sum_that_the_next_segment_does_not_read_stays() -> None:
+    plain = join_rope(trace(load(directory("llama3"), Layout(tp_size=2))[0]))
+    reads = [i for i, call in enumerate(plain.calls) if isinstance(call, SegmentCall)]
+    sums = [i for i, call in enumerate(plain.calls) if getattr(call, "op", "") == "all_reduce"]
+    at = next(i for i in sums if i + 1 in reads and i > reads[0])
+    other = plain.calls[reads[0]]
+    fresh = 1 + max(value for call in plain.calls for value in call.outputs)
+    again = replace(other, outputs=tuple(range(fresh, fresh + len(other.outputs))))
+    calls = (*plain.calls[: at + 1], again, *plain.calls[at + 1 :])
+    joined = join_sums(Program(calls, plain.result))
+    assert plain.calls[at] in joined.calls
+    assert kernels(joined).count(SUM_NORM) == kernels(join_sums(plain)).count(SUM_NORM) - 1
