@@ -10,9 +10,10 @@
 // four are new (as NCCL's protocol LL does): nothing is waited for but the bytes themselves.
 // `all_reduce_norm` is a small call as well, a block a row, which goes on with what follows a sum.
 //
-// ELEMENT: element type; STREAM: of the residual stream. RANKS: how many there are. BLOCKS: the most blocks of a launch, all of which
-// have to fit on a GPU at once. SHARE: bytes that a block handles at most, a multiple of 16; PACKS:
-// 16 bytes each, that a block of a small call does, no fewer than it has threads.
+// ELEMENT: element type; STREAM: of the residual stream. RANKS: how many there are. BLOCKS: the most
+// blocks of a launch, all of which have to fit on a GPU at once. SHARE: bytes that a block handles at
+// most, a multiple of 16; PACKS: 16 bytes each, that a block of a small call does, no fewer than it
+// has threads.
 //
 // A rank's memory, zeros at first:
 //   arrived      uint32 [RANKS][BLOCKS]             the last call for which that rank has written

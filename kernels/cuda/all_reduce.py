@@ -26,7 +26,7 @@ _PACKS = 1024
 # thread of all blocks.
 _SMALL_SENT_BYTES = _BLOCKS * _THREADS * 16
 #: What a rank sends at most; its own memory, for two calls' parts from every rank, is 2.3 (of 8
-#: ranks) to 4 times (of 2) as large.
+#: ranks) to 4 times (of 2) as large, and 4 MiB larger for the small calls of each.
 _SENT_BYTES = 16 << 20
 
 CONSTANT_SETS = {
