@@ -73,7 +73,7 @@ class PeerCommunicator:
         self, x: Any, delta: Any, weight: Any, eps: float, *, delta_weight: Any | None = None
     ) -> tuple[Any, Any] | None:
         """See `builder.array_ops.NormingRanks`."""
-        if not self._own(delta) or not takes_rows(x, delta, self.size):
+        if not self._own(delta) or not takes_rows(x, delta, weight, self.size):
             return None
         assert self._region is not None
         return all_reduce_norm(

@@ -99,9 +99,12 @@ def all_reduce(x: Any, memory: PeerMemory) -> Any:
     return out
 
 
-def takes_rows(x: Any, delta: Any, ranks: int) -> bool:
-    """Whether arrays are such as `all_reduce_norm` takes: few rows, none of them too long."""
-    if delta.ndim != 2 or x.shape != delta.shape or len(x) > _BLOCKS or not takes(delta, ranks):
+def takes_rows(x: Any, delta: Any, weight: Any, ranks: int) -> bool:
+    """Whether arrays are such as `all_reduce_norm` takes: few rows, none of them too long, and a
+    weight like what is added."""
+    if delta.ndim != 2 or x.shape != delta.shape or weight.dtype != delta.dtype:
+        return False
+    if len(x) > _BLOCKS or not takes(delta, ranks):
         return False
     row_bytes = delta.nbytes // len(delta)
     small = delta.nbytes * (ranks - 1) <= _SMALL_SENT_BYTES and row_bytes <= _PACKS * 16
