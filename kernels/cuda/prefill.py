@@ -7,7 +7,6 @@ on the device, so a launch depends on array shapes only and can be captured in a
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any
 
@@ -15,6 +14,7 @@ import numpy as np
 
 from tensorray.kernels.cuda import compiler
 from tensorray.kernels.cuda.dtypes import ctype
+from tensorray.kernels.cuda.hopper import MMA_TYPES, is_hopper, tensor_map
 from tensorray.kernels.cuda.scratch import counters
 
 # struct Step of prefill.cuh.
@@ -38,7 +38,6 @@ _WGMMA_SHAPES = {64: (128, 2), 128: (128, 2), 256: (64, 2)}
 _WGMMA_ROWS = 128
 _WGMMA_THREADS = 384
 _COLUMN = 64  # elements of a row that lie together in shared memory
-_MMA_TYPES = {"__half": "f16", "__nv_bfloat16": "bf16"}
 
 Constants = dict[str, int | str]
 
@@ -51,7 +50,7 @@ def _mma_constants(dtype: str, kv: str, head_dim: int, softcap: bool) -> Constan
 def _wgmma_constants(dtype: str, kv: str, head_dim: int, softcap: bool) -> Constants:
     keys, stages = _WGMMA_SHAPES[head_dim]
     return {
-        **{"T": dtype, "MMA_TYPE": _MMA_TYPES[dtype], "KV": kv, "HEAD_DIM": head_dim},
+        **{"T": dtype, "MMA_TYPE": MMA_TYPES[dtype], "KV": kv, "HEAD_DIM": head_dim},
         **{"KEYS": keys, "STAGES": stages, "SOFTCAP": int(softcap)},
     }
 
@@ -101,7 +100,7 @@ def paged_attention(
     hopper = (
         q.shape[2] in _WGMMA_SHAPES
         and k_pages.shape[2] % 8 == 0
-        and _is_hopper(cupy.cuda.runtime.getDevice())
+        and is_hopper(cupy.cuda.runtime.getDevice())
     )
     if out is None:
         out = cupy.empty(q.shape, q.dtype)
@@ -162,13 +161,13 @@ def _launch_wgmma(
     block_size = k_pages.shape[2]
     box_rows = min(keys, block_size & -block_size)  # of a page that one copy takes
     width = head_dim * q.itemsize
-    q_map = _tensor_map(
+    q_map = tensor_map(
         q.data.ptr, 2, (head_dim, heads, len(q)), (width, q.strides[0]), (_COLUMN, share, queries)
     )
     narrow = k_pages.itemsize == 1
     page_box = (head_dim if narrow else _COLUMN, box_rows)
     k_map, v_map = (
-        _tensor_map(
+        tensor_map(
             *(pages.data.ptr, pages.itemsize, (head_dim, pages.size // head_dim)),
             *((head_dim * pages.itemsize,), page_box),
         )
@@ -269,47 +268,3 @@ def _mma_shared_bytes(head_dim: int, keys: int, cache_itemsize: int) -> int:
     narrow = 2 * keys * head_dim if cache_itemsize == 1 else 0
     queries = 0 if head_dim <= 128 else _MMA_ROWS * row
     return 2 * keys * row + 2 * 8 * keys + narrow + queries
-
-
-@functools.lru_cache(maxsize=4096)
-def _tensor_map(
-    address: int,
-    itemsize: int,
-    extents: tuple[int, ...],
-    strides: tuple[int, ...],
-    box: tuple[int, ...],
-) -> Any:
-    """A TMA descriptor, as a kernel argument; extents innermost first, strides in bytes from the
-    second extent on. Boxes of 16-bit elements land swizzled by 128 bytes, of 8-bit ones plainly."""
-    from cuda.bindings import driver
-
-    types, swizzles = driver.CUtensorMapDataType, driver.CUtensorMapSwizzle
-    element, swizzle = {
-        1: (types.CU_TENSOR_MAP_DATA_TYPE_UINT8, swizzles.CU_TENSOR_MAP_SWIZZLE_NONE),
-        2: (types.CU_TENSOR_MAP_DATA_TYPE_UINT16, swizzles.CU_TENSOR_MAP_SWIZZLE_128B),
-    }[itemsize]
-    result, encoded = driver.cuTensorMapEncodeTiled(
-        element,
-        len(extents),
-        address,
-        [driver.cuuint64_t(extent) for extent in extents],
-        [driver.cuuint64_t(stride) for stride in strides],
-        [driver.cuuint32_t(extent) for extent in box],
-        [driver.cuuint32_t(1)] * len(extents),
-        driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
-        swizzle,
-        driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-        driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
-    )
-    if int(result):
-        raise compiler.LaunchError(
-            f"TMA can't describe extents {extents}, strides {strides}, box {box}: {result.name}"
-        )
-    return np.array([int(word) for word in encoded.opaque], np.uint64).view("V128")[0]
-
-
-@functools.cache
-def _is_hopper(device: int) -> bool:
-    import cupy
-
-    return bool(cupy.cuda.Device(device).compute_capability == "90")

@@ -11,10 +11,10 @@
 // or 256; KEYS of a tile: 64 or 128; STAGES of the ring; SOFTCAP: 1 if scores are capped. `ahead`, if
 // not null: so many first sequences and their rows are left alone.
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
+#include "hopper.cuh"
 #include "mma.cuh"
 #include "prefill.cuh"
 
-constexpr int WARPGROUP = 128;
 constexpr int CONSUMERS = 2;
 constexpr int ROWS = 64 * CONSUMERS;
 // Shared memory holds matrices as columns of 64 elements, 128 bytes a row, swizzled by TMA.
@@ -27,152 +27,20 @@ constexpr int PRODUCER_REGISTERS = 56;
 constexpr int CONSUMER_REGISTERS = 168 + (168 - PRODUCER_REGISTERS) / CONSUMERS;
 static_assert(CONSUMERS == 2 && CONSUMER_REGISTERS % 8 == 0);
 
-struct alignas(64) TensorMap {
-  unsigned char opaque[128];
-};
-
-// --- barriers in shared memory -----------------------------------------------------------------
-
-using Barrier = unsigned long long;
-
-__device__ __forceinline__ void initialize(Barrier& barrier, int arrivals) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(&barrier)),
-               "r"(arrivals)
-               : "memory");
-}
-__device__ __forceinline__ void arrive(Barrier& barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(&barrier))
-               : "memory");
-}
-__device__ __forceinline__ void arrive_expecting(Barrier& barrier, int bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(
-                   shared_address(&barrier)),
-               "r"(bytes)
-               : "memory");
-}
-__device__ __forceinline__ void wait(Barrier& barrier, int parity) {
-  asm volatile(
-      "{\n"
-      ".reg .pred done;\n"
-      "again:\n"
-      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-      "@!done bra again;\n"
-      "}\n" ::"r"(shared_address(&barrier)),
-      "r"(parity)
-      : "memory");
-}
-
-// What this thread wrote to shared memory becomes visible to tensor cores and TMA, after a barrier.
-__device__ __forceinline__ void publish_to_tensor_cores() {
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-}
-// A barrier of a warpgroup.
-__device__ __forceinline__ void synchronize_warpgroup(int warpgroup) {
-  asm volatile("bar.sync %0, %1;" ::"r"(1 + warpgroup), "n"(WARPGROUP) : "memory");
-}
-
-// --- copies by the tensor memory accelerator ---------------------------------------------------
-
-__device__ __forceinline__ void copy_box(void* to, const TensorMap& map, Barrier& barrier, int x,
-                                         int y) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes "
-      "[%0], [%1, {%2, %3}], [%4];" ::"r"(shared_address(to)),
-      "l"(&map), "r"(x), "r"(y), "r"(shared_address(&barrier))
-      : "memory");
-}
-__device__ __forceinline__ void copy_box(void* to, const TensorMap& map, Barrier& barrier, int x,
-                                         int y, int z) {
-  asm volatile(
-      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes "
-      "[%0], [%1, {%2, %3, %4}], [%5];" ::"r"(shared_address(to)),
-      "l"(&map), "r"(x), "r"(y), "r"(z), "r"(shared_address(&barrier))
-      : "memory");
-}
-
-// --- products of a warpgroup -------------------------------------------------------------------
-
-#define TEXT_OF(x) #x
-#define TEXT(x) TEXT_OF(x)
-#define TYPES ".f32." TEXT(MMA_TYPE) "." TEXT(MMA_TYPE) " "
-#define LIST32                                                                        \
-  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, " \
-  "%18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define LIST64                                                                              \
-  LIST32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, "    \
-         "%47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, " \
-         "%63"
-#define FLOATS4(c, i) "+f"((c)[i]), "+f"((c)[i + 1]), "+f"((c)[i + 2]), "+f"((c)[i + 3])
-#define FLOATS16(c, i) FLOATS4(c, i), FLOATS4(c, i + 4), FLOATS4(c, i + 8), FLOATS4(c, i + 12)
-#define FLOATS32(c) FLOATS16(c, 0), FLOATS16(c, 16)
-#define FLOATS64(c) FLOATS32(c), FLOATS16(c, 32), FLOATS16(c, 48)
-
-// c = a b^T, or c += a b^T: a of 64 rows and b of N rows, 16 columns each, both in shared memory.
-template <int N>
-__device__ __forceinline__ void multiply_rows(float* c, unsigned long long a, unsigned long long b,
-                                              bool add) {
-  if constexpr (N == 64) {
-    asm volatile(
-        "{\n.reg .pred add;\nsetp.ne.b32 add, %34, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n64k16" TYPES "{" LIST32
-        "}, %32, %33, add, 1, 1, 0, 0;\n}\n"
-        : FLOATS32(c)
-        : "l"(a), "l"(b), "r"(int(add)));
-  } else {
-    asm volatile(
-        "{\n.reg .pred add;\nsetp.ne.b32 add, %66, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n128k16" TYPES "{" LIST64
-        "}, %64, %65, add, 1, 1, 0, 0;\n}\n"
-        : FLOATS64(c)
-        : "l"(a), "l"(b), "r"(int(add)));
-  }
-}
-
 // c += a b: a of 64 rows and 16 columns in registers, b of 16 rows and N columns in shared memory.
 template <int N>
 __device__ __forceinline__ void multiply_add(float* c, const unsigned* a, unsigned long long b) {
   if constexpr (N == 64) {
     asm volatile("wgmma.mma_async.sync.aligned.m64n64k16" TYPES "{" LIST32
                  "}, {%32, %33, %34, %35}, %36, 1, 1, 1, 1;\n"
-                 : FLOATS32(c)
+                 : FLOATS_32(c)
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
   } else {
     asm volatile("wgmma.mma_async.sync.aligned.m64n128k16" TYPES "{" LIST64
                  "}, {%64, %65, %66, %67}, %68, 1, 1, 1, 1;\n"
-                 : FLOATS64(c)
+                 : FLOATS_64(c)
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
   }
-}
-
-__device__ __forceinline__ void begin_products() {
-  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-}
-__device__ __forceinline__ void commit_products() {
-  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-}
-// Until at most PENDING groups of products are under way.
-template <int PENDING>
-__device__ __forceinline__ void wait_for_products() {
-  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
-}
-// The compiler does not know that products write later than they are issued: keep what reads or
-// writes these registers on its side of this line.
-template <int N>
-__device__ __forceinline__ void hold(float (&x)[N]) {
-#pragma unroll
-  for (int i = 0; i < N; i++) asm volatile("" : "+f"(x[i])::"memory");
-}
-template <int N>
-__device__ __forceinline__ void hold(unsigned (&x)[N]) {
-#pragma unroll
-  for (int i = 0; i < N; i++) asm volatile("" : "+r"(x[i])::"memory");
-}
-
-// A matrix in shared memory, 128 bytes a row, swizzled; `stride` bytes from a column of 64 to the
-// next, if a product reads across (PTX ISA, "Matrix-descriptor format").
-__device__ __forceinline__ unsigned long long descriptor(unsigned address, int stride) {
-  return (address & 0x3ffff) >> 4 | static_cast<unsigned long long>(stride >> 4) << 16 |
-         (1024ull >> 4) << 32 | 1ull << 62;
 }
 
 // --- the kernel --------------------------------------------------------------------------------
@@ -616,7 +484,7 @@ extern "C" __global__ void __launch_bounds__(WARPGROUP * (CONSUMERS + 1), 1)
       initialize(shared.v_full[i], FILLERS);
       initialize(shared.v_empty[i], WARPS);
     }
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    publish_barriers();
   }
   __syncthreads();
   wait_for_previous_kernel();
@@ -626,14 +494,14 @@ extern "C" __global__ void __launch_bounds__(WARPGROUP * (CONSUMERS + 1), 1)
   block_table += static_cast<long long>(first_sequence) * step.table_stride;
   const int warpgroup = threadIdx.x / WARPGROUP;
   if (warpgroup == 0) {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(PRODUCER_REGISTERS));
+    keep_registers<PRODUCER_REGISTERS>();
     if (threadIdx.x < 32)
       lead(shared, q_map, k_map, v_map, query_starts, seq_lens, block_table, taken, box_rows,
            step.sequences - first_sequence, step);
     else
       help(shared, k_map, v_map, block_table, box_rows, step);
   } else {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(CONSUMER_REGISTERS));
+    take_registers<CONSUMER_REGISTERS>();
     consume(shared, out, warpgroup - 1, step);
   }
 }
