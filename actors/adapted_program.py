@@ -3,8 +3,8 @@
 Segments run by own kernels, each product with what adapters add to it: its `shrink` before it,
 which reads the same rows, its `expand` after. An addition has to come before whatever follows the
 product and after whatever makes its rows, so of `fuse`'s joins those of many rows are used, at any
-number: norms with the additions before them, gates as calls of their own. TensorRT's plans have no
-place for it.
+number: norms with the additions before them. A gate comes after the addition. TensorRT's plans have
+no place for it.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ class AdaptedOps(FusedOps):
         stack = self._adapters.stack(weight)
         if stack is None:
             return super().linear(x, weight, bias, residual, norm_weight, eps=eps, gate=gate)
-        assert residual is norm_weight is gate is None, "an adapter's part comes before these"
+        assert residual is norm_weight is None, "an adapter's part comes between"
         inner = lora.shrink(x, stack, self._adapters.rows)
         y = super().linear(x, weight, bias)
         lora.expand(y, inner, stack, self._adapters.rows)
-        return y
+        return y if gate is None else activation.gated(y, gate)
 
 
 class AdaptedSegment(FusedSegment):

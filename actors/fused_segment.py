@@ -53,10 +53,6 @@ class FusedOps(ArrayOps):
     def add_residual(self, x: Tensor, delta: Tensor) -> Tensor:
         return activation.add(x, delta)
 
-    def gated(self, gate_up: Tensor, kind: activation.Gate) -> Tensor:
-        """See `kernels.activation.gated`."""
-        return activation.gated(gate_up, kind)
-
     def add_rms_norm(
         self, x: Tensor, delta: Tensor, weight: Tensor, delta_weight: Tensor | None, eps: float
     ) -> tuple[Tensor, Tensor]:
@@ -77,8 +73,15 @@ class FusedSegment(Runner):
 
     def __init__(self, segment: Segment, rows: int, xp: Any) -> None:
         self._calls = fuse(segment, few_rows=rows <= FEW_ROWS)
+        self._inputs = len(segment.inputs)
         self._outputs = segment.outputs
         self._ops = FusedOps(xp, {})
+
+    def gated_weights(self, weights: Sequence[Any]) -> list[Any]:
+        """Those of the segment's weights whose products have a gate."""
+        gated = [call for call in self._calls if "gate" in dict(call.attributes)]
+        given: dict[int | None, Any] = dict(enumerate(weights, self._inputs))
+        return [given[call.arguments[1]] for call in gated if call.arguments[1] in given]
 
     def run(self, inputs: Sequence[Any], weights: Sequence[Any]) -> list[Any]:
         values: dict[int | None, Any] = dict(enumerate([*inputs, *weights]))

@@ -4,7 +4,7 @@ What can be joined with what follows from where the values go: an intermediate t
 and one op reads need never be written to memory.
 
     linear, + bias                     -> linear with a bias
-    linear, split, silu(gate) * up     -> gated linear                  (else linear, gated)
+    linear, split, silu(gate) * up     -> gated linear
     linear, add_residual               -> linear that adds to a residual       (few rows)
     rms_norm, linear                   -> linear that norms its input          (few rows)
     rms_norm, add_residual, rms_norm   -> add_rms_norm, with or without the first
@@ -12,7 +12,7 @@ and one op reads need never be written to memory.
 
 With few rows a linear is bound by reading its weight, and what is joined to it is free: a decode
 layer of Llama's is four calls. With many it is the best matrix product there is, with the rest
-joined among itself.
+joined among itself; a gate stays with its linear, which makes it in whatever way is fastest.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Call:
     """One op over a segment's local values: of the op set, or one of those the pass makes.
 
     The latter, some of whose arguments may be None, as kernels/ describes them:
-    `linear(x, weight, bias, residual, norm; eps, gate)`, `gated(gate_up; kind)`,
+    `linear(x, weight, bias, residual, norm; eps, gate)`,
     `add_rms_norm(x, delta, weight, delta_weight; eps)`, `qk_norm(q, k, q_weight, k_weight; eps)`.
     """
 
@@ -49,8 +49,6 @@ def fuse(segment: Segment, *, few_rows: bool) -> tuple[Call, ...]:
     fusion.gate()
     if few_rows:
         fusion.join("linear", "add_residual", _residual)
-    else:
-        fusion.ungate()
     fusion.add_norms()
     fusion.qk_norms()
     if few_rows:
@@ -102,17 +100,6 @@ class _Fusion:
                 self.replace(product, replace(linear, attributes=attributes, outputs=outputs))
                 for call in (linear, split, act):
                     self.calls.remove(call)
-
-    def ungate(self) -> None:
-        """Take gates out of their linears again, as calls of their own."""
-        for call in [call for call in self.calls if "gate" in dict(call.attributes)]:
-            attributes = dict(call.attributes)
-            kind = attributes.pop("gate")
-            self.shapes.append(())  # a value of its own, which nobody asks the shape of
-            wide = len(self.shapes) - 1
-            linear = replace(call, attributes=tuple(attributes.items()), outputs=(wide,))
-            gated = Call("gated", (wide,), (("kind", kind),), call.outputs)
-            self.replace(call, linear, gated)
 
     def add_norms(self) -> None:
         """Join additions to the residual stream with the norms that follow, and with one of what

@@ -63,6 +63,16 @@ def test_fused_segments_compute_what_their_ops_do(segment: Segment, rows: int) -
         np.testing.assert_array_equal(one, other)  # an input is the caller's
 
 
+def test_weights_of_gated_products() -> None:
+    segment = middle("llama3")
+    _, weights = random_arrays(segment, 1)
+    for rows in (FEW_ROWS, FEW_ROWS + 1):
+        (gate_up,) = FusedSegment(segment, rows, np).gated_weights(weights)
+        assert gate_up is max(weights, key=len)
+    plain = trace_segment(lambda op, x, w: op.linear(x, w), [X], [SQUARE])
+    assert FusedSegment(plain, 32, np).gated_weights(weights[:1]) == []
+
+
 def ops(segment: Segment, *, few_rows: bool) -> list[str]:
     views = ("split", "heads", "merge_heads")
     return [call.op for call in fuse(segment, few_rows=few_rows) if call.op not in views]
@@ -91,7 +101,6 @@ def test_many_rows_keep_products_plain() -> None:
         "linear",
         "add_rms_norm",
         "linear",
-        "gated",
         "linear",
         "add_rms_norm",
         "linear",
