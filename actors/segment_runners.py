@@ -37,6 +37,8 @@ from tensorray.builder.store import StoreError, open_store
 from tensorray.builder.tensorrt_flavour import TargetError, TensorRTError
 from tensorray.builder.tensorrt_runtime import Engine
 from tensorray.builder.trials import Trial, TrialRecord, read_record, record_name, write_record
+from tensorray.kernels.cuda import gated_hopper
+from tensorray.kernels.device import is_cuda
 
 logger = logging.getLogger(__name__)
 
@@ -166,11 +168,21 @@ class SegmentRunners:
                 len(self._names),
                 "; ".join(missing),
             )
-        seconds = time.perf_counter() - began
         for each in self._names:  # own kernels where nothing was chosen
             for rows in head_rows if each.segment in self._in_head else body_rows:
                 self.get(each.segment, rows)
+        self._compile_ahead()
+        seconds = time.perf_counter() - began
         logger.info("segments, prepared in %.1f s:\n%s", seconds, table(self.report()))
+
+    def _compile_ahead(self) -> None:
+        own = [
+            (self._weights[segment][0], runner)
+            for (segment, _), runner in self._runners.items()
+            if isinstance(runner, FusedSegment)
+        ]
+        gated = (weight for weights, runner in own for weight in runner.gated_weights(weights))
+        gated_hopper.compile_ahead(filter(is_cuda, gated))
 
     def report(self) -> list[SegmentInfo]:
         """What runs each segment, and what was measured."""

@@ -373,6 +373,18 @@ def test_without_plans_own_kernels_serve_at_once(
     assert "tensorray build" in warning
 
 
+def test_kernels_of_gated_products_are_compiled_ahead(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ahead: list[Any] = []
+    monkeypatch.setattr(segment_runners, "is_cuda", lambda weight: True)
+    monkeypatch.setattr(segment_runners.gated_hopper, "compile_ahead", ahead.extend)
+    bench.start("kernels")
+    gated = [id(layer.arrays["gate_up"]) for layer in bench.weights.layers.values()]
+    assert ahead
+    assert {id(weight) for weight in ahead} <= set(gated)
+
+
 @pytest.mark.parametrize("backend", ["auto", "tensorrt"])
 def test_missing_plans_are_built_and_stored_if_asked_for(
     bench: Bench, backend: SegmentBackend

@@ -1,4 +1,5 @@
-"""Linear layers: a kernel that streams the weight once for few rows, cuBLAS for many."""
+"""Linear layers: a kernel that streams the weight once for few rows, cuBLAS for many; on Hopper one
+of large gated products of some rows (gated_hopper.py)."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from tensorray.kernels.cuda import compiler, cublas
+from tensorray.kernels.cuda import compiler, cublas, gated_hopper
 from tensorray.kernels.cuda.activation import KINDS, finish
 from tensorray.kernels.cuda.dtypes import ctype
 from tensorray.kernels.cuda.layout import aligned, as_rows, stride
@@ -92,6 +93,10 @@ def linear(
             multiprocessors(weight.device.id),
         )
         return few_rows(rows, weight, bias, norm, eps, gate, residual, plan)
+    if gate is not None and bias is None and residual is None:
+        own = gated_hopper.plan_for(rows, weight, multiprocessors(weight.device.id))
+        if own is not None:
+            return gated_hopper.gated_product(rows, weight, gate, own, weight_ahead=_capturing())
     y = cublas.matmul(rows, weight)
     if bias is None and gate is None and residual is None:
         return y
