@@ -20,7 +20,7 @@ from helpers.running import Arrival, RecordingShard, run
 
 from tensorray.actors.config import ShardConfig
 from tensorray.actors.device import find_device
-from tensorray.actors.gpu_shard import DEPTH, GpuShard
+from tensorray.actors.gpu_shard import GpuShard
 from tensorray.actors.protocol import Sampling, StepPlan, StepResult
 from tensorray.cluster.scheduler import Scheduler
 
@@ -133,7 +133,7 @@ def test_tokens_are_the_cpu_path_s(
     with shard._device.current():
         for pages in shard._cache._pages:
             pages.fill(float("nan"))
-    outcomes = run(Pipelined(shard), scheduler(shard), arrivals(), depth=DEPTH)  # type: ignore[arg-type]
+    outcomes = run(Pipelined(shard), scheduler(shard), arrivals(), depth=shard.info.depth)  # type: ignore[arg-type]
     shard.close()
     references = alone_on_the_cpu(*heads)
     for outcome, arrival, (tokens, rows) in zip(outcomes, arrivals(), references, strict=True):
