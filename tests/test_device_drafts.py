@@ -177,7 +177,7 @@ def test_at_most_so_many_guesses_run_in_a_step() -> None:
     assert cut == {seq: [7] for seq in [0, 1, 2, *range(5, 66)]}
 
     sizes = GraphSizes.choose(Limits(64, 256, 2048), (), eager=False, drafts=64)
-    assert sizes.chains == [1, 2, 4, 8, 16, 32, 64, 96, 128]
+    assert sizes.chains == [1, 2, 4, 8, 16, 32, 64, 128]
     assert GraphSizes.choose(LIMITS, (4, 12, 99), eager=False, drafts=8).chains == [4, 12]
     assert not GraphSizes.choose(LIMITS, (), eager=False).chains
 
