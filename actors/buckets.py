@@ -7,17 +7,16 @@ from collections.abc import Sequence
 
 
 def bucket_sizes(smallest: int, largest: int) -> list[int]:
-    """Powers of two from `smallest` to 64, then four steps to each doubling, none below 32; and
-    `largest` itself.
+    """Powers of two from `smallest` to 128, then four steps to each doubling; and `largest` itself.
 
     Few rows cost what reading the weights costs, however few; many cost by the row, so padding is
-    kept under a third of them, and from 128 on under a fifth.
+    kept under a fifth of them.
     """
     sizes = []
     size = smallest
     while size < largest:
         sizes.append(size)
-        size = 2 * size if size < 64 else size + max(32, 1 << (size.bit_length() - 3))
+        size = 2 * size if size < 128 else size + (1 << (size.bit_length() - 3))
     return [*sizes, largest]
 
 

@@ -138,7 +138,7 @@ class EngineConfig(BaseModel):
     cudagraph_capture_sizes: list[int] = Field(
         default_factory=list,
         description="Sequences, or tokens, that a GPU's steps are padded to, a CUDA graph each "
-        "(default: powers of two up to 64, then sizes between as well)",
+        "(default: powers of two up to 128, then sizes between as well)",
     )
     null_step_ms: float = Field(0.0, ge=0, description="Step time of the null device")
     # --- memory and batching ---

@@ -119,7 +119,7 @@ def test_the_emulation_notices_mistakes(emulated: EmulatedGated, mistake: Varian
 def test_every_plan_is_one_that_the_kernel_takes() -> None:
     header = (compiler.SOURCES / "hopper.cuh").read_text()
     instructions = {int(each) for each in re.findall(r"constexpr \(N == (\d+)\)", header)}
-    assert len(plans()) > 20
+    assert len(plans()) > 6
     for plan in plans():
         assert plan.outs in instructions
         assert plan.outs % 16 == 0
@@ -129,32 +129,41 @@ def test_every_plan_is_one_that_the_kernel_takes() -> None:
         assert plan.outs / 2 * (2 if plan.rows == 256 else 1) <= 192
 
 
-MEASURED = [
-    (64, 14336, 4096, Plan(64, 224, 6), 59.0),
-    (128, 14336, 4096, Plan(128, 224, 5), 62.5),
-    (256, 14336, 4096, Plan(256, 112, 4), 90.6),
+MEASURED = [  # microseconds on an H200; what cuBLAS and a kernel for the gate took
+    (17, 14336, 4096, Plan(64, 224, 6), 58.2, 62.0),
+    (64, 14336, 4096, Plan(64, 224, 6), 58.6, 65.0),
+    (96, 14336, 4096, Plan(128, 224, 5), 60.9, 66.0),
+    (128, 14336, 4096, Plan(128, 224, 5), 62.2, 71.4),
+    (256, 14336, 4096, Plan(128, 224, 5), 88.8, 99.5),
+    (384, 14336, 4096, Plan(128, 224, 5), 132.9, 142.0),
+    (512, 14336, 4096, Plan(128, 176, 5), 167.7, 184.5),
+    (1024, 14336, 4096, Plan(256, 176, 4), 323.5, 345.0),
+    (2048, 14336, 4096, Plan(256, 176, 4), 641.6, 695.0),
+    (64, 7168, 4096, Plan(64, 112, 8), 31.4, 34.5),
+    (128, 7168, 4096, Plan(128, 112, 7), 33.2, 37.2),
+    (256, 7168, 4096, Plan(128, 224, 5), 45.3, 52.6),
+    (64, 14336, 8192, Plan(64, 224, 6), 112.4, 119.3),
 ]
 
 
-@pytest.mark.parametrize(("rows", "results", "inner", "plan", "took"), MEASURED)
+@pytest.mark.parametrize(("rows", "results", "inner", "plan", "took", "theirs"), MEASURED)
 def test_plans_are_those_that_were_measured_best(
-    rows: int, results: int, inner: int, plan: Plan, took: float
+    rows: int, results: int, inner: int, plan: Plan, took: float, theirs: float
 ) -> None:
     assert choose(rows, results, inner, H200) == plan
-    assert pays(plan, rows, results, inner, H200)
     predicted = gated_hopper.microseconds(plan, rows, results, inner, H200)
-    assert predicted == pytest.approx(took, rel=0.1)
+    assert predicted == pytest.approx(took, rel=0.08)
+    assert pays(plan, rows, results, inner, H200)
+    assert took < theirs
 
 
-def test_where_it_pays() -> None:
+def test_where_it_does_not_pay() -> None:
     def serves(rows: int, results: int, inner: int) -> bool:
         return pays(choose(rows, results, inner, H200), rows, results, inner, H200)
 
-    for rows in (17, 64, 65, 128, 192, 256):
-        assert not serves(rows, 3072, 1024)
-        assert not serves(rows, 8, 8)
-        for results, inner in ((14336, 4096), (7168, 4096), (28672, 8192), (14336, 8192)):
-            assert serves(rows, results, inner)
+    # 192 rows of 8B: cuBLAS and the gate took 79 to 87 us, the best plan 89.
+    assert not serves(192, 14336, 4096)
+    assert serves(256, 3072, 1024)  # 7.7 us, 9.6 by cuBLAS
 
 
 class Array:
@@ -182,7 +191,7 @@ def test_what_it_is_for(monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight = Array((64, 4096)), Array((28672, 4096))
     assert gated_hopper.plan_for(x, weight, H200) == Plan(64, 224, 6)
     for rows, of in [
-        (Array((gated_hopper.MOST_ROWS + 1, 4096)), weight),
+        (Array((192, 4096)), weight),
         (Array((0, 4096)), weight),
         (x, Array((28672, 4096), ml_dtypes.bfloat16)),
         (Array((64, 4096), np.float32), Array((28672, 4096), np.float32)),
@@ -190,7 +199,6 @@ def test_what_it_is_for(monkeypatch: pytest.MonkeyPatch) -> None:
         (x, Array((28672, 4096), start=4098)),
         (Array((64, 4100)), Array((28672, 4100))),
         (x, Array((28680, 4096))),
-        (Array((64, 1024)), Array((6144, 1024))),
     ]:
         assert gated_hopper.plan_for(rows, of, H200) is None
     monkeypatch.setattr(gated_hopper, "is_hopper", lambda device: False)
@@ -215,8 +223,8 @@ def test_linears_use_it_where_there_is_a_gate_alone(monkeypatch: pytest.MonkeyPa
     assert linear.linear(x, weight, gate="silu") == ("silu", Plan(64, 224, 6))
     assert linear.linear(x, weight, Array((28672,)), gate="silu") == ("cuBLAS", "silu")
     assert linear.linear(x, weight) == "cuBLAS"
-    small = Array((64, 1024)), Array((6144, 1024))
-    assert linear.linear(*small, gate="gelu_tanh") == ("cuBLAS", "gelu_tanh")
+    uneven = Array((192, 4096)), weight
+    assert linear.linear(*uneven, gate="gelu_tanh") == ("cuBLAS", "gelu_tanh")
 
 
 @pytest.mark.usefixtures("hopper")
@@ -230,14 +238,14 @@ def test_what_a_start_needs_is_compiled_once_each(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(gated_hopper.compiler, "compile", record)
     monkeypatch.setattr(gated_hopper.compiler, "device_arch", lambda: "sm_90a")
     monkeypatch.setattr(gated_hopper.compiler, "multiprocessors", lambda: H200)
-    weight, small = Array((28672, 4096)), Array((6144, 1024))
-    gated_hopper.compile_ahead([weight, small, weight])
-    assert sorted(compiled, key=str) == sorted(
-        [("gated_hopper.cu", "sm_90a", plan.constants("__half")) for *_, plan, _ in MEASURED],
-        key=str,
-    )
+    weight = Array((28672, 4096))
+    gated_hopper.compile_ahead([weight, weight])
+    assert len({str(each) for each in compiled}) == len(compiled)
+    wanted = {plan for _, results, inner, plan, *_ in MEASURED if (results, inner) == (14336, 4096)}
+    for plan in wanted:
+        assert ("gated_hopper.cu", "sm_90a", plan.constants("__half")) in compiled
     compiled.clear()
-    gated_hopper.compile_ahead([small, Array((28672, 4096), np.float32)])
+    gated_hopper.compile_ahead([Array((28672, 4096), np.float32)])
     assert not compiled
 
 

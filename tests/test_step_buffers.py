@@ -218,8 +218,8 @@ def test_a_plan_that_contradicts_the_books_is_refused():
 def test_sizes():
     assert bucket_sizes(1, 1) == [1]
     assert bucket_sizes(1, 48) == [1, 2, 4, 8, 16, 32, 48]
-    assert bucket_sizes(16, 100) == [16, 32, 64, 96, 100]
-    assert bucket_sizes(64, 256) == [64, 96, 128, 160, 192, 224, 256]
+    assert bucket_sizes(16, 100) == [16, 32, 64, 100]
+    assert bucket_sizes(64, 256) == [64, 128, 160, 192, 224, 256]
     sizes = bucket_sizes(16, 2048)
     assert sizes[-3:] == [1536, 1792, 2048]
     assert all(b <= 1.25 * a for a, b in pairwise(sizes) if a >= 128)

@@ -18,7 +18,7 @@ from tensorray.kernels.cuda import compiler
 from tensorray.kernels.cuda.dtypes import ctype
 from tensorray.kernels.cuda.layout import aligned, stride
 
-_BLOCKS = 64
+_BLOCKS = 128
 _THREADS = 512
 # The most threads of a block, a pack of 16 bytes each: the longest row that is summed and normed.
 _PACKS = 1024

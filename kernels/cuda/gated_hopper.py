@@ -1,4 +1,4 @@
-"""Gated products of some rows on Hopper: gated_hopper.cu, cut up to suit a product's shape.
+"""Gated products of more than few rows on Hopper: gated_hopper.cu, cut up to suit their shapes.
 
 cuBLAS writes twice as many outputs as there are results, and a kernel for the gate reads them; here
 both are one launch, which starts on its weight before the kernel ahead has ended.
@@ -19,8 +19,8 @@ from tensorray.kernels.cuda.dtypes import ctype
 from tensorray.kernels.cuda.hopper import MMA_TYPES, is_hopper, tensor_map
 from tensorray.kernels.cuda.layout import aligned
 
-#: More rows are cuBLAS's: not measured yet.
-MOST_ROWS = 256
+# Of steps with more, what the kernel needs is compiled when they are first run.
+_COMPILED_ROWS = 2048
 
 # As in gated_hopper.cu.
 _CHUNK = 64
@@ -29,8 +29,6 @@ _WARPGROUP = 128
 _PACK = 8
 _SHARED_BYTES = 227 * 1024
 _MOST_STAGES = 8
-# Outputs of a tile, by its rows: what there are instructions for, and registers.
-_OUTS = {64: range(96, 225, 16), 128: range(96, 225, 16), 256: range(96, 193, 16)}
 
 
 @dataclass(frozen=True)
@@ -61,14 +59,14 @@ CONSTANT_SETS = {
     "gated_hopper.cu": [
         Plan(256, 192, stages=3).constants("__half"),
         Plan(128, 224, stages=5).constants("__nv_bfloat16"),
-        Plan(64, 144, stages=8).constants("__half"),
+        Plan(64, 112, stages=8).constants("__half"),
     ]
 }
 
 
 def plan_for(x: Any, weight: Any, multiprocessors: int) -> Plan | None:
     """How to make a gated product of two CuPy arrays; None if that is not for this kernel."""
-    if not (0 < len(x) <= MOST_ROWS and x.dtype == weight.dtype and aligned(x) and _takes(weight)):
+    if not (len(x) > 0 and x.dtype == weight.dtype and aligned(x) and _takes(weight)):
         return None
     plan = choose(len(x), len(weight) // 2, weight.shape[1], multiprocessors)
     return plan if pays(plan, len(x), len(weight) // 2, weight.shape[1], multiprocessors) else None
@@ -103,7 +101,7 @@ def compile_ahead(weights: Iterable[Any]) -> None:
     wanted: dict[tuple[tuple[str, int | str], ...], None] = {}
     for weight in filter(_takes, weights):
         shape = len(weight) // 2, weight.shape[1], compiler.multiprocessors()
-        for rows in range(_CHUNK, MOST_ROWS + 1, _CHUNK):
+        for rows in range(_CHUNK, _COMPILED_ROWS + 1, _CHUNK):
             plan = choose(rows, *shape)
             if pays(plan, rows, *shape):
                 wanted[tuple(plan.constants(ctype(weight)).items())] = None
@@ -132,55 +130,53 @@ def _takes(weight: Any) -> bool:
     )
 
 
-# Microseconds and an H200's multiprocessor, from products of 4096 columns, weights not in the L2
-# cache: 28672 outputs take 59.0 in one wave of 64 x 224, 62.5 of 128 x 224 and 90.6 in two of
-# 256 x 112; 6144 take 32.5 in half a wave of 256 x 96. Cycles are what is left of them at the rate
-# of a large product.
-_CYCLES = 1330
-_MEMORY_BYTES = 32.6e3  # its share
-_INTO_BYTES = 72e3  # from the L2 cache
-_BEGIN_AND_END = 3.0
-# cuBLAS and a kernel for the gate take 1.19 (64 rows), 1.34 (128) and 1.30 (256) times what work
-# that comes out even would take for 28672 x 4096, and 2.1 for 6144 x 1024 at 256 rows, where this
-# kernel takes 2.5.
-_PAYS = 1.2
+# Microseconds that a tile of so many rows and outputs takes for a chunk of 64 columns, on an H200.
+# With tiles of other shapes no product that was measured took less.
+_CHUNK_MICROSECONDS = {
+    **{(64, 112): 0.25, (64, 224): 0.48},
+    **{(128, 96): 0.30, (128, 112): 0.45, (128, 176): 0.49, (128, 224): 0.66},
+    **{(256, 160): 0.92, (256, 176): 0.98, (256, 192): 1.10},
+}
+_BEGIN_AND_END = 3.0  # of a tile
+_MEMORY_BYTES = 32.3e3  # a microsecond, a multiprocessor's share
+_OWN_BYTES = 42e3  # what one takes in where others are idle
+_CYCLES = 1330  # a microsecond, of a large product
+# What cuBLAS takes beyond work that comes out even, in tiles of 64 rows, and a kernel for the gate.
+_CUBLAS, _LAUNCHES = 1.05, 5.0
 
 
 def pays(plan: Plan, rows: int, results: int, inner: int, multiprocessors: int) -> bool:
-    """Whether cuBLAS and a kernel for the gate would take longer.
-
-    cuBLAS's tiles have 128 rows or so: fewer in the last one are no less work for it, either.
-    """
-    outs, chunks = 2 * results, -(-inner // _CHUNK)
-    cycles = chunks * _products(-(-rows // 128) * 128, outs)
-    even = max(cycles / _CYCLES, chunks * _LINE * outs / _MEMORY_BYTES) / multiprocessors
-    return microseconds(plan, rows, results, inner, multiprocessors) <= _PAYS * even
+    """Whether cuBLAS and a kernel for the gate would take longer."""
+    cycles = -(-inner // _CHUNK) * -(-rows // 64) * 64 * 2 * results / 32
+    even = max(cycles / _CYCLES, _bytes(results, inner) / _MEMORY_BYTES) / multiprocessors
+    theirs = _CUBLAS * (even + _LAUNCHES)
+    return microseconds(plan, rows, results, inner, multiprocessors) < theirs
 
 
 def microseconds(plan: Plan, rows: int, results: int, inner: int, multiprocessors: int) -> float:
-    """About what a product takes: so many waves of a tile's time."""
-    chunks = -(-inner // _CHUNK)
-    ways = (
-        _products(plan.rows, plan.outs) / _CYCLES,
-        _LINE * (plan.rows + plan.outs) / _INTO_BYTES,
-        _LINE * plan.outs / -(-rows // plan.rows) / _MEMORY_BYTES,
+    """About what a product takes: so many waves of a tile's time, or reading its weight."""
+    chunk = max(
+        _CHUNK_MICROSECONDS[plan.rows, plan.outs],
+        _LINE * plan.outs / -(-rows // plan.rows) / _OWN_BYTES,
     )
     waves = -(-plan.blocks(rows, results) // multiprocessors)
-    return waves * (chunks * max(ways) + _BEGIN_AND_END)
+    return max(
+        waves * (-(-inner // _CHUNK) * chunk + _BEGIN_AND_END),
+        _bytes(results, inner) / _MEMORY_BYTES / multiprocessors + _BEGIN_AND_END,
+    )
 
 
-def _products(rows: int, outs: int) -> float:
-    """Cycles of a multiprocessor's tensor cores for a chunk of 64 columns."""
-    return rows * outs / 32
+def _bytes(results: int, inner: int) -> int:
+    return 2 * 2 * results * inner
 
 
 @functools.cache
 def choose(rows: int, results: int, inner: int, multiprocessors: int) -> Plan:
-    """The plan that takes least; of those that take the same, the one that reads least."""
+    """The plan that takes least; of those that take the same, the one with the fewest tiles."""
 
-    def cost(plan: Plan) -> tuple[float, int, int]:
+    def cost(plan: Plan) -> tuple[float, int]:
         taken = microseconds(plan, rows, results, inner, multiprocessors)
-        return round(taken, 3), -(-rows // plan.rows), plan.rows + plan.outs
+        return round(taken, 3), plan.blocks(rows, results)
 
     return min(plans(), key=cost)
 
@@ -189,9 +185,7 @@ def choose(rows: int, results: int, inner: int, multiprocessors: int) -> Plan:
 def plans() -> tuple[Plan, ...]:
     """All there are, with as many stages as fit."""
     found = []
-    for rows, widths in _OUTS.items():
-        for outs in widths:
-            stage = Plan(rows, outs, stages=1).shared_bytes - 1024
-            stages = min((_SHARED_BYTES - 1024) // stage, _MOST_STAGES)
-            found.append(Plan(rows, outs, stages))
+    for rows, outs in _CHUNK_MICROSECONDS:
+        stage = Plan(rows, outs, stages=1).shared_bytes - 1024
+        found.append(Plan(rows, outs, min((_SHARED_BYTES - 1024) // stage, _MOST_STAGES)))
     return tuple(found)

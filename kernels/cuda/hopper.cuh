@@ -164,16 +164,12 @@ __device__ __forceinline__ void multiply_rows(float* c, unsigned long long a, un
     PRODUCT(112, 56, 56, 57, 58);
   } else if constexpr (N == 128) {
     PRODUCT(128, 64, 64, 65, 66);
-  } else if constexpr (N == 144) {
-    PRODUCT(144, 72, 72, 73, 74);
   } else if constexpr (N == 160) {
     PRODUCT(160, 80, 80, 81, 82);
   } else if constexpr (N == 176) {
     PRODUCT(176, 88, 88, 89, 90);
   } else if constexpr (N == 192) {
     PRODUCT(192, 96, 96, 97, 98);
-  } else if constexpr (N == 208) {
-    PRODUCT(208, 104, 104, 105, 106);
   } else if constexpr (N == 224) {
     PRODUCT(224, 112, 112, 113, 114);
   } else {

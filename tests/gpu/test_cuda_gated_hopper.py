@@ -58,7 +58,7 @@ def test_linears_of_a_large_weight_use_it(monkeypatch: pytest.MonkeyPatch) -> No
     """And give what cuBLAS and a kernel for the gate do, nearly."""
     rng = np.random.default_rng(0)
     weight = normal(rng, 14336, 4096, dtype="float16", scale=4096**-0.5)
-    for rows in (17, 64, 100, 192, 256):
+    for rows in (17, 64, 100, 256):
         x = normal(rng, rows, 4096, dtype="float16")
         own = linears.linear(x, weight, gate="silu")
         with monkeypatch.context() as patched:
