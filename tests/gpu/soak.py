@@ -14,16 +14,15 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import os
 import random
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from helpers.device_memory import used_by_process
 from helpers.dummy_models import make_dummy_model
 
 from tensorray.cluster.llm import LLM, SamplingParams
@@ -98,30 +97,6 @@ class Soak:
             self.tokens += got
         except Exception as error:
             self.outcomes[f"{type(error).__name__}: {error}"] += 1
-
-
-def used_by_process() -> Callable[[], int] | None:
-    """What says how many bytes of device memory this process holds; None if nothing does."""
-    try:
-        import pynvml  # type: ignore[import-untyped]  # nvidia-ml-py
-    except ImportError:
-        return None
-    own = os.getpid()
-
-    def used() -> int:
-        total = 0
-        for index in range(pynvml.nvmlDeviceGetCount()):
-            device = pynvml.nvmlDeviceGetHandleByIndex(index)
-            for process in pynvml.nvmlDeviceGetComputeRunningProcesses(device):
-                if process.pid == own:
-                    total += process.usedGpuMemory or 0
-        return total
-
-    try:
-        pynvml.nvmlInit()
-        return used if used() else None  # in a container, processes may go by other numbers
-    except pynvml.NVMLError:
-        return None
 
 
 def used_of_device() -> int:

@@ -164,7 +164,7 @@ def test_heads_out_of_order_are_refused() -> None:
     table, positions, slots = given.metadata()
     pages = [cupy.zeros(given.shape, "float16") for _ in range(2)]
     q = cupy.ascontiguousarray(given.q.transpose(1, 0, 2)).transpose(1, 0, 2)
-    with pytest.raises(ValueError, match="heads must be contiguous"):
+    with pytest.raises(ValueError, match="rows must be contiguous"):
         rope.rope_append(q, given.k, given.v, table, positions, *pages, slots)
 
 

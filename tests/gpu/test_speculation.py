@@ -32,7 +32,7 @@ pytestmark = [
 
 NGRAM = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_min": 1}
 # As if waiting for results took little, so that small models guess, too.
-CHEAP = {"row_cost": 0.01, "wait_cost": 0.1}
+CHEAP = {"row_cost": 0.01, "wait_cost": 0.1, "sequence_cost": 0.0, "round_cost": 0.0}
 
 
 def load(
