@@ -153,9 +153,8 @@ class _Fusion:
         uses = Counter({i: each.arguments.count(value) for i, each in enumerate(self.calls)})
         return self.calls[uses.most_common(1)[0][0]] if uses.total() == 1 else None
 
-    def replace(self, call: Call, *calls: Call) -> None:
-        at = self.calls.index(call)
-        self.calls[at : at + 1] = calls
+    def replace(self, call: Call, by: Call) -> None:
+        self.calls[self.calls.index(call)] = by
 
 
 def _bias(fusion: _Fusion, linear: Call, add: Call) -> Call | None:

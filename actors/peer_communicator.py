@@ -4,7 +4,8 @@ Each rank is a process, which maps the others' memory by CUDA's handles.
 
 Whether they do, whether the sums are right, and which is faster, is found out when the ranks meet:
 by a few sums of random numbers, made both ways. NCCL makes all sums unless those of the kernel are
-right, and those of a size at which it is faster; all ranks decide alike.
+right, and those of a size at which it is faster; all ranks decide alike. What a kernel goes on with
+behind a sum follows that sum's verdict.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from tensorray.kernels.cuda.all_reduce import (
     all_reduce,
     all_reduce_norm,
     bytes_needed,
+    fits,
     takes,
     takes_rows,
 )
@@ -186,6 +188,9 @@ def _open_region(host: Communicator) -> _Region | None:
     runtime.deviceSynchronize()
     region = _Region(own, device)
     why = ""
+    limits = cupy.cuda.Device(device).attributes
+    if not fits(limits["MultiProcessorCount"], limits["MaxThreadsPerMultiProcessor"]):
+        why = "a GPU does not hold all blocks of a sum at once"
     try:
         ticket = _Ticket.pack(own)
     except (runtime.CUDARuntimeError, OSError) as error:

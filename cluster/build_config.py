@@ -65,8 +65,8 @@ class BuildConfig(BaseModel):
     )
     residual_dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
         "auto",
-        description="Of the residual stream; auto: the dtype, or float32 under float16 for models "
-        "that may overflow it",
+        description="Of the residual stream; auto, which is what shards run: the dtype, or float32 "
+        "under float16 for models that may overflow it",
     )
     # --- what to build for ---
     target: Annotated[list[str], BeforeValidator(_split), AfterValidator(_architectures)] = Field(

@@ -114,7 +114,8 @@ class EngineConfig(BaseModel):
     dtype: Literal["auto", "float16", "bfloat16", "float32"] = Field(
         "auto",
         description="Weights and activations; auto: the checkpoint's on a GPU (float16 if it says "
-        "none), float32 on a CPU. Under float16 the residual stream is float32",
+        "none), float32 on a CPU. Under float16 the residual stream of Gemma and Qwen is float32; "
+        "if another model's overflows, take bfloat16",
     )
     kv_cache_dtype: Literal["auto", "fp8"] = Field(
         "auto", description="auto: as the activations; fp8: half the memory (GPU only)"

@@ -23,7 +23,7 @@ def set_num_threads(threads: int | None = None) -> None:
     """
     global _helpers, _threads
     if threads is None:
-        threads = _cores()
+        threads = cores()
     if threads < 1:
         raise ValueError(f"num_threads must be at least 1, not {threads}")
     if native.library is not None:
@@ -53,7 +53,8 @@ def on_all_threads(work: Callable[[], None]) -> None:
             future.result()
 
 
-def _cores() -> int:
+def cores() -> int:
+    """Those that this process may run on."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

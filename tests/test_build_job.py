@@ -138,7 +138,7 @@ def test_segments_that_tensorrt_has_nothing_for_are_listed(
     marked = [plan for plan in plans(out) if plan["state"] == "kernels"]
     assert {plan["segment"] for plan in marked} == {
         "layers 0-1: o",
-        "layers 0-1: mlp_norm gate_up down",
+        "layers 0-1: gate_up down",
     }
     where = json.loads(out)["manifest"]
     manifest = read_manifest(Path(where).read_bytes(), where)

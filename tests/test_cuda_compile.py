@@ -101,6 +101,15 @@ def test_a_cubin_is_compiled_once(cache: Path, sources: Path, compilations: list
     assert len(list(cache.iterdir())) == 1
 
 
+def test_the_order_of_constants_is_no_other_cubin(
+    cache: Path, sources: Path, compilations: list[str]
+) -> None:
+    compiler.compile("small.cu", "sm_80", N=1, M=2)
+    compiler.compile("small.cu", "sm_80", M=2, N=1)
+    assert compilations == ["small.cu"]
+    assert len(list(cache.iterdir())) == 1
+
+
 def test_what_a_cubin_depends_on_is_in_its_key(
     cache: Path, sources: Path, compilations: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

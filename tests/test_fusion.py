@@ -96,7 +96,7 @@ def test_a_decode_layer_is_four_calls() -> None:
     assert None not in (qkv.arguments[2], qkv.arguments[4])
 
 
-def test_many_rows_keep_products_plain() -> None:
+def test_many_rows_keep_norms_and_residuals_apart() -> None:
     assert ops(middle("llama3"), few_rows=False) == [
         "linear",
         "add_rms_norm",

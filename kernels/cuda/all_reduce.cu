@@ -23,7 +23,7 @@
 //   lines        uint4 [2][RANKS][BLOCKS][2][PACKS]
 // Two turns do: whoever writes for call n + 2 has heard of call n + 1 from every rank, which each
 // began after it had read all of call n. A line is as old as its block's last call but one, or as the
-// last that was as long: never by a whole round of the 32 bits, so its number tells it from new ones.
+// last that was as long: only one of exactly 2^32 calls ago would be taken for new.
 #include "block_sum.cuh"
 #include "common.cuh"
 
@@ -77,9 +77,9 @@ __device__ __forceinline__ unsigned ask(const unsigned* at) {
   return value;
 }
 
-// Looks at what is waited for, between two at the host's memory: some milliseconds. A look at that
-// takes a trip over PCIe for each warp, half a millisecond for all of a large call's; had a rank
-// looked sooner than that, then the others, waiting for it, would look in turn, and so on for ever.
+// Looks for others' bytes between two at the host's word to stop: some milliseconds. The latter is a
+// trip over PCIe for each warp, half a millisecond for all of a large call's; were there fewer, ranks
+// would keep each other waiting in turn.
 constexpr unsigned LOOK_AWAY = 4096;
 
 __device__ __forceinline__ bool stopped(const unsigned* stop) {

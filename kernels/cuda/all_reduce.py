@@ -26,7 +26,7 @@ _PACKS = 1024
 # thread of all blocks.
 _SMALL_SENT_BYTES = _BLOCKS * _THREADS * 16
 #: What a rank sends at most; its own memory, for two calls' parts from every rank, is 2.3 (of 8
-#: ranks) to 4 times (of 2) as large, and 4 MiB larger for the small calls of each.
+#: ranks) to 4 times (of 2) as large, and 8 MiB larger for the small calls of each.
 _SENT_BYTES = 16 << 20
 
 CONSTANT_SETS = {
@@ -34,9 +34,10 @@ CONSTANT_SETS = {
         {"ELEMENT": kind, "STREAM": stream, "RANKS": ranks, "SHARE": share}
         | {"BLOCKS": _BLOCKS, "PACKS": _PACKS}
         for kind, stream, ranks, share in (
-            ("__half", "float", 2, _SENT_BYTES // _BLOCKS),
-            ("__nv_bfloat16", "__nv_bfloat16", 8, 37440),
-            ("float", "float", 4, 87376),
+            ("__half", "float", 2, 131072),
+            ("__half", "__half", 2, 131072),
+            ("__nv_bfloat16", "__nv_bfloat16", 8, 18720),
+            ("float", "float", 4, 43680),
         )
     ]
 }
@@ -57,6 +58,11 @@ class PeerMemory:
     @property
     def ranks(self) -> int:
         return len(self.addresses)
+
+
+def fits(multiprocessors: int, threads: int) -> bool:
+    """Whether a GPU, with so many threads a multiprocessor, holds all blocks of a sum at once."""
+    return multiprocessors * (threads // _THREADS) >= _BLOCKS
 
 
 def most_bytes(ranks: int) -> int:

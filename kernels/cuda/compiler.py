@@ -68,7 +68,10 @@ def compile(source: str, arch: str | None = None, **constants: int | str) -> byt
     options = [
         f"--gpu-architecture={arch}",
         "--std=c++17",
-        *(f"-D{name}={int(v) if isinstance(v, bool) else v}" for name, v in constants.items()),
+        *(
+            f"-D{name}={int(v) if isinstance(v, bool) else v}"
+            for name, v in sorted(constants.items())
+        ),
     ]
     entry = cache_directory() / f"{Path(source).stem}-{arch}-{_key(source, options)}.cubin"
     cubin = _read(entry)

@@ -7,7 +7,6 @@ both are one launch, which starts on its weight before the kernel ahead has ende
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from tensorray.kernels.cuda.activation import KINDS
 from tensorray.kernels.cuda.dtypes import ctype
 from tensorray.kernels.cuda.hopper import MMA_TYPES, is_hopper, tensor_map
 from tensorray.kernels.cuda.layout import aligned
+from tensorray.kernels.threads import cores
 
 # Of steps with more, what the kernel needs is compiled when they are first run.
 _COMPILED_ROWS = 2048
@@ -112,7 +112,7 @@ def compile_ahead(weights: Iterable[Any]) -> None:
     def compile_one(constants: tuple[tuple[str, int | str], ...]) -> None:
         compiler.compile("gated_hopper.cu", arch, **dict(constants))
 
-    with ThreadPoolExecutor(min(len(wanted), os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(min(len(wanted), cores())) as pool:
         list(pool.map(compile_one, wanted))
 
 
