@@ -77,9 +77,9 @@ __device__ __forceinline__ unsigned ask(const unsigned* at) {
   return value;
 }
 
-// Looks for others' bytes between two at the host's word to stop: some milliseconds. The latter is a
-// trip over PCIe for each warp, half a millisecond for all of a large call's; were there fewer, ranks
-// would keep each other waiting in turn.
+// Looks for others' bytes between two at the host's word to stop: some milliseconds. Such a look is a
+// trip over PCIe for each warp, half a millisecond for all of a large call's; had they come sooner,
+// ranks would keep each other waiting in turn.
 constexpr unsigned LOOK_AWAY = 4096;
 
 __device__ __forceinline__ bool stopped(const unsigned* stop) {

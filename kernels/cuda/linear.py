@@ -1,5 +1,5 @@
-"""Linear layers: a kernel that streams the weight once for few rows, cuBLAS for many, and on Hopper a
-kernel of our own for gated products where it is faster (gated_hopper.py)."""
+"""Linear layers: a kernel that streams the weight once for few rows, cuBLAS for many, and on Hopper
+a kernel of our own for gated products where it is faster (gated_hopper.py)."""
 
 from __future__ import annotations
 
