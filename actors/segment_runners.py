@@ -38,6 +38,7 @@ from tensorray.builder.tensorrt_flavour import TargetError, TensorRTError
 from tensorray.builder.tensorrt_runtime import Engine
 from tensorray.builder.trials import Trial, TrialRecord, read_record, record_name, write_record
 from tensorray.kernels.cuda import gated_hopper
+from tensorray.kernels.cuda.linear import FEW_ROWS
 from tensorray.kernels.device import is_cuda
 
 logger = logging.getLogger(__name__)
@@ -176,13 +177,13 @@ class SegmentRunners:
         logger.info("segments, prepared in %.1f s:\n%s", seconds, table(self.report()))
 
     def _compile_ahead(self) -> None:
-        own = [
-            (self._weights[segment][0], runner)
-            for (segment, _), runner in self._runners.items()
-            if isinstance(runner, FusedSegment)
-        ]
-        gated = (weight for weights, runner in own for weight in runner.gated_weights(weights))
-        gated_hopper.compile_ahead(filter(is_cuda, gated))
+        gated_hopper.compile_ahead(
+            (weight, rows)
+            for (segment, rows), runner in self._runners.items()
+            if isinstance(runner, FusedSegment) and rows > FEW_ROWS
+            for weight in runner.gated_weights(self._weights[segment][0])
+            if is_cuda(weight)
+        )
 
     def report(self) -> list[SegmentInfo]:
         """What runs each segment, and what was measured."""

@@ -34,6 +34,7 @@ from tensorray.builder.quantized_segment import form_of, quantized_segment
 from tensorray.builder.registry import resolve
 from tensorray.builder.store import PlanStore, StoreError, open_store
 from tensorray.builder.tensorrt_flavour import GPU, Flavour, TargetError, TensorRTError
+from tensorray.kernels.cuda.linear import FEW_ROWS
 from tensorray.kernels.quantized import QuantizedWeight
 
 #: Gemma's: the residual stream is wider than products.
@@ -376,13 +377,14 @@ def test_without_plans_own_kernels_serve_at_once(
 def test_kernels_of_gated_products_are_compiled_ahead(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ahead: list[Any] = []
+    ahead: list[tuple[Any, int]] = []
     monkeypatch.setattr(segment_runners, "is_cuda", lambda weight: True)
     monkeypatch.setattr(segment_runners.gated_hopper, "compile_ahead", ahead.extend)
     bench.start("kernels")
     gated = [id(layer.arrays["gate_up"]) for layer in bench.weights.layers.values()]
     assert ahead
-    assert {id(weight) for weight in ahead} <= set(gated)
+    assert {id(weight) for weight, _ in ahead} <= set(gated)
+    assert all(rows > FEW_ROWS for _, rows in ahead)
 
 
 @pytest.mark.parametrize("backend", ["auto", "tensorrt"])

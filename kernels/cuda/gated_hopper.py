@@ -19,9 +19,6 @@ from tensorray.kernels.cuda.hopper import MMA_TYPES, is_hopper, tensor_map
 from tensorray.kernels.cuda.layout import aligned
 from tensorray.kernels.threads import cores
 
-# Of steps with more, what the kernel needs is compiled when they are first run.
-_COMPILED_ROWS = 2048
-
 # As in gated_hopper.cu.
 _CHUNK = 64
 _LINE = 2 * _CHUNK
@@ -68,8 +65,7 @@ def plan_for(x: Any, weight: Any, multiprocessors: int) -> Plan | None:
     """How to make a gated product of two CuPy arrays; None if that is not for this kernel."""
     if not (len(x) > 0 and x.dtype == weight.dtype and aligned(x) and _takes(weight)):
         return None
-    plan = choose(len(x), len(weight) // 2, weight.shape[1], multiprocessors)
-    return plan if pays(plan, len(x), len(weight) // 2, weight.shape[1], multiprocessors) else None
+    return _plan(len(x), weight, multiprocessors)
 
 
 def gated_product(x: Any, weight: Any, gate: str, plan: Plan, *, weight_ahead: bool) -> Any:
@@ -95,16 +91,14 @@ def gated_product(x: Any, weight: Any, gate: str, plan: Plan, *, weight_ahead: b
     return y
 
 
-def compile_ahead(weights: Iterable[Any]) -> None:
-    """Compile what products with these weights need, on all cores: a start would wait for one
-    after another."""
+def compile_ahead(products: Iterable[tuple[Any, int]]) -> None:
+    """Compile what products with these weights, of so many rows each, need, on all cores: a start
+    would wait for one after another."""
     wanted: dict[tuple[tuple[str, int | str], ...], None] = {}
-    for weight in filter(_takes, weights):
-        shape = len(weight) // 2, weight.shape[1], compiler.multiprocessors()
-        for rows in range(_CHUNK, _COMPILED_ROWS + 1, _CHUNK):
-            plan = choose(rows, *shape)
-            if pays(plan, rows, *shape):
-                wanted[tuple(plan.constants(ctype(weight)).items())] = None
+    for weight, rows in products:
+        plan = _plan(rows, weight, compiler.multiprocessors()) if _takes(weight) else None
+        if plan is not None:
+            wanted[tuple(plan.constants(ctype(weight)).items())] = None
     if not wanted:
         return
     arch = compiler.device_arch()
@@ -114,6 +108,12 @@ def compile_ahead(weights: Iterable[Any]) -> None:
 
     with ThreadPoolExecutor(min(len(wanted), cores())) as pool:
         list(pool.map(compile_one, wanted))
+
+
+def _plan(rows: int, weight: Any, multiprocessors: int) -> Plan | None:
+    shape = len(weight) // 2, weight.shape[1], multiprocessors
+    plan = choose(rows, *shape)
+    return plan if pays(plan, rows, *shape) else None
 
 
 def _takes(weight: Any) -> bool:

@@ -90,11 +90,11 @@ def linear(
             len(rows),
             norm is not None,
             gate is not None,
-            multiprocessors(weight.device.id),
+            compiler.multiprocessors(),
         )
         return few_rows(rows, weight, bias, norm, eps, gate, residual, plan)
     if gate is not None and bias is None and residual is None:
-        own = gated_hopper.plan_for(rows, weight, multiprocessors(weight.device.id))
+        own = gated_hopper.plan_for(rows, weight, compiler.multiprocessors())
         if own is not None:
             return gated_hopper.gated_product(rows, weight, gate, own, weight_ahead=_capturing())
     y = cublas.matmul(rows, weight)
@@ -124,7 +124,7 @@ def few_rows(
     shared_bytes = plan.shared_bytes(rows, inner, norm is not None)
     tile = 16 * plan.mtiles // (2 if gate else 1)
     kernel(x, weight, y, plan, rows, norm is not None, gate is not None, 0, shared_bytes)(
-        (min(-(-results // tile), multiprocessors(y.device.id)),),
+        (min(-(-results // tile), compiler.multiprocessors()),),
         (32 * _WARPS,),
         *(weight, x, norm, bias, base, y, inner, outs, rows, stride(x), stride(base)),
         *(float(eps), KINDS[gate] if gate else 0, _capturing(), None, None, 1),
@@ -203,11 +203,3 @@ def _capturing() -> bool:
 
     capturing: bool = cupy.cuda.get_current_stream().is_capturing()
     return capturing
-
-
-@functools.cache
-def multiprocessors(device: int) -> int:
-    import cupy
-
-    count: int = cupy.cuda.Device(device).attributes["MultiProcessorCount"]
-    return count

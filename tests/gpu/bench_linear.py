@@ -141,7 +141,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 2, 8, 16, 32, 64])
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES))
     options = parser.parse_args()
-    multiprocessors = cuda.multiprocessors(0)
+    multiprocessors = compiler.multiprocessors()
     cases: dict[tuple[str, int], list[Plan]] = {}
     calls = []
     for name, rows in itertools.product(options.shapes, options.rows):
