@@ -3,8 +3,8 @@
 What the ranks of a stage add up, and the residual stream that stages hand on, go from device to
 device, queued on the stream like every other work. Tokens go two ways. Where one stage is the whole
 model, a step may start before the last one's tokens are known to any host, so they are passed on
-between devices as well. With more stages a sequence is not planned again before its token has
-reached the router; then that token comes over the host, beside the plan.
+between devices as well. With more stages a sequence's token takes longer than the step of another
+one's, so it comes over the host, from shard to shard: its next plan is there already.
 """
 
 from __future__ import annotations

@@ -59,8 +59,6 @@ from tensorray.builder.registry import resolve
 
 logger = logging.getLogger(__name__)
 
-#: Steps in flight: one runs, one waits behind it.
-DEPTH = 2
 #: Tokens a step may run, where nothing is said: enough to fill the matrix units, and a few tens of
 #: milliseconds of a model of 8 billion parameters.
 DEFAULT_STEP_TOKENS = 2048
@@ -162,6 +160,8 @@ class GpuShard:
         self._limits = limits
         self._graphs = graphs
         self._groups = len(groups.groups)
+        # Steps in flight: one a stage, one waits behind them.
+        depth = layout.pp_size + 1 if device.queues else max(2, layout.pp_size)
         # A pipelined step may run one token past the last one that counts.
         self._width = -(-(limits.max_model_len + 1) // groups.block_size)
         self._lock = threading.Lock()  # submit and results come from two threads
@@ -178,7 +178,7 @@ class GpuShard:
                 groups=self._groups,
                 width=self._width,
                 block_size=groups.block_size,
-                ring=DEPTH + 1,
+                ring=depth + 1,
                 max_drafts=max_drafts,
             )
             self._sampler: DeviceSampler | None = None
@@ -228,7 +228,7 @@ class GpuShard:
                     limits.max_num_seqs,
                     limits.step_tokens,
                     len(self._buffers.sample_rows),
-                    ring=DEPTH + 1,
+                    ring=depth + 1,
                 )
                 # What runs steps in which a row has an adapter.
                 self._adapted = forward(AdaptedProgram(program, ops, weights, adapters))
@@ -257,8 +257,7 @@ class GpuShard:
             rejected_plans=len(runners.rejected),
             step_tokens=limits.step_tokens,
             answers=self._sampler is not None,
-            # With more stages as many as there are: a sequence is in one of them at a time.
-            depth=max(DEPTH, layout.pp_size),
+            depth=depth,
             drafting=None if drafts is None else drafts.drafting,
         )
 

@@ -495,6 +495,7 @@ class EngineConfig(BaseModel):
             max_waiting=self.max_waiting,
             max_waiting_tokens=self.max_waiting_tokens,
             micro_batches=self.pipeline_parallel_size,
+            ahead=info.depth > self.pipeline_parallel_size,
             drafting=info.drafting,
             max_adapters=self.max_loras,
         )

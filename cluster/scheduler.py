@@ -113,7 +113,8 @@ class Scheduler:
     At most `max_adapters` different LoRA adapters run at once; who needs another one waits.
 
     With `micro_batches` above 1 the decodes are shared out over that many plans, for a pipeline
-    whose stages work on one plan each: a sequence is in one plan at a time.
+    whose stages work on one plan each: a sequence is in one plan at a time, or, with `ahead`, in
+    its next one before its last token is known, as without micro-batches.
 
     `drafting` says how the shard drafts, if it does (and `micro_batches` is 1 then).
     """
@@ -130,6 +131,7 @@ class Scheduler:
         max_waiting: int = 4096,
         max_waiting_tokens: int = 1 << 23,
         micro_batches: int = 1,
+        ahead: bool = False,
         max_adapters: int = 8,
         drafting: Drafting | None = None,
     ) -> None:
@@ -147,6 +149,7 @@ class Scheduler:
         self._max_waiting = max_waiting
         self._max_waiting_tokens = max_waiting_tokens
         self._micro_batches = micro_batches
+        self._ahead = ahead
         self._drafts = None if drafting is None else DraftLength(drafting)
 
         self._sequences: dict[int, Sequence] = {}  # all unfinished ones
@@ -521,8 +524,10 @@ class Scheduler:
     # --- decodes ---------------------------------------------------------------------------
 
     def _others_turn(self) -> set[Sequence]:
-        """The decodes to leave out of this micro-batch: those whose last token is on its way, and
-        of the others all but an even share, which goes to those who have waited longest."""
+        """The decodes to leave out of this micro-batch: all but an even share, which goes to those
+        who have waited longest; if not `ahead`, those whose last token is on its way as well."""
+        if self._ahead:
+            return set(self._decoding[-(-len(self._decoding) // self._micro_batches) :])
         turn = [s for s in self._decoding if s.computed < len(s.tokens)]
         free = max(1, self._micro_batches - len(self._in_flight))  # plans to share these out over
         share = min(-(-len(turn) // free), -(-len(self._decoding) // self._micro_batches))

@@ -14,7 +14,7 @@ from helpers.host_device import HostDevice
 from helpers.running import Arrival, RecordingShard, make_shard, run
 from helpers.tiny_models import NAMES, directory
 
-from tensorray.actors.gpu_shard import DEPTH, GraphSizes, Limits
+from tensorray.actors.gpu_shard import GraphSizes, Limits
 from tensorray.actors.link import PendingStep
 from tensorray.actors.protocol import Sampling, SequenceStart, StepPlan, StepResult
 from tensorray.cluster.scheduler import Scheduler
@@ -76,7 +76,7 @@ class Late:
 
 
 def assert_like_the_cpu(path: Path, shard: StepwiseShard, **options: Any) -> None:
-    ours = run(Ahead(shard), scheduler(shard, **options), arrivals(), depth=DEPTH)
+    ours = run(Ahead(shard), scheduler(shard, **options), arrivals(), depth=shard.info.depth)
     for our, arrival in zip(ours, arrivals(), strict=True):
         cpu = make_shard(path, kind=RecordingShard)
         lone = Arrival(0, arrival.prompt, arrival.sampling, arrival.max_tokens)

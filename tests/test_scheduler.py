@@ -748,6 +748,26 @@ def test_micro_batches_share_out_the_decodes(stages: int) -> None:
     rig.check_released()
 
 
+@pytest.mark.parametrize("seqs", [1, 2, 5, 6])
+def test_micro_batches_ahead_go_on_before_tokens_are_known(seqs: int) -> None:
+    """One plan more than stages is on the way, each with its share; who waited longest is next."""
+    rig = Rig(micro_batches=2, ahead=True, depth=3)
+    for i in range(seqs):
+        rig.add(tokens(i, 5), max_tokens=40)
+    for _ in range(8):
+        rig.step()
+    for _ in range(20):
+        while rig.in_flight < 3:
+            assert rig.schedule() is not None
+        out = [result.seqs for result in rig._on_the_way]
+        assert all(len(each) in (seqs // 2, -(-seqs // 2), 1) for each in out)
+        assert len({seq for each in out[:2] for seq in each}) >= min(seqs, 2 * (seqs // 2))
+        rig.update()
+    rig.run()
+    rig.check_outputs()
+    rig.check_released()
+
+
 def test_micro_batches_leave_nobody_behind_at_any_depth() -> None:
     rig = Rig(micro_batches=3, depth=1)
     for i in range(7):
@@ -759,12 +779,15 @@ def test_micro_batches_leave_nobody_behind_at_any_depth() -> None:
 # --- a lost shard ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("depth", "micro_batches"), [(1, 1), (2, 1), (3, 3)])
+@pytest.mark.parametrize(
+    ("depth", "micro_batches", "ahead"), [(1, 1, False), (2, 1, False), (3, 3, False), (3, 2, True)]
+)
 def test_everything_goes_on_when_the_shard_is_lost_at_any_time(
-    depth: int, micro_batches: int
+    depth: int, micro_batches: int, ahead: bool
 ) -> None:
     for lost_at in range(12):
-        options = {"depth": depth, "micro_batches": micro_batches, "num_blocks": 40}
+        options = {"depth": depth, "micro_batches": micro_batches, "ahead": ahead}
+        options["num_blocks"] = 40
         rig = Rig([None, 6], max_num_seqs=4, max_num_batched_tokens=16, **options)
         for i in range(8):
             rig.add(tokens(i % 5, 5 + i), max_tokens=4 + i, temperature=1.0)

@@ -20,7 +20,7 @@ from tensorray.actors.config import ShardConfig
 from tensorray.actors.device import CudaDevice, find_device
 from tensorray.actors.device_sampler import DeviceSampler
 from tensorray.actors.drafter import Drafter
-from tensorray.actors.gpu_shard import DEPTH, GpuShard
+from tensorray.actors.gpu_shard import GpuShard
 from tensorray.actors.protocol import Sampling, SequenceStart
 from tensorray.actors.sampler import Sampler
 from tensorray.actors.speculative_config import parse_speculative_config
@@ -114,7 +114,7 @@ def test_half_precision_gives_what_it_gives_without_guesses(kv: str) -> None:
         kv_cache_dtype=kv,
     )
     plans = scheduler(shard)
-    ours = run(Ahead(shard), plans, asked, depth=DEPTH)
+    ours = run(Ahead(shard), plans, asked, depth=shard.info.depth)
     assert plans.stats().accepted_tokens > 60
     for seq, (our, their) in enumerate(zip(ours, expected, strict=True)):
 

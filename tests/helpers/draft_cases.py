@@ -7,7 +7,6 @@ from functools import cache
 from random import Random
 from typing import Any
 
-from tensorray.actors.gpu_shard import DEPTH
 from tensorray.actors.link import PendingStep
 from tensorray.actors.protocol import Sampling, StepPlan, StepResult
 from tensorray.cluster.scheduler import Scheduler
@@ -96,7 +95,7 @@ def assert_like_the_cpu(
 ) -> tuple[Ahead, Scheduler]:
     ahead, plans = Ahead(shard), scheduler(shard)
     asked = arrivals()
-    outcomes = run(ahead, plans, [asked[i] for i in only], depth=DEPTH)
+    outcomes = run(ahead, plans, [asked[i] for i in only], depth=shard.info.depth)
     for index, ours in zip(only, outcomes, strict=True):
         arrival = asked[index]
         expected, rows = alone(name, index)
