@@ -397,7 +397,6 @@ class GpuShard:
                     sampler.start(start, self._running.rows[start.seq])
             if not plan.seqs:
                 return lambda: StepResult(step=plan.step, seqs=[], tokens=[])
-            self._hear(step.rows)
             guesses = None
             if drafts is not None and sampler is not None and rooms:
                 guesses = drafts.guess(rooms, sampler)
@@ -408,6 +407,7 @@ class GpuShard:
             forward = self._forward
             if adapters is not None and adapters.select(step):
                 forward = self._adapted
+            self._hear(step.rows)  # as late as can be: this may have to wait
             logits = forward.run(step)
             sampled = None
             if step.sampled:

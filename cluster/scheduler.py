@@ -150,6 +150,8 @@ class Scheduler:
         self._max_waiting_tokens = max_waiting_tokens
         self._micro_batches = micro_batches
         self._ahead = ahead
+        # What the newest plans run, one plan fewer than there are stages.
+        self._recent: deque[set[Sequence]] = deque(maxlen=micro_batches - 1)
         self._drafts = None if drafting is None else DraftLength(drafting)
 
         self._sequences: dict[int, Sequence] = {}  # all unfinished ones
@@ -350,6 +352,8 @@ class Scheduler:
             copies=[copy for copies in self._copies.values() for copy in copies],
         )
         self._in_flight.append((self._step, reached))
+        if self._ahead:
+            self._recent.append({*decoding, *(s for s, _ in chunks)})
         self._ends = []
         self._step += 1
         return plan
@@ -525,9 +529,18 @@ class Scheduler:
 
     def _others_turn(self) -> set[Sequence]:
         """The decodes to leave out of this micro-batch: all but an even share, which goes to those
-        who have waited longest; if not `ahead`, those whose last token is on its way as well."""
+        who have waited longest; if not `ahead`, those whose last token is on its way as well.
+
+        With `ahead`, those of the newest plans are left out, one fewer than there are stages: they
+        are still to pass the stages before the last, and whatever goes along would wait for them.
+        """
         if self._ahead:
-            return set(self._decoding[-(-len(self._decoding) // self._micro_batches) :])
+            recent: set[Sequence] = set().union(*self._recent)
+            turn = [s for s in self._decoding if s not in recent or s.computed < len(s.tokens)]
+            if not turn and not self._prefilling and not self._waiting:
+                turn = self._decoding  # rather wait in a stage than here
+            share = -(-len(self._decoding) // self._micro_batches)
+            return set(self._decoding) - set(turn[:share])
         turn = [s for s in self._decoding if s.computed < len(s.tokens)]
         free = max(1, self._micro_batches - len(self._in_flight))  # plans to share these out over
         share = min(-(-len(turn) // free), -(-len(self._decoding) // self._micro_batches))

@@ -748,24 +748,41 @@ def test_micro_batches_share_out_the_decodes(stages: int) -> None:
     rig.check_released()
 
 
-@pytest.mark.parametrize("seqs", [1, 2, 5, 6])
-def test_micro_batches_ahead_go_on_before_tokens_are_known(seqs: int) -> None:
-    """One plan more than stages is on the way, each with its share; who waited longest is next."""
-    rig = Rig(micro_batches=2, ahead=True, depth=3)
+@pytest.mark.parametrize("stages", [2, 3])
+@pytest.mark.parametrize("seqs", [1, 2, 5, 6, 16])
+def test_micro_batches_ahead_go_on_before_tokens_are_known(seqs: int, stages: int) -> None:
+    """One plan more than stages is on the way, and none of them waits for the one before."""
+    rig = Rig(micro_batches=stages, ahead=True, depth=stages + 1)
     for i in range(seqs):
         rig.add(tokens(i, 5), max_tokens=40)
-    for _ in range(8):
+    for _ in range(2 * stages):
         rig.step()
     for _ in range(20):
-        while rig.in_flight < 3:
+        while rig.in_flight < stages + 1:
             assert rig.schedule() is not None
-        out = [result.seqs for result in rig._on_the_way]
-        assert all(len(each) in (seqs // 2, -(-seqs // 2), 1) for each in out)
-        assert len({seq for each in out[:2] for seq in each}) >= min(seqs, 2 * (seqs // 2))
+        out = [set(result.seqs) for result in rig._on_the_way]
+        assert all(len(each) <= -(-seqs // stages) for each in out)
+        if seqs >= stages:
+            assert all(not one & after for one, after in itertools.pairwise(out))
+            assert set().union(*out[:stages]) == set(range(seqs))
         rig.update()
     rig.run()
     rig.check_outputs()
     rig.check_released()
+
+
+def test_prompts_go_into_micro_batches_ahead_of_decodes_that_would_wait() -> None:
+    rig = Rig(micro_batches=2, ahead=True, depth=3, max_num_seqs=9, max_num_batched_tokens=9)
+    for i in range(9):
+        rig.add(tokens(i, 6), max_tokens=30)
+    while not all(rig.outputs.values()):  # until the last prompt is done
+        while rig.in_flight < 3 and rig.schedule() is not None:
+            pass
+        out = [set(result.seqs) for result in rig._on_the_way]
+        assert all(not one & after for one, after in itertools.pairwise(out))
+        rig.update()
+    rig.run()
+    rig.check_outputs()
 
 
 def test_micro_batches_leave_nobody_behind_at_any_depth() -> None:
