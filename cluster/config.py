@@ -151,7 +151,7 @@ class EngineConfig(BaseModel):
         None,
         ge=1,
         description="Tokens a step may run; more prefill faster and stall decodes longer (default: "
-        "2048 on a GPU, 512 on a CPU)",
+        "4096 on a GPU, 512 on a CPU)",
     )
     gpu_memory_utilization: float = Field(
         0.9,

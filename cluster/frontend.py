@@ -359,13 +359,13 @@ class Frontend:
                 raise BadRequest("the prompt's text has no tokens", param="prompt")
         else:
             tokens = list(prompt)
-        for token in tokens:
-            if type(token) is not int or not 0 <= token < self.vocab_size:
-                raise BadRequest(
-                    f"the prompt has token {token!r}; this model's tokens are 0 to "
-                    f"{self.vocab_size - 1}",
-                    param="prompt",
-                )
+        if not _are_tokens(tokens, self.vocab_size):
+            wrong = next(t for t in tokens if not _are_tokens([t], self.vocab_size))
+            raise BadRequest(
+                f"the prompt has token {wrong!r}; this model's tokens are 0 to "
+                f"{self.vocab_size - 1}",
+                param="prompt",
+            )
         return tokens
 
     def truncated(
@@ -498,6 +498,11 @@ class Frontend:
             close = getattr(arriving, "aclose", None)
             if close is not None:
                 await close()
+
+
+def _are_tokens(tokens: list[Any], vocab_size: int) -> bool:
+    """Whether all are integers, and of the vocabulary. Long prompts take a while any other way."""
+    return set(map(type, tokens)) == {int} and min(tokens) >= 0 and max(tokens) < vocab_size
 
 
 def _tokenizer_path(config: EngineConfig, model: Path) -> Path:

@@ -57,6 +57,9 @@ from tensorray.cluster.vocabulary import vocabulary
 __all__ = ["LLM", "BeamSearchParams", "LoRARequest", "PoolingParams", "SamplingParams"]
 
 T = TypeVar("T")
+
+# Requests of a batch that are handed to the engine between two looks at what it has to do.
+_AT_ONCE = 32
 Plain = str | list[int]
 #: Text, token ids, or either as vLLM names it: {"prompt": text}, {"prompt_token_ids": ids}.
 Prompt = Plain | Mapping[str, Any]
@@ -332,8 +335,12 @@ class LLM:
                 on_finished(output)
             return output
 
-        tasks = [asyncio.ensure_future(one(each)) for each in prepared]
+        tasks = []
         try:
+            for each in prepared:
+                tasks.append(asyncio.ensure_future(one(each)))
+                if len(tasks) % _AT_ONCE == 0:
+                    await asyncio.sleep(0)  # the engine begins while the others are handed over
             return list(await asyncio.gather(*tasks))
         except BaseException:
             # One failed or the caller left: the others must not run on unseen.
