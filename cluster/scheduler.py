@@ -149,7 +149,7 @@ class Scheduler:
         self._max_waiting = max_waiting
         self._max_waiting_tokens = max_waiting_tokens
         self._micro_batches = micro_batches
-        self._ahead = ahead
+        self._ahead = ahead and micro_batches > 1
         # What the newest plans run, one plan fewer than there are stages.
         self._recent: deque[set[Sequence]] = deque(maxlen=micro_batches - 1)
         self._drafts = None if drafting is None else DraftLength(drafting)
