@@ -12,6 +12,10 @@ not wait for it. A sequence that is steered by its own tokens on the host (a gra
 output, logits processors) has no drafts.
 
 Keys and values of wrong drafts lie behind what the sequence has computed, and are written over.
+
+Of tensor-parallel ranks the one that samples guesses. It alone reads tokens, too, so nobody else
+knows how many guesses were right. It tells both, over the host, with the next plan that runs such a
+sequence or has room for guesses: one message, whose size everybody knows from the plans.
 """
 
 from __future__ import annotations
@@ -22,12 +26,15 @@ from typing import Any
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 
 from tensorray.actors.config import ShardConfig
+from tensorray.actors.device_ranks import DeviceRanks
 from tensorray.actors.device_sampler import DeviceSampler, Sampled
 from tensorray.actors.drafter import Drafter
 from tensorray.actors.lookup_drafter import LookupDrafter
 from tensorray.actors.protocol import Drafting, Logprobs, StepPlan
+from tensorray.actors.speculation import pad, unpad
 from tensorray.actors.step_buffers import RunningSequences, Step, StepBuffers
 
 #: The most drafts of a step: more rows than this together cost what they are.
@@ -78,18 +85,15 @@ def open_drafts(config: ShardConfig) -> DeviceDrafts | None:
             f"--speculative-config: method {how.method!r} is for CPUs so far; on GPUs there is "
             'prompt lookup, {"method": "ngram"}'
         )
-    if config.layout.size > 1:
+    layout = config.layout
+    if layout.pp_size > 1:
         raise ValueError(
-            "--speculative-config: on GPUs a replica that speculates has one GPU so far; leave "
-            "--tensor-parallel-size, --pipeline-parallel-size and expert parallelism at 1, or "
-            "leave out --speculative-config"
+            "--speculative-config: a pipeline of several stages can't speculate; set "
+            "--pipeline-parallel-size to 1"
         )
-    if config.enable_lora:
-        raise ValueError(
-            "--speculative-config and --enable-lora do not go together on GPUs so far: leave out "
-            "one of them"
-        )
-    drafter = LookupDrafter(how.prompt_lookup_min, how.prompt_lookup_max)
+    drafter = None
+    if layout.rank == layout.sampler:
+        drafter = LookupDrafter(how.prompt_lookup_min, how.prompt_lookup_max)
     drafting = Drafting(
         how.num_speculative_tokens, ROW_COST, 0.0, how.disable_by_batch_size, WAIT_COST
     )
@@ -99,12 +103,18 @@ def open_drafts(config: ShardConfig) -> DeviceDrafts | None:
 class DeviceDrafts:
     """The drafts of a shard's running sequences, whose tokens it follows."""
 
-    def __init__(self, drafter: Drafter, drafting: Drafting, *, measured: bool = False) -> None:
-        """`drafting` has costs that hold where steps are not timed, or were, if `measured`."""
+    def __init__(
+        self, drafter: Drafter | None, drafting: Drafting, *, measured: bool = False
+    ) -> None:
+        """`drafter` is None on a rank that is told of guesses. `drafting` has costs that hold where
+        steps are not timed, or were, if `measured`."""
         self.drafting = drafting
         self._drafter = drafter
         self._measured = measured
         self._since: dict[int, int] = {}  # the step in which each that the drafter knows began
+        # Of sequences that had room and have not run since: how many guesses were right, where
+        # tokens are read.
+        self._right: dict[int, int] = {}
 
     def most(self, max_num_seqs: int) -> int:
         """Drafts that a step has at most."""
@@ -126,41 +136,57 @@ class DeviceDrafts:
     def reset(self) -> None:
         """All sequences are gone."""
         for seq in self._since:
-            self._drafter.end(seq)
-        self._since = {}
+            self._end(seq)
+        self._since, self._right = {}, {}
 
-    def take(self, plan: StepPlan, running: RunningSequences) -> tuple[StepPlan, dict[int, int]]:
-        """Take in who ends and starts, before `running` does; the plan without room for drafts,
-        and that room."""
+    def take(
+        self,
+        plan: StepPlan,
+        running: RunningSequences,
+        sampler: DeviceSampler | None,
+        ranks: DeviceRanks | None,
+    ) -> tuple[StepPlan, Guesses | None]:
+        """Take in a plan before `running` does: the plan without room for drafts, and what is
+        guessed where it had any (None: it had none).
+
+        `sampler` is None on a rank that does not sample; `ranks`, for one that is alone.
+        """
         for seq in plan.ends:
+            self._right.pop(seq, None)
             if self._since.pop(seq, None) is not None:
-                self._drafter.end(seq)
+                self._end(seq)
         for start in plan.starts:
-            if not (start.sampling.beam or start.pooling):
+            if self._drafter is not None and not (start.sampling.beam or start.pooling):
                 self._since[start.seq] = plan.step
                 self._drafter.start(start)
-        if sum(plan.counts) == len(plan.seqs):
-            return plan, {}
-        prefilling = running.prefill.keys() | {start.seq for start in plan.starts}
-        rooms = {
-            seq: count - 1
-            for seq, count in zip(plan.seqs, plan.counts, strict=True)
-            if count > 1 and seq not in prefilling
-        }
-        counts = [
-            1 if seq in rooms else count for seq, count in zip(plan.seqs, plan.counts, strict=True)
-        ]
-        return msgspec.structs.replace(plan, counts=counts), rooms
+        plan, rooms = _without_room(plan, running)
+        back = [seq for seq in plan.seqs if seq in self._right] if self._right else []
+        if not (rooms or back):
+            return plan, None
+        right = [self._right.pop(seq) for seq in back]
+        self._right |= dict.fromkeys(rooms, 0)
+        if sampler is not None:
+            guesses = self._guess(rooms, sampler)
+            if ranks is not None:
+                ranks.tell(_message(right, guesses.tokens, rooms))
+        else:
+            assert ranks is not None
+            message = ranks.hear(len(right) + sum(rooms.values()))
+            right, tokens = _understood(message, len(right), rooms)
+            guesses = Guesses([*rooms], _falling(tokens))
+        for seq, count in zip(back, right, strict=True):
+            running.computed[running.rows[seq]] += count
+        return plan, guesses if rooms else None
 
-    def guess(self, rooms: dict[int, int], sampler: DeviceSampler) -> Guesses:
+    def _guess(self, rooms: dict[int, int], sampler: DeviceSampler) -> Guesses:
         """Guesses for sequences that have room."""
+        assert self._drafter is not None
         asked = [seq for seq in rooms if seq in self._since and not sampler.steers(seq)]
         guesses = self._drafter.draft(asked, [rooms[seq] for seq in asked], [], _by_no_model)
         found = {seq: guess for seq, guess in zip(asked, guesses, strict=True) if guess}
         tokens = fitting(found, rooms)
-        falling = sorted(tokens, key=lambda seq: -len(tokens[seq]))
         tried = [seq for seq in rooms if seq in tokens or seq not in found]
-        return Guesses(tried, {seq: tokens[seq] for seq in falling})
+        return Guesses(tried, _falling(tokens))
 
     def enqueue(
         self,
@@ -202,18 +228,60 @@ class DeviceDrafts:
                         logprobs.setdefault(seq, []).append(found[seq])
         return seqs, tokens, logprobs
 
-    def follow(
-        self, step: int, seqs: Sequence[int], tokens: Sequence[int], running: RunningSequences
-    ) -> None:
+    def follow(self, step: int, seqs: Sequence[int], tokens: Sequence[int]) -> None:
         """Take in what a step's sequences chose, each in order. What one chose after its first
         token were right drafts, so their keys and values count from now on."""
+        assert self._drafter is not None
         gained: dict[int, list[int]] = {}
         for seq, token in zip(seqs, tokens, strict=True):
             if token >= 0 and self._since.get(seq, step + 1) <= step:
                 gained.setdefault(seq, []).append(token)
         for seq, new in gained.items():
-            running.computed[running.rows[seq]] += len(new) - 1
+            if len(new) > 1:
+                self._right[seq] = len(new) - 1
             self._drafter.gained(seq, new, _NO_ROW)
+
+    def _end(self, seq: int) -> None:
+        assert self._drafter is not None
+        self._drafter.end(seq)
+
+
+def _without_room(plan: StepPlan, running: RunningSequences) -> tuple[StepPlan, dict[int, int]]:
+    """A plan that `running` has not taken in, without its room for drafts, and that room."""
+    if sum(plan.counts) == len(plan.seqs):
+        return plan, {}
+    prefilling = running.prefill.keys() | {start.seq for start in plan.starts}
+    rooms = {
+        seq: count - 1
+        for seq, count in zip(plan.seqs, plan.counts, strict=True)
+        if count > 1 and seq not in prefilling
+    }
+    counts = [
+        1 if seq in rooms else count for seq, count in zip(plan.seqs, plan.counts, strict=True)
+    ]
+    return msgspec.structs.replace(plan, counts=counts), rooms
+
+
+def _message(
+    right: list[int], guesses: dict[int, list[int]], rooms: dict[int, int]
+) -> NDArray[np.int32]:
+    """What a rank that samples tells: how many guesses were right, and guesses for all rooms."""
+    padded = pad([guesses.get(seq, []) for seq in rooms], [*rooms.values()])
+    return np.concatenate([np.array(right, np.int32), padded])
+
+
+def _understood(
+    message: NDArray[np.int32], count: int, rooms: dict[int, int]
+) -> tuple[list[int], dict[int, list[int]]]:
+    """What `_message` was given, with `count` numbers of right guesses."""
+    guesses = unpad(message[count:], [*rooms.values()]) if rooms else []
+    return message[:count].tolist(), dict(zip(rooms, guesses, strict=True))
+
+
+def _falling(guesses: dict[int, list[int]]) -> dict[int, list[int]]:
+    """Sequences that have guesses, those with most first."""
+    seqs = sorted(filter(guesses.get, guesses), key=lambda seq: -len(guesses[seq]))
+    return {seq: guesses[seq] for seq in seqs}
 
 
 def fitting(guesses: dict[int, list[int]], rooms: Mapping[int, int]) -> dict[int, list[int]]:

@@ -243,8 +243,6 @@ class GpuShard:
             ops.kv = cache.layers
             if layout.size == 1:
                 self._record()
-            if drafts is not None:
-                drafts.price(self._forward.time_drafts())
         self.info = ShardInfo(
             kv=cache.groups,
             vocab_size=model.vocab_size,
@@ -381,9 +379,9 @@ class GpuShard:
             if ranks is not None:
                 ranks.check()
             plan = self._beams.complete(plan)
-            rooms: dict[int, int] = {}
+            guesses = None
             if (drafts := self._drafts) is not None:
-                plan, rooms = drafts.take(plan, self._running)
+                plan, guesses = drafts.take(plan, self._running, sampler, ranks)
             step = self._running.take(plan)
             unserved: dict[int, str] = {}
             if (adapters := self._adapters) is not None:
@@ -397,9 +395,7 @@ class GpuShard:
                     sampler.start(start, self._running.rows[start.seq])
             if not plan.seqs:
                 return lambda: StepResult(step=plan.step, seqs=[], tokens=[])
-            guesses = None
-            if drafts is not None and sampler is not None and rooms:
-                guesses = drafts.guess(rooms, sampler)
+            if guesses is not None:
                 step = with_drafts(step, guesses, self._running)
             if plan.copies:
                 self._cache.copy_blocks(self._device.xp.asarray(np.array(plan.copies, np.int32)))
@@ -471,10 +467,14 @@ class GpuShard:
                 self._ops.ranks = self._ranks.tp
             self._buffers.upload(None, self._running)
             self._record()
+            if (drafts := self._drafts) is not None:
+                self.info = msgspec.structs.replace(self.info, drafting=drafts.drafting)
 
     def _record(self) -> None:
         for forward in self._forwards:
             forward.record(self._graphs.decodes, self._graphs.bodies, self._graphs.chains)
+        if (drafts := self._drafts) is not None:
+            drafts.price(self._forward.time_drafts())
 
     def _forget_graphs(self) -> None:
         for forward in self._forwards:
@@ -650,7 +650,7 @@ class GpuShard:
                     more, their_tokens, further = drafts.collect(guesses, sampler)
                     seqs, tokens = seqs + more, tokens + their_tokens
                     drafted = guesses.counts
-                drafts.follow(pending.number, seqs, tokens, self._running)
+                drafts.follow(pending.number, seqs, tokens)
             failed |= pending.unserved
             prompt_logprobs: dict[int, list[Logprobs]] = {}
             for scored, pieces in zip(pending.step.scored, pending.prompts, strict=True):

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 from helpers.draft_cases import Ahead, alone, assert_like_the_cpu, scheduler, texts
-from helpers.gpu_shards import make_gpu_shard
+from helpers.gpu_shards import StepwiseShard, make_gpu_shard
 from helpers.host_device import HostDevice
 from helpers.oracle import Oracle
 from helpers.running import Arrival, run, sequence
+from helpers.shard_ranks import ShardRanks
 from helpers.tiny_models import directory
 
 from tensorray.actors.config import ShardConfig
@@ -22,13 +23,14 @@ from tensorray.actors.lookup_drafter import LookupDrafter
 from tensorray.actors.protocol import Drafting, Logprobs, Sampling, SequenceStart, StepPlan
 from tensorray.actors.speculative_config import parse_speculative_config
 from tensorray.actors.step_buffers import RunningSequences
+from tensorray.builder.model import Layout
 
 LIMITS = Limits(max_model_len=64, max_num_seqs=8, step_tokens=40)
 EAGER = GraphSizes([], [])
 DRAFTING = Drafting(max_tokens=4, row_cost=0.01, draft_cost=0.0, wait_cost=0.1)
 
 
-def drafts(drafter: Drafter, **changes: Any) -> DeviceDrafts:
+def drafts(drafter: Drafter | None, **changes: Any) -> DeviceDrafts:
     how = {"max_tokens": 4, "row_cost": 0.01, "draft_cost": 0.0, "wait_cost": 0.1} | changes
     return DeviceDrafts(drafter, Drafting(**how), measured=True)
 
@@ -60,6 +62,41 @@ def test_preemption_and_reuse_change_no_token_either() -> None:
     _, plans = assert_like_the_cpu("llama3", shard)
     assert plans.stats().preemptions > 0
     assert plans.stats().accepted_tokens > 0
+
+
+def ranks(name: str, drafter: Drafter, **settings: Any) -> ShardRanks:
+    """Two tensor-parallel shards, the first of which guesses."""
+    return ShardRanks(
+        2,
+        lambda layout: make_gpu_shard(
+            directory(name),
+            limits=LIMITS,
+            layout=layout,
+            drafts=drafts(drafter if layout.rank == layout.sampler else None),
+            **settings,
+        ),
+    )
+
+
+def test_all_ranks_run_the_drafts_of_the_one_that_samples() -> None:
+    shards = ranks("gemma3", LookupDrafter(1, 5), graphs=GraphSizes([8], [40], [4, 12]))
+    _, plans = assert_like_the_cpu("gemma3", shards)
+    stats = plans.stats()
+    assert 0 < stats.accepted_tokens < stats.draft_tokens
+
+
+def test_ranks_agree_on_wrong_guesses_through_preemption_and_a_new_start() -> None:
+    name = "llama3"
+    wrong = Random(5)
+    oracle = Oracle(texts(name), lambda seq, place: wrong.random() < 0.2)
+    shards = ranks(name, oracle, num_blocks=34, graphs=GraphSizes([8], [40], [4, 12]))
+    for _ in range(2):
+        _, plans = assert_like_the_cpu(name, shards)
+        assert plans.stats().preemptions > 0
+        assert plans.stats().accepted_tokens > 0
+        first, second = (shard._running.computed for shard in shards.shards)
+        assert (first == second).all()
+        shards.join()
 
 
 def test_right_guesses_save_steps() -> None:
@@ -138,6 +175,24 @@ def test_costs_are_what_steps_take() -> None:
     assert found.drafting == before
 
 
+def test_costs_of_ranks_are_found_once_they_have_met() -> None:
+    def make(layout: Layout) -> StepwiseShard:
+        drafter = LookupDrafter(2, 5) if layout.rank == layout.sampler else None
+        shard = make_gpu_shard(
+            directory("llama3"),
+            limits=LIMITS,
+            layout=layout,
+            graphs=GraphSizes([], [], [1, 16]),
+            drafts=DeviceDrafts(drafter, DRAFTING),
+        )
+        assert shard.info.drafting == DRAFTING
+        return shard
+
+    found = ShardRanks(2, make).info.drafting
+    assert found is not None
+    assert found.round_cost > 0
+
+
 def test_a_prompt_s_last_token_stays_with_its_sequence() -> None:
     """A step that is like one of decodes, where one who guesses comes after one who prefills."""
     running = RunningSequences(4, 1, 8)
@@ -165,9 +220,12 @@ def test_at_most_so_many_guesses_run_in_a_step() -> None:
     starts = [SequenceStart(seq, [9] * (1 + seq), 1, 0, [[]], Sampling()) for seq in range(16)]
     for start in starts:
         sampler.start(start, start.seq)
-    guessing.take(StepPlan(0, [0], [1], starts=starts), running)
-    rooms = {seq: 7 if seq else 2 for seq in range(16)}
-    found = guessing.guess(rooms, sampler)
+    prompts = StepPlan(0, [*range(16)], [1 + seq for seq in range(16)], starts=starts)
+    running.take(guessing.take(prompts, running, sampler, None)[0])
+    room = StepPlan(1, [*range(16)], [8 if seq else 3 for seq in range(16)])
+    plan, found = guessing.take(room, running, sampler, None)
+    assert plan.counts == [1] * 16
+    assert found is not None
     assert found.counts == {seq: 4 if seq else 2 for seq in range(16)}
     assert [*found.tokens][-1] == 0
     assert [len(each) for each in found.rounds] == [16, 16, 15, 15]
@@ -189,9 +247,7 @@ def test_at_most_so_many_guesses_run_in_a_step() -> None:
         ({"method": "medusa", "model": "x"}, {}, "'medusa' is for CPUs so far"),
         ({"method": "eagle", "model": "x"}, {}, "'eagle' is for CPUs so far"),
         ({"method": "eagle3", "model": "x"}, {}, "'eagle3' is for CPUs so far"),
-        ({"method": "ngram"}, {"tensor_parallel_size": 2}, "has one GPU so far"),
-        ({"method": "ngram"}, {"pipeline_parallel_size": 2}, "has one GPU so far"),
-        ({"method": "ngram"}, {"enable_lora": True}, "--enable-lora do not go together"),
+        ({"method": "ngram"}, {"pipeline_parallel_size": 2}, "set --pipeline-parallel-size to 1"),
     ],
 )
 def test_what_gpus_can_not_do_is_refused(

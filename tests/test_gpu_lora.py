@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -36,8 +37,10 @@ from helpers.tiny_models import directory
 from tensorray.actors import shard_host
 from tensorray.actors.adapter import Adapter
 from tensorray.actors.config import ShardConfig
+from tensorray.actors.device_drafts import DeviceDrafts
 from tensorray.actors.gpu_shard import GraphSizes, Limits
-from tensorray.actors.protocol import Sampling, SequenceStart, StepPlan
+from tensorray.actors.lookup_drafter import LookupDrafter
+from tensorray.actors.protocol import Drafting, Sampling, SequenceStart, StepPlan
 from tensorray.builder.checkpoint.base import CheckpointError
 from tensorray.cluster import llm as llm_module
 from tensorray.cluster.assembly import GenerationFailed
@@ -52,18 +55,28 @@ GRAPHS = GraphSizes([1, 4, 16], [16, 48])
 
 @contextmanager
 def on_arrays(
-    monkeypatch: pytest.MonkeyPatch, model: Path, slots: int = 8, **settings: Any
+    monkeypatch: pytest.MonkeyPatch,
+    model: Path,
+    slots: int = 8,
+    drafting: Drafting | None = None,
+    **settings: Any,
 ) -> Iterator[tuple[LLM, list[StepwiseShard]]]:
-    """An LLM on GPU shards that are NumPy arrays, with adapters."""
+    """An LLM on GPU shards that are NumPy arrays, with adapters; with `drafting`, guesses too."""
     made: list[StepwiseShard] = []
 
     def load(config: ShardConfig, gpu: int) -> StepwiseShard:
+        drafts = None
+        if drafting is not None:
+            samples = config.rank == config.layout.sampler
+            drafter = LookupDrafter(1, 5) if samples else None
+            drafts = DeviceDrafts(drafter, drafting, measured=True)
         shard = make_gpu_shard(
             Path(config.model),
             limits=LIMITS,
-            graphs=GRAPHS,
+            graphs=GRAPHS if drafts is None else replace(GRAPHS, chains=[12, 36]),
             layout=config.layout,
             adapters=config.max_loras,
+            drafts=drafts,
         )
         made.append(shard)
         return shard
@@ -115,6 +128,23 @@ def test_adapters_in_one_batch_answer_as_merged_ones(
                 outputs = llm.generate([prompt(name)] * 9, GREEDY, lora_request=asked)
                 for ours, reference in zip(outputs, expected, strict=True):
                     assert_same(ours, reference)
+
+
+@pytest.mark.parametrize("layout", [{}, {"tensor_parallel_size": 2}], ids=["TP1", "TP2"])
+def test_guessed_tokens_run_with_the_adapter_of_their_sequence(
+    monkeypatch: pytest.MonkeyPatch,
+    answers: Callable[[str], tuple[list[Path], list[RequestOutput]]],
+    layout: dict[str, int],
+) -> None:
+    adapters, expected = answers("llama3")
+    asked = [None, *requests(adapters)]
+    drafting = Drafting(max_tokens=3, row_cost=0.01, draft_cost=0.0, wait_cost=0.01)
+    with on_arrays(monkeypatch, directory("llama3"), drafting=drafting, **layout) as (llm, _):
+        outputs = llm.generate([prompt("llama3")] * 9, GREEDY, lora_request=asked)
+        stats = llm.engine.scheduler.stats()
+    assert 0 < stats.accepted_tokens < stats.draft_tokens
+    for ours, reference in zip(outputs, expected, strict=True):
+        assert_same(ours, reference)
 
 
 @pytest.mark.parametrize("layout", [{}, {"tensor_parallel_size": 2}], ids=["TP1", "TP2"])

@@ -1,13 +1,18 @@
 """Guessed tokens on a GPU: they change no token, against the CPU's path and plain decoding.
 
 python3 -m pytest tests/gpu/test_speculation.py -q --import-mode=importlib -p no:cacheprovider
+
+With two GPUs, tensor-parallel shards as well.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from random import Random
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from helpers.draft_cases import Ahead, assert_like_the_cpu, scheduler, texts
@@ -21,9 +26,12 @@ from tensorray.actors.device import CudaDevice, find_device
 from tensorray.actors.device_sampler import DeviceSampler
 from tensorray.actors.drafter import Drafter
 from tensorray.actors.gpu_shard import GpuShard
-from tensorray.actors.protocol import Sampling, SequenceStart
+from tensorray.actors.protocol import Sampling, SequenceStart, ShardInfo
 from tensorray.actors.sampler import Sampler
 from tensorray.actors.speculative_config import parse_speculative_config
+from tensorray.cluster.config import EngineConfig
+from tensorray.cluster.llm import LLM, LoRARequest, SamplingParams
+from tensorray.cluster.scheduler import Scheduler
 
 pytestmark = [
     pytest.mark.gpu,
@@ -32,7 +40,16 @@ pytestmark = [
 
 NGRAM = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_min": 1}
 # As if waiting for results took little, so that small models guess, too.
-CHEAP = {"row_cost": 0.01, "wait_cost": 0.1, "sequence_cost": 0.0, "round_cost": 0.0}
+CHEAP: dict[str, Any] = {
+    **{"row_cost": 0.01, "wait_cost": 0.1, "sequence_cost": 0.0},
+    **{"round_cost": 0.0, "draft_cost": 0.0},
+}
+
+
+def gpu_count() -> int:
+    import cupy
+
+    return int(cupy.cuda.runtime.getDeviceCount())
 
 
 def load(
@@ -54,8 +71,6 @@ def load(
         )
     )
     if shard._drafts is not None:
-        import msgspec
-
         drafting = msgspec.structs.replace(shard._drafts.drafting, **CHEAP)
         shard.info = msgspec.structs.replace(shard.info, drafting=drafting)
         if drafter is not None:
@@ -181,3 +196,75 @@ def test_rounds_choose_what_one_row_after_the_other_does(kinds: list[int], vocab
         assert {tokens[seq] for tokens, _, _ in found[len(expected) :]} <= {-1}
         assert newest[seq] == expected[-1]
     assert not any(failed for _, _, failed in found)
+
+
+PHRASES = [[(7 * i + j) % 80 + 3 for j in range(3 + i % 4)] * 3 for i in range(8)]
+SMALL: dict[str, Any] = {
+    **{"device": "cuda", "dtype": "float32", "num_kv_blocks": 512, "block_size": 16},
+    **{"max_model_len": 64, "max_num_seqs": 8, "max_num_batched_tokens": 64},
+}
+
+
+@pytest.fixture
+def cheap_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = EngineConfig.scheduler
+
+    def scheduler(config: EngineConfig, info: ShardInfo) -> Scheduler:
+        if info.drafting is not None:
+            drafting = msgspec.structs.replace(info.drafting, **CHEAP)
+            info = msgspec.structs.replace(info, drafting=drafting)
+        return made(config, info)
+
+    monkeypatch.setattr(EngineConfig, "scheduler", scheduler)
+
+
+def assert_guesses_change_nothing(
+    name: str, settings: dict[str, Any], adapters: Sequence[LoRARequest | None] | None = None
+) -> None:
+    """Without `settings` and guesses, and with both."""
+    params = SamplingParams(temperature=0, max_tokens=40, logprobs=2, ignore_eos=True)
+    lora = {} if adapters is None else {"enable_lora": True, "max_loras": len(adapters)}
+    found = []
+    for changes in ({}, {"speculative_config": NGRAM, **settings}):
+        with LLM(str(directory(name)), **SMALL, **lora, **changes) as llm:
+            outputs = llm.generate(PHRASES, params, lora_request=adapters)
+            found.append([output.outputs[0] for output in outputs])
+            stats = llm.engine.scheduler.stats()
+    assert 0 < stats.accepted_tokens < stats.draft_tokens
+    for plain, ours in zip(*found, strict=True):
+        assert plain.logprobs is not None
+        margins = [entry.top[0].logprob - entry.top[1].logprob for entry in plain.logprobs]
+        assert_same_tokens(ours.token_ids, plain.token_ids, margins)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("llama3", {}),
+        ("gemma3", {}),
+        ("llama3", {"enforce_eager": True}),
+        ("mixtral", {"enable_expert_parallel": True}),
+    ],
+    ids=str,
+)
+def test_two_gpus_run_the_same_drafts(
+    name: str, settings: dict[str, Any], cheap_drafts: None
+) -> None:
+    if gpu_count() < 2:
+        pytest.skip("needs two GPUs")
+    assert_guesses_change_nothing(name, {"tensor_parallel_size": 2, **settings})
+
+
+@pytest.mark.parametrize("gpus", [1, 2])
+def test_guesses_run_with_the_adapter_of_their_sequence(
+    gpus: int, tmp_path: Path, cheap_drafts: None
+) -> None:
+    if gpu_count() < gpus:
+        pytest.skip(f"needs {gpus} GPUs")
+    pytest.importorskip("safetensors", reason="adapters are written with it")
+    from helpers.lora_files import write_adapters
+
+    paths = write_adapters("llama3", tmp_path)[: len(PHRASES) - 1]
+    adapters = [LoRARequest(path.name, i, str(path)) for i, path in enumerate(paths, 1)]
+    asked = [None] * (len(PHRASES) - len(adapters)) + adapters
+    assert_guesses_change_nothing("llama3", {"tensor_parallel_size": gpus}, asked)
