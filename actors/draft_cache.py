@@ -7,6 +7,7 @@ right: it may be what another sequence left there. That costs guesses, never tok
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,30 +25,42 @@ class DraftCache:
     longest. `group` is that group, `window` its window.
     """
 
-    def __init__(self, model: Model, groups: KVGroups, max_positions: int) -> None:
+    def __init__(
+        self,
+        model: Model,
+        groups: KVGroups,
+        max_positions: int,
+        *,
+        xp: Any = np,
+        dtype: Any = np.float32,
+        residual: Any = None,
+    ) -> None:
         """`groups` is the shape of the large model's cache; there are tokens up to, but not with,
-        position `max_positions`."""
+        position `max_positions`. Arrays are of the module `xp`, pages of `dtype`; `residual` is
+        the residual stream's dtype (None: the weights')."""
         windows = groups.windows
         self.group = max(range(len(windows)), key=lambda g: (windows[g] is None, windows[g] or 0))
         self.window = windows[self.group]
-        self.ops = ArrayOps(np, {}, max_positions=max_positions + 1)
+        self.ops = ArrayOps(xp, {}, max_positions=max_positions + 1, residual=residual)
+        self._dtype = dtype
         self._model = model
         self._block_size = groups.block_size
 
     @staticmethod
-    def block_bytes(model: Model, block_size: int) -> int:
-        """Bytes of one block."""
+    def block_bytes(model: Model, block_size: int, itemsize: int = 4) -> int:
+        """Bytes of one block, of elements of `itemsize` bytes."""
         specs = [model.kv_spec(layer) for layer in range(model.num_layers)]
-        return sum(2 * 4 * spec.kv_heads * spec.head_dim * block_size for spec in specs)
+        return sum(2 * itemsize * spec.kv_heads * spec.head_dim * block_size for spec in specs)
 
     def resize(self, num_blocks: int) -> None:
         """Forget everything; there are so many blocks from now on."""
         self.ops.kv = {}  # what there was goes before the new comes
+        zeros, dtype = self.ops.xp.zeros, self._dtype
         views = {}
         for layer in range(self._model.num_layers):
             spec = self._model.kv_spec(layer)
             shape = (num_blocks, spec.kv_heads, self._block_size, spec.head_dim)
-            pages = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
+            pages = zeros(shape, dtype), zeros(shape, dtype)
             window = min((w for w in (spec.window, self.window) if w is not None), default=None)
             views[layer] = LayerKV(*pages, 0, window)
         self.ops.kv = views

@@ -1,28 +1,41 @@
 """A draft model: a small one writes what the large one checks (Chen et al., arXiv 2302.01318).
 
-It keeps a KV cache of its own (draft_cache.py). A sequence's tokens are run when it is first asked
-for guesses, and from then on those that came since it was asked last.
+It keeps a KV cache (draft_cache.py) and books (draft_books.py) of its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from tensorray.actors.draft_books import DraftBooks
 from tensorray.actors.draft_cache import DraftCache
 from tensorray.actors.drafter import Drafter, Guess
 from tensorray.actors.protocol import KVGroups, SequenceStart
-from tensorray.builder.model import Model, ShardWeights
+from tensorray.builder.checkpoint.base import Checkpoint
+from tensorray.builder.checkpoint.eagle import eagle_method
+from tensorray.builder.model import Model, ModelConfigError, ShardWeights
+from tensorray.builder.registry import resolve
 
 
-@dataclass
-class _Draft:
-    tokens: list[int]  # of the sequence
-    computed: int = 0  # leading ones whose KV is in the cache
+def define_draft_model(checkpoint: Checkpoint, vocab_size: int) -> Model:
+    """The definition of a draft model for a model of so many tokens. Raises ModelConfigError if it
+    has others, or is none by itself."""
+    if method := eagle_method(checkpoint):
+        raise ModelConfigError(
+            f"--speculative-config: {checkpoint.path} is no draft model by itself, but an EAGLE "
+            f'draft: add "method": "{method}"'
+        )
+    model = resolve(checkpoint.config)(checkpoint.config)
+    if model.vocab_size != vocab_size:
+        raise ModelConfigError(
+            f"--speculative-config: the draft model {checkpoint.path} has {model.vocab_size} "
+            f"tokens and the model {vocab_size}; they have to share a vocabulary"
+        )
+    return model
 
 
 class DraftModel(Drafter):
@@ -44,27 +57,22 @@ class DraftModel(Drafter):
         self.cost = cost
         self._model = model
         self._weights = weights
-        self._step_tokens = step_tokens
-        self._longest = min(max_model_len, model.max_positions)
-        self._cache = DraftCache(model, groups, self._longest)
-        self._drafts: dict[int, _Draft] = {}
+        longest = min(max_model_len, model.max_positions)
+        self._cache = DraftCache(model, groups, longest)
+        self._books = DraftBooks(longest, self._cache.window, step_tokens)
 
     def resize(self, num_blocks: int) -> None:
-        self._drafts.clear()
+        self._books.clear()
         self._cache.resize(num_blocks)
 
     def start(self, start: SequenceStart) -> None:
-        # A reused prefix has been run for the sequence that computed it, if that had guesses.
-        self._drafts[start.seq] = _Draft(list(start.tokens), start.computed)
+        self._books.start(start)
 
     def end(self, seq: int) -> None:
-        self._drafts.pop(seq, None)
+        self._books.end(seq)
 
     def gained(self, seq: int, tokens: Sequence[int], row: NDArray[Any]) -> None:
-        draft = self._drafts[seq]
-        draft.tokens += tokens
-        # Guesses that were right have been run, all but the newest token.
-        draft.computed = min(draft.computed, len(draft.tokens) - 1)
+        self._books.gained(seq, tokens)
 
     def draft(
         self,
@@ -73,58 +81,35 @@ class DraftModel(Drafter):
         tables: Sequence[NDArray[Any]],
         guess: Guess,
     ) -> list[list[int]]:
-        table = tables[self._cache.group]
-        found: list[list[int]] = [[] for _ in seqs]
-        drafts = [self._drafts[seq] for seq in seqs]
-        chunks = [self._due(draft) for draft in drafts]
-        running = self._within_budget(chunks)
+        table, books = tables[self._cache.group], self._books
+        places = {seq: place for place, seq in enumerate(seqs)}
+        found: dict[int, list[int]] = {seq: [] for seq in seqs}
+        chunks = books.due(seqs)
         ahead = 0
-        while running:
-            rows = self._run([drafts[i] for i in running], [chunks[i] for i in running],
-                             table[running])  # fmt: skip
-            still = []
-            for i, row in zip(running, rows, strict=True):
-                draft = drafts[i]
-                draft.computed += len(chunks[i])
-                if ahead == 0 and draft.computed < len(draft.tokens):
-                    continue  # its prompt is not all run yet
-                token = guess(seqs[i], ahead, row)
-                found[i].append(token)
-                if len(found[i]) < rooms[i] and draft.computed < self._longest:
-                    chunks[i] = [token]
-                    still.append(i)
-            running = still
+        while chunks:
+            rows = self._run(chunks, table[[places[seq] for seq in chunks]])
+            next_chunks = {}
+            for (seq, chunk), row in zip(chunks.items(), rows, strict=True):
+                draft, guesses = books[seq], found[seq]
+                draft.computed += len(chunk)
+                if ahead == 0 and not draft.caught_up:
+                    continue
+                guesses.append(guess(seq, ahead, row))
+                if len(guesses) < rooms[places[seq]] and draft.computed < books.longest:
+                    next_chunks[seq] = guesses[-1:]
+            chunks = next_chunks
             ahead += 1
-        return found
-
-    def _due(self, draft: _Draft) -> list[int]:
-        """What is to run before the first guess, as much of it as runs at once."""
-        known = len(draft.tokens)
-        if known >= self._longest:
-            return []
-        window = self._cache.window
-        if window is not None:  # blocks from before it may be others' by now
-            draft.computed = max(draft.computed, known - window)
-        return draft.tokens[draft.computed : draft.computed + self._step_tokens]
-
-    def _within_budget(self, chunks: list[list[int]]) -> list[int]:
-        """Which of the sequences run; the others have to wait for the next step."""
-        left, running = self._step_tokens, []
-        for i, chunk in enumerate(chunks):
-            if chunk and len(chunk) <= left:
-                left -= len(chunk)
-                running.append(i)
-        return running
+        return [found[seq] for seq in seqs]
 
     def _run(
-        self, drafts: Sequence[_Draft], chunks: Sequence[Sequence[int]], table: NDArray[np.int32]
+        self, chunks: Mapping[int, Sequence[int]], table: NDArray[np.int32]
     ) -> NDArray[np.float32]:
-        """Logits after each sequence's chunk: `[len(drafts), vocab]`."""
+        """Logits after each sequence's chunk: `[len(chunks), vocab]`."""
         ops, model, weights = self._cache.ops, self._model, self._weights
         ops.batch = self._cache.batch(
-            np.array([token for chunk in chunks for token in chunk], np.int32),
-            [len(chunk) for chunk in chunks],
-            np.array([draft.computed for draft in drafts], np.int32),
+            np.array([token for chunk in chunks.values() for token in chunk], np.int32),
+            [len(chunk) for chunk in chunks.values()],
+            np.array([self._books[seq].computed for seq in chunks], np.int32),
             table,
         )
         x = model.embed(ops, weights.embed, ops.batch.tokens)

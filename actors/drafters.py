@@ -8,7 +8,7 @@ import numpy as np
 
 from tensorray.actors.config import ShardConfig
 from tensorray.actors.draft_cache import DraftCache
-from tensorray.actors.draft_model import DraftModel
+from tensorray.actors.draft_model import DraftModel, define_draft_model
 from tensorray.actors.drafter import Drafter
 from tensorray.actors.eagle import EagleDraft
 from tensorray.actors.eagle_parts import EagleParts, load_eagle
@@ -18,12 +18,10 @@ from tensorray.actors.protocol import Drafting, KVGroups
 from tensorray.actors.speculation import Speculation
 from tensorray.actors.speculative_config import SpeculativeConfig
 from tensorray.builder.checkpoint import open_checkpoint, resolve_path
-from tensorray.builder.checkpoint.eagle import eagle_method
 from tensorray.builder.checkpoint.medusa import load_medusa
 from tensorray.builder.load import load_weights, plan_bytes
 from tensorray.builder.model import Model, ModelConfigError, ShardWeights
 from tensorray.builder.models.eagle import Eagle, Eagle3
-from tensorray.builder.registry import resolve
 
 #: What one more token adds to a step on a CPU, of a step with one: weights are read once for up to
 #: six rows, and from there on the products take the time (tests/benchmarks/bench_step.py).
@@ -126,19 +124,9 @@ class OpenSpeculation:
         )
 
     def _load_small(self) -> None:
-        name, checkpoint = self._how.model, open_checkpoint(str(self._path()))
+        checkpoint = open_checkpoint(str(self._path()))
         try:
-            if method := eagle_method(checkpoint):
-                raise ModelConfigError(
-                    f"--speculative-config: {name} is no draft model by itself, but an EAGLE "
-                    f'draft: add "method": "{method}"'
-                )
-            small = resolve(checkpoint.config)(checkpoint.config)
-            if small.vocab_size != self._model.vocab_size:
-                raise ModelConfigError(
-                    f"--speculative-config: the draft model {name} has {small.vocab_size} tokens "
-                    f"and the model {self._model.vocab_size}; they have to share a vocabulary"
-                )
+            small = define_draft_model(checkpoint, self._model.vocab_size)
             self._small_weights = load_weights(small, checkpoint, dtype=np.float32)
         finally:
             checkpoint.close()
