@@ -1,4 +1,5 @@
-"""Guessed tokens on a GPU: made on the host, run and chosen on the device.
+"""Guessed tokens on a GPU: looked up on the host or made by a draft model, run and chosen on the
+device.
 
 A draft runs as a sequence of one token beside the one it is for, with the same block table, at the
 position after it. So a step of decodes and drafts is one of decodes alone for all kernels but
@@ -29,13 +30,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tensorray.actors.config import ShardConfig
+from tensorray.actors.device import Device
+from tensorray.actors.device_draft_model import TO_COME, DeviceDraftModel
 from tensorray.actors.device_ranks import DeviceRanks
 from tensorray.actors.device_sampler import DeviceSampler, Sampled
 from tensorray.actors.drafter import Drafter
 from tensorray.actors.lookup_drafter import LookupDrafter
-from tensorray.actors.protocol import Drafting, Logprobs, StepPlan
+from tensorray.actors.protocol import Drafting, KVGroups, Logprobs, StepPlan
 from tensorray.actors.speculation import pad, unpad
 from tensorray.actors.step_buffers import RunningSequences, Step, StepBuffers
+from tensorray.builder.load import plan_bytes
+from tensorray.builder.model import Model
 
 #: The most drafts of a step: more rows than this together cost what they are.
 MAX_DRAFTS = 64
@@ -48,6 +53,8 @@ _LEAST_ROW_COST = 0.002
 # adds, whose guess is looked up and whose tokens are passed on; and each round, which was measured.
 # The others are estimates: steps that waited took 0.13 to 0.29 ms more in all (NOTES.md).
 _TURN_SECONDS, _SEQUENCE_SECONDS, _ROUND_SECONDS = 0.35e-3, 0.04e-3, 0.045e-3
+# What a draft model's guess takes besides its step: a choice and the copy of it (an estimate).
+_GUESS_SECONDS = 0.05e-3
 
 _NO_ROW = np.empty(0, np.float32)
 
@@ -61,9 +68,19 @@ class Guesses:
     queued: list[Sampled] = field(default_factory=list)  # rounds but the first
 
     @property
+    def lengths(self) -> dict[int, int]:
+        """How many there are, falling."""
+        return {seq: len(tokens) for seq, tokens in self.tokens.items()}
+
+    @property
     def counts(self) -> dict[int, int]:
         """How many there were, for all that had room."""
         return {seq: len(self.tokens.get(seq, ())) for seq in self.asked}
+
+    @property
+    def to_come(self) -> bool:
+        """Whether the device makes them."""
+        return any(TO_COME in tokens for tokens in self.tokens.values())
 
     @property
     def rounds(self) -> list[list[int]]:
@@ -75,29 +92,56 @@ class Guesses:
         ]
 
 
-def open_drafts(config: ShardConfig) -> DeviceDrafts | None:
-    """The drafts that a config asks for. Raises ValueError saying what can't be had on a GPU."""
+def check_drafts(config: ShardConfig) -> None:
+    """Raise ValueError if a config asks for drafts that can't be had on GPUs."""
     how = config.speculative_config
     if how is None:
-        return None
-    if how.method != "ngram":
+        return
+    if how.method not in ("ngram", "draft_model"):
         raise ValueError(
-            f"--speculative-config: method {how.method!r} is for CPUs so far; on GPUs there is "
-            'prompt lookup, {"method": "ngram"}'
+            f"--speculative-config: method {how.method!r} is for CPUs so far; on GPUs there are "
+            'prompt lookup, {"method": "ngram"}, and draft models, {"model": "a/small-model"}'
         )
-    layout = config.layout
-    if layout.pp_size > 1:
+    if config.layout.pp_size > 1:
         raise ValueError(
             "--speculative-config: a pipeline of several stages can't speculate; set "
             "--pipeline-parallel-size to 1"
         )
-    drafter = None
-    if layout.rank == layout.sampler:
-        drafter = LookupDrafter(how.prompt_lookup_min, how.prompt_lookup_max)
+
+
+def open_drafts(
+    config: ShardConfig,
+    device: Device,
+    model: Model,
+    groups: KVGroups,
+    *,
+    max_model_len: int,
+    step_tokens: int,
+) -> DeviceDrafts | None:
+    """The drafts that a config asks for, for a model whose cache is to have this shape. Raises
+    CheckpointError, ModelConfigError or ValueError saying what does not fit."""
+    how = config.speculative_config
+    if how is None:
+        return None
     drafting = Drafting(
         how.num_speculative_tokens, ROW_COST, 0.0, how.disable_by_batch_size, WAIT_COST
     )
-    return DeviceDrafts(drafter, drafting)
+    layout = config.layout
+    if layout.rank != layout.sampler:
+        return DeviceDrafts(None, drafting)
+    if how.method == "ngram":
+        lookup = LookupDrafter(how.prompt_lookup_min, how.prompt_lookup_max)
+        return DeviceDrafts(lookup, drafting)
+    small = DeviceDraftModel.load(
+        config,
+        device,
+        groups,
+        vocab_size=model.vocab_size,
+        max_model_len=max_model_len,
+        step_tokens=step_tokens,
+    )
+    cost = small.weight_bytes / plan_bytes(model, dtype=np.float16)
+    return DeviceDrafts(small, msgspec.structs.replace(drafting, round_cost=cost))
 
 
 class DeviceDrafts:
@@ -110,6 +154,7 @@ class DeviceDrafts:
         steps are not timed, or were, if `measured`."""
         self.drafting = drafting
         self._drafter = drafter
+        self._model = drafter if isinstance(drafter, DeviceDraftModel) else None
         self._measured = measured
         self._since: dict[int, int] = {}  # the step in which each that the drafter knows began
         # Of sequences that had room and have not run since: how many guesses were right, where
@@ -120,17 +165,60 @@ class DeviceDrafts:
         """Drafts that a step has at most."""
         return min(self.drafting.max_tokens * max_num_seqs, MAX_DRAFTS)
 
-    def price(self, seconds: Mapping[int, float]) -> None:
-        """Work out costs from the seconds that steps of so many rows take."""
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of memory that a block of the KV cache takes besides, for a draft model's."""
+        return 0 if self._model is None else self._model.block_bytes
+
+    def prepare(
+        self,
+        buffers: StepBuffers,
+        sampler: DeviceSampler,
+        decodes: Sequence[int],
+        bodies: Sequence[int],
+    ) -> None:
+        """Make what a draft model runs by, if there is one: with graphs for steps of so many
+        sequences, and of so many tokens."""
+        if self._model is not None:
+            few = [size for size in decodes if size <= MAX_DRAFTS]
+            self._model.prepare(buffers, sampler, few, bodies)
+
+    def resize(self, num_blocks: int) -> None:
+        """The KV cache has so many blocks from now on. There are no graphs, nor sequences."""
+        if self._model is not None:
+            self._model.resize(num_blocks)
+
+    def record(self, seconds: Mapping[int, float]) -> None:
+        """Make a draft model's graphs, and work out costs; `seconds` are what the shard's steps of
+        so many rows take."""
+        guesses: dict[int, float] = {}
+        if self._model is not None:
+            guesses = self._model.record()
+        self.price(seconds, guesses)
+
+    def forget(self) -> None:
+        """Let go of a draft model's graphs."""
+        if self._model is not None:
+            self._model.forget()
+
+    def price(self, seconds: Mapping[int, float], guesses: Mapping[int, float]) -> None:
+        """Work out costs from the seconds that steps of so many rows take, and those of a draft
+        model's (none if there is none)."""
         if self._measured or not (seconds.keys() >= {1, _ROWS}):
             return
         one = seconds[1]
+        round_seconds, draft_seconds = _ROUND_SECONDS, 0.0
+        if guesses:
+            few, many = min(guesses), max(guesses)
+            round_seconds += guesses[few] + _GUESS_SECONDS
+            draft_seconds = max(guesses[many] - guesses[few], 0.0) / max(many - few, 1)
         self.drafting = msgspec.structs.replace(
             self.drafting,
             row_cost=max((seconds[_ROWS] / one - 1) / (_ROWS - 1), _LEAST_ROW_COST),
             wait_cost=_TURN_SECONDS / one,
             sequence_cost=_SEQUENCE_SECONDS / one,
-            round_cost=_ROUND_SECONDS / one,
+            draft_cost=draft_seconds / one,
+            round_cost=round_seconds / one,
         )
 
     def reset(self) -> None:
@@ -182,11 +270,27 @@ class DeviceDrafts:
         """Guesses for sequences that have room."""
         assert self._drafter is not None
         asked = [seq for seq in rooms if seq in self._since and not sampler.steers(seq)]
-        guesses = self._drafter.draft(asked, [rooms[seq] for seq in asked], [], _by_no_model)
+        guesses = self._drafter.draft(asked, [rooms[seq] for seq in asked], [], _on_the_device)
         found = {seq: guess for seq, guess in zip(asked, guesses, strict=True) if guess}
         tokens = fitting(found, rooms)
         tried = [seq for seq in rooms if seq in tokens or seq not in found]
         return Guesses(tried, _falling(tokens))
+
+    def write(
+        self,
+        guesses: Guesses,
+        step: Step,
+        running: RunningSequences,
+        buffers: StepBuffers,
+        ranks: DeviceRanks | None,
+    ) -> None:
+        """Queue the making of guesses that the device makes, into the step that is uploaded."""
+        into = buffers.given(step.tokens - step.drafts, step.drafts)
+        if self._model is not None:
+            buffers.update_tables()
+            self._model.enqueue(guesses.lengths, running.rows, into)
+        if ranks is not None and guesses.to_come:
+            ranks.share(into)
 
     def enqueue(
         self,
@@ -327,5 +431,5 @@ def with_drafts(step: Step, guesses: Guesses, running: RunningSequences) -> Step
     )
 
 
-def _by_no_model(seq: int, ahead: int, row: Any) -> int:
-    raise AssertionError("prompt lookup has no logits to draw from")
+def _on_the_device(seq: int, ahead: int, row: Any) -> int:
+    raise AssertionError("the host has no logits to draw from")

@@ -229,6 +229,11 @@ class DeviceSampler:
         kernels.prepare(self._state, dtype)
 
     @property
+    def state(self) -> kernels.RowState:
+        """The sequences' state on the device, which is not to be written to."""
+        return self._state
+
+    @property
     def last_tokens(self) -> Any:
         """int32 [max_num_seqs] on the device: each row's newest token."""
         return self._state.last_tokens
@@ -327,6 +332,10 @@ class DeviceSampler:
     def steers(self, seq: int) -> bool:
         """Whether a sequence's tokens steer, on the host, which may come next."""
         return self._sequences[seq].steering.follows
+
+    def draws(self, seq: int) -> bool:
+        """Whether a sequence draws its tokens, rather than taking the likeliest."""
+        return self._sequences[seq].sampling.temperature > 0
 
     def enqueue_next(self, seqs: Sequence[int], rows: Any, drafts: Any, logits: Any) -> Sampled:
         """Queue the choice of one token more, for those that chose their drafts when last queued.

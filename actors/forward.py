@@ -169,8 +169,15 @@ class Forward:
 
         What is uploaded has to be a step of padding.
         """
+        return self._times(self._chains)
+
+    def time_decodes(self) -> dict[int, float]:
+        """Likewise of decodes alone."""
+        return self._times(self._decodes)
+
+    def _times(self, graphs: dict[int, Callable[[], Any]]) -> dict[int, float]:
         found = {}
-        for size, run in self._chains.items():
+        for size, run in graphs.items():
             best = float("inf")
             for _ in range(_TIMED):
                 began = time.perf_counter()

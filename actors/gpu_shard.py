@@ -19,7 +19,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -27,14 +27,19 @@ from numpy.typing import NDArray
 
 from tensorray.actors.adapted_program import AdaptedProgram
 from tensorray.actors.adapter import Adapter, AdapterSource
-from tensorray.actors.array_segment import Runner
 from tensorray.actors.beam_starts import BeamStarts
 from tensorray.actors.buckets import bucket_sizes
 from tensorray.actors.communicator import Communicator, CommunicatorError
 from tensorray.actors.config import ShardConfig
 from tensorray.actors.device import CudaDevice, Device, DeviceError, Mark
 from tensorray.actors.device_adapters import DeviceAdapters
-from tensorray.actors.device_drafts import DeviceDrafts, Guesses, open_drafts, with_drafts
+from tensorray.actors.device_drafts import (
+    DeviceDrafts,
+    Guesses,
+    check_drafts,
+    open_drafts,
+    with_drafts,
+)
 from tensorray.actors.device_ranks import DeviceRanks, Rehearsal
 from tensorray.actors.device_sampler import DeviceSampler, HostRows, PromptScores, Sampled
 from tensorray.actors.device_weights import DevicePlacement
@@ -44,13 +49,19 @@ from tensorray.actors.kv_cache import KVCache, KVPlan, choose_num_blocks, plan_s
 from tensorray.actors.link import PendingStep
 from tensorray.actors.logits_processors import Registry, load_registry
 from tensorray.actors.pooling import PooledChunk, Pooler, has_states
-from tensorray.actors.program import ProgramRunner
-from tensorray.actors.protocol import Logprobs, SegmentInfo, ShardInfo, StepPlan, StepResult
+from tensorray.actors.program import ProgramRunner, Runners
+from tensorray.actors.protocol import (
+    KVGroups,
+    Logprobs,
+    ShardInfo,
+    StepPlan,
+    StepResult,
+)
 from tensorray.actors.sampler import SamplingError, refused
 from tensorray.actors.segment_runners import open_runners
 from tensorray.actors.step_buffers import RunningSequences, Scored, Step, StepBuffers
 from tensorray.builder.array_ops import ArrayOps
-from tensorray.builder.graph import DTypes, Program, Segment, trace
+from tensorray.builder.graph import DTypes, Program, trace
 from tensorray.builder.joining import join
 from tensorray.builder.load import load_weights, plan_bytes
 from tensorray.builder.model import Model, ShardWeights
@@ -106,18 +117,6 @@ class GraphSizes:
             bucket_sizes(smallest, limits.step_tokens),
             bucket_sizes(1, min(most, _LARGEST_CHAIN)) if drafts else (),
         )
-
-
-class Runners(Protocol):
-    """What runs the program's segments (segment_runners.py)."""
-
-    rejected: list[str]
-
-    def get(self, segment: Segment, rows: int) -> Runner: ...
-
-    def prepare(self, body_rows: Sequence[int], head_rows: Sequence[int]) -> None: ...
-
-    def report(self) -> list[SegmentInfo]: ...
 
 
 class GpuShard:
@@ -235,12 +234,16 @@ class GpuShard:
                 self._forwards.append(self._adapted)
             if layout.tp_size > 1:
                 ops.ranks = Rehearsal(device.xp, layout.tp_size)
-            self._buffers.upload(None, self._running)
+            self._buffers.upload(None, [])
             for each in self._forwards:
                 each.warm_up()
+            if drafts is not None and self._sampler is not None:
+                drafts.prepare(self._buffers, self._sampler, graphs.decodes, graphs.bodies)
             num_blocks = choose_blocks(device.free_memory())
             self._cache = cache = KVCache(groups, num_blocks, device.xp, kv_dtype)
             ops.kv = cache.layers
+            if drafts is not None:
+                drafts.resize(num_blocks)
             if layout.size == 1:
                 self._record()
         self.info = ShardInfo(
@@ -268,7 +271,7 @@ class GpuShard:
         """
         began = time.perf_counter()
         processors = load_registry(config.logits_processors)
-        drafts = open_drafts(config)
+        check_drafts(config)
         device = device or CudaDevice()
         checkpoint = config.open()
         try:
@@ -324,17 +327,30 @@ class GpuShard:
                 max_rows=limits.step_tokens,
             )
         fp8 = config.kv_cache_dtype == "fp8"
+        kv_dtype = np.dtype(np.uint8) if fp8 else compute
+        drafts = open_drafts(
+            config,
+            device,
+            model,
+            KVGroups(groups.windows, 0, groups.block_size),
+            max_model_len=max_model_len,
+            step_tokens=limits.step_tokens,
+        )
+        block_bytes, share = groups.block_bytes(kv_dtype.itemsize), 1.0
+        if drafts is not None:
+            share = block_bytes / (block_bytes + drafts.block_bytes)
 
         def choose_blocks(free: int) -> int:
             kept = int((1 - config.gpu_memory_utilization) * device.total_memory())
             return choose_num_blocks(
                 groups,
-                1 if fp8 else compute.itemsize,
+                kv_dtype.itemsize,
                 max_model_len=max_model_len,
                 max_num_seqs=limits.max_num_seqs,
                 step_tokens=limits.step_tokens,
-                available=free - kept,
-                cache_bytes=config.kv_cache_memory_bytes,
+                available=int((free - kept) * share),
+                cache_bytes=config.kv_cache_memory_bytes
+                and int(config.kv_cache_memory_bytes * share),
                 num_blocks=config.num_kv_blocks,
             )
 
@@ -354,7 +370,7 @@ class GpuShard:
                 0 if drafts is None else drafts.most(limits.max_num_seqs),
             ),
             choose_blocks=choose_blocks,
-            kv_dtype="uint8" if fp8 else compute,
+            kv_dtype=kv_dtype,
             vocabulary=config.vocabulary,
             processors=processors,
             adapters=adapters,
@@ -399,7 +415,9 @@ class GpuShard:
                 step = with_drafts(step, guesses, self._running)
             if plan.copies:
                 self._cache.copy_blocks(self._device.xp.asarray(np.array(plan.copies, np.int32)))
-            self._buffers.upload(step, self._running)
+            self._buffers.upload(step, self._running.take_updates())
+            if drafts is not None and guesses is not None:
+                drafts.write(guesses, step, self._running, self._buffers, ranks)
             forward = self._forward
             if adapters is not None and adapters.select(step):
                 forward = self._adapted
@@ -456,6 +474,8 @@ class GpuShard:
                 self._ops.kv = {}
                 self._cache.resize(num_blocks)
                 self._ops.kv = self._cache.layers
+                if self._drafts is not None:
+                    self._drafts.resize(num_blocks)
                 self.info = msgspec.structs.replace(
                     self.info, kv=self._cache.groups, kv_cache_bytes=self._cache.nbytes
                 )
@@ -465,7 +485,7 @@ class GpuShard:
                 for forward in self._forwards:
                     forward.ranks = self._ranks
                 self._ops.ranks = self._ranks.tp
-            self._buffers.upload(None, self._running)
+            self._buffers.upload(None, [])
             self._record()
             if (drafts := self._drafts) is not None:
                 self.info = msgspec.structs.replace(self.info, drafting=drafts.drafting)
@@ -474,11 +494,13 @@ class GpuShard:
         for forward in self._forwards:
             forward.record(self._graphs.decodes, self._graphs.bodies, self._graphs.chains)
         if (drafts := self._drafts) is not None:
-            drafts.price(self._forward.time_drafts())
+            drafts.record(self._forward.time_drafts())
 
     def _forget_graphs(self) -> None:
         for forward in self._forwards:
             forward.forget()
+        if self._drafts is not None:
+            self._drafts.forget()
 
     # What its door asks: see kv_door.Pages. Copies are queued between steps, on the one stream, so
     # nothing has to be said about their order.
@@ -546,7 +568,7 @@ class GpuShard:
             self._leave()
         if self._adapters is not None:
             del self._adapted
-        self._adapters = None
+        self._adapters = self._drafts = None
         del self._forward, self._forwards
         del self._sampler, self._buffers, self._cache, self._ops, self._head_weights
         gc.collect()

@@ -4,14 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 from tensorray.actors.array_segment import Runner
+from tensorray.actors.protocol import SegmentInfo
 from tensorray.builder.array_ops import ArrayOps
 from tensorray.builder.graph import KernelCall, Program, Segment, SegmentCall, WeightRef
 from tensorray.builder.model import ShardWeights, Weights
 
 Call = SegmentCall | KernelCall
+
+
+class Runners(Protocol):
+    """What runs the program's segments (segment_runners.py)."""
+
+    rejected: list[str]
+
+    def get(self, segment: Segment, rows: int) -> Runner: ...
+
+    def prepare(self, body_rows: Sequence[int], head_rows: Sequence[int]) -> None: ...
+
+    def report(self) -> list[SegmentInfo]: ...
 
 
 class ProgramRunner:

@@ -90,7 +90,7 @@ class RunningSequences:
         self.rows: dict[int, int] = {}
         self.computed = np.zeros(max_num_seqs, np.int32)  # tokens whose KV is in the cache
         self.prefill: dict[int, Prefill] = {}
-        self.updates: list[int] = []  # flat table index, block id, …
+        self._updates: list[int] = []  # flat table index, block id, …
         self._used = [[0] * max_num_seqs for _ in range(groups)]  # entries of each table
         self._firsts = [
             [(group * max_num_seqs + row) * width for row in range(max_num_seqs)]
@@ -122,16 +122,21 @@ class RunningSequences:
             self._append_blocks(self.rows[seq], blocks)
         return self._step(plan.seqs, plan.counts)
 
+    def take_updates(self) -> list[int]:
+        """What changed in the tables since it was taken last: flat index, block id, …"""
+        updates, self._updates = self._updates, []
+        return updates
+
     def _append_blocks(self, row: int, blocks: Sequence[Sequence[int]]) -> None:
         for used, firsts, ids in zip(self._used, self._firsts, blocks, strict=True):
             if ids:
                 at = firsts[row] + used[row]
                 used[row] += len(ids)
                 if len(ids) == 1:
-                    self.updates += (at, ids[0])
+                    self._updates += (at, ids[0])
                 else:
                     places = range(at, at + len(ids))
-                    self.updates += chain.from_iterable(zip(places, ids, strict=True))
+                    self._updates += chain.from_iterable(zip(places, ids, strict=True))
 
     def _step(self, seqs: list[int], counts: list[int]) -> Step:
         rows = self._rows_of(seqs)
@@ -222,6 +227,7 @@ class StepBuffers:
         self._staging = [device.pinned(4 * size).view(np.int32) for _ in range(ring)]
         self._marks: deque[Mark] = deque()
         self._next = 0
+        self._given_at = 0  # in the upload, where the step's tokens are
         self.tables = xp.zeros((groups, max_seqs, width), np.int32)
         self.last_tokens = xp.zeros(max_seqs, np.int32)
         #: int32 [max_tokens], a step's tokens as they are packed.
@@ -242,19 +248,44 @@ class StepBuffers:
         xp = self._device.xp
         self.last_tokens[xp.asarray(rows)] = xp.asarray(tokens)
 
-    def upload(self, step: Step | None, running: RunningSequences) -> None:
-        """Queue a step's upload; None: one without sequences, all padding."""
-        while len(running.updates) > 2 * _MAX_UPDATES:
-            some = running.updates[: 2 * _MAX_UPDATES]
-            del running.updates[: 2 * _MAX_UPDATES]
-            self._send(None, some, running)
-            update_tables(self._packed, self.tables)
-        self._send(step, running.updates, running)
-        running.updates = []
+    def upload(self, step: Step | None, updates: list[int]) -> None:
+        """Queue a step's upload, and what changes in the tables (`take_updates`); None: a step
+        without sequences, all padding."""
+        most = 2 * _MAX_UPDATES
+        while len(updates) > most:
+            self._send(None, updates[:most])
+            self.update_tables()
+            updates = updates[most:]
+        self._send(step, updates)
+
+    def update_tables(self) -> None:
+        """Queue the upload's changes of the tables, for who reads them before `unpack`."""
+        update_tables(self._packed, self.tables)
+
+    def given(self, first: int, count: int) -> Any:
+        """The uploaded tokens of the step from packed one `first` on, int32 [count] on the device,
+        to write to before `unpack`. For steps whose tokens are given."""
+        at = self._given_at + first
+        return self._packed[at : at + count]
+
+    def beside(self, group: int, ring: int) -> StepBuffers:
+        """Buffers for steps of another model: of the same sequences, as large, by one group's
+        block tables, whose changes are these ones' to make."""
+        made = StepBuffers(
+            self._device,
+            max_seqs=len(self.last_tokens),
+            max_tokens=len(self.tokens),
+            groups=1,
+            width=self.tables.shape[2],
+            block_size=self._block_size,
+            ring=ring,
+        )
+        made.tables = self.tables[group : group + 1]
+        return made
 
     def unpack(self, tokens: int, seqs: int) -> None:
         """Queue the kernels that make of the upload what `batch` hands out."""
-        update_tables(self._packed, self.tables)
+        self.update_tables()
         unpack_step(
             self._packed,
             self._layout,
@@ -291,7 +322,7 @@ class StepBuffers:
             chained=chained,
         )
 
-    def _send(self, step: Step | None, updates: list[int], running: RunningSequences) -> None:
+    def _send(self, step: Step | None, updates: list[int]) -> None:
         if len(self._marks) == len(self._staging):
             self._marks.popleft().wait()
         packed, layout = self._staging[self._next], self._layout
@@ -311,7 +342,7 @@ class StepBuffers:
             packed[layout.logit_rows : layout.logit_rows + r] = step.logit_rows
             packed[layout.sample_rows : layout.sample_rows + r] = step.sample_rows
             if step.given is not None:
-                packed[TOKENS_AT] = end
+                packed[TOKENS_AT] = self._given_at = end
                 packed[end : end + step.tokens] = step.given
                 end += step.tokens
         # Padding: sequences without tokens, logits of row 0 that nobody reads.

@@ -42,7 +42,9 @@ class DraftLength:
         self._least = 1.0
         if decodes and (how.max_batch is None or decodes <= how.max_batch):
             price = (1 + how.row_cost * (decodes - 1)) / decodes
-            self._least = (how.row_cost + how.draft_cost) / price
+            # A round of guesses is for all that decode.
+            cost = how.row_cost + how.draft_cost + how.round_cost / decodes
+            self._least = cost / price
 
     def waits(self, decoding: Collection[Sequence]) -> bool:
         """Whether this plan is to wait for all results, as the shard could take it ahead of them.

@@ -41,6 +41,9 @@ ROW = np.dtype(
     ]
 )
 
+assert ROW.fields is not None
+_SLOT_AT = ROW.fields["slot"][1] // 4  # in int32 words
+
 # A word of a slot: what holds for a token, and how often it was generated in the low bits.
 BANNED = np.uint32(1 << 31)
 STOP = np.uint32(1 << 30)  # banned until `min_tokens`
@@ -86,6 +89,13 @@ def set_rows(state: RowState, index: Any, records: Any) -> None:
         cuda.set_rows(state, index, records)
     else:
         state.rows[index] = records
+
+
+def copy_unedited(source: RowState, target: RowState) -> None:
+    """Have the rows of one state be those of another, but for what edits logits. No slot is used,
+    so the target needs none."""
+    target.rows[...] = source.rows
+    target.rows.view(np.int32)[:, _SLOT_AT] = -1
 
 
 def edit_words(state: RowState, index: Any, edits: Any) -> None:

@@ -163,16 +163,20 @@ def test_a_new_router_finds_no_guesses_of_the_old_one_s() -> None:
 
 def test_costs_are_what_steps_take() -> None:
     found = DeviceDrafts(LookupDrafter(2, 5), DRAFTING)
-    found.price({1: 4e-3, 16: 4.6e-3})
+    found.price({1: 4e-3, 16: 4.6e-3}, {})
     assert found.drafting.row_cost == pytest.approx(0.01)
     assert found.drafting.wait_cost == pytest.approx(0.35 / 4)
     assert found.drafting.sequence_cost == pytest.approx(0.04 / 4)
     assert found.drafting.round_cost == pytest.approx(0.045 / 4)
-    found.price({1: 1e-3, 16: 0.9e-3})  # more rows never pay for themselves
+    found.price({1: 1e-3, 16: 0.9e-3}, {})  # more rows never pay for themselves
     assert found.drafting.row_cost > 0
     before = found.drafting
-    found.price({1: 1e-3})
+    found.price({1: 1e-3}, {})
     assert found.drafting == before
+    # A draft model's step is for all who guess; what it takes for each of them is little more.
+    found.price({1: 4e-3, 16: 4.6e-3}, {1: 0.7e-3, 16: 0.85e-3})
+    assert found.drafting.round_cost == pytest.approx((0.045 + 0.7 + 0.05) / 4)
+    assert found.drafting.draft_cost == pytest.approx(0.01 / 4)
 
 
 def test_costs_of_ranks_are_found_once_they_have_met() -> None:
@@ -243,7 +247,6 @@ def test_at_most_so_many_guesses_run_in_a_step() -> None:
 @pytest.mark.parametrize(
     ("how", "settings", "message"),
     [
-        ({"model": "x"}, {}, "'draft_model' is for CPUs so far; on GPUs there is prompt lookup"),
         ({"method": "medusa", "model": "x"}, {}, "'medusa' is for CPUs so far"),
         ({"method": "eagle", "model": "x"}, {}, "'eagle' is for CPUs so far"),
         ({"method": "eagle3", "model": "x"}, {}, "'eagle3' is for CPUs so far"),

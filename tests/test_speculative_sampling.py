@@ -12,23 +12,15 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pytest
 from helpers.eagle_tables import TableEagle
-from numpy.typing import NDArray
+from helpers.table_models import MODEL, MOST, SMALL, VOCAB, chi_square
 
 from tensorray.actors.lookup_drafter import look_up
 from tensorray.actors.protocol import Sampling, SequenceStart
 from tensorray.actors.sampler import Sampler, SamplingError
 
-VOCAB = 6
 #: Draws, but for a draft model, of which there are 100,000 at any time.
 DRAWS = int(os.environ.get("TENSORRAY_SOAK_DRAWS", "20000"))
 ROOM = 2
-# Of 30 degrees of freedom, exceeded once in a million: Wilson and Hilferty's approximation.
-MOST = 30 * (1 - 2 / 270 + 4.753 * (2 / 270) ** 0.5) ** 3
-
-RNG = np.random.default_rng(7)
-MODEL = RNG.normal(0, 1.2, (VOCAB, VOCAB)).astype(np.float32)
-#: Like the model, but not the same.
-SMALL = (MODEL + RNG.normal(0, 0.6, MODEL.shape)).astype(np.float32)
 
 Guesses = Callable[[Sampler, Sequence[int]], list[int]]
 
@@ -81,16 +73,6 @@ def generate(sampling: Sampling, guesses: Guesses | None, count: int) -> tuple[l
     return tokens[: count + 1], drafted, accepted
 
 
-def chi_square(tokens: Sequence[int], temperature: float) -> float:
-    """Of the successors of each token, over all tokens."""
-    counts = np.zeros((VOCAB, VOCAB))
-    np.add.at(counts, (tokens[:-1], tokens[1:]), 1)
-    weights = np.exp(MODEL.astype(np.float64) / temperature)
-    shares: NDArray[np.float64] = weights / weights.sum(axis=1, keepdims=True)
-    expected = shares * counts.sum(axis=1, keepdims=True)
-    return float(((counts - expected) ** 2 / expected).sum())
-
-
 @pytest.mark.parametrize(
     ("guesses", "draws"),
     [(lookup, DRAWS), (draft_model, 100_000), (heads, DRAWS), (eagle(), DRAWS // 4)],
@@ -99,13 +81,13 @@ def test_the_distribution_is_the_models_own(guesses: Guesses, draws: int) -> Non
     sampling = Sampling(temperature=0.8, seed=2026)
     tokens, drafted, accepted = generate(sampling, guesses, draws)
     assert 0.1 * drafted < accepted < 0.9 * drafted  # some were right, some wrong
-    assert chi_square(tokens, 0.8) < MOST
+    assert chi_square([tokens], 0.8) < MOST
     assert tokens[:3001] == generate(sampling, None, 3000)[0]
 
 
 def test_the_test_would_notice_another_distribution() -> None:
     tokens, _, _ = generate(Sampling(temperature=0.8, seed=2026), None, 10_000)
-    assert chi_square(tokens, 0.9) > MOST
+    assert chi_square([tokens], 0.9) > MOST
 
 
 def test_common_random_numbers_agree_more_often_than_the_likeliest_token() -> None:

@@ -238,6 +238,10 @@ def test_large_batches_and_dear_drafts_ask_for_fewer() -> None:
     assert lengths[-1] == 0
     assert length(1, draft_cost=0.3) < length(1)
     assert length(4, max_batch=3) == 0 < length(3, max_batch=3)
+    # A round is for all: what it costs is shared.
+    cheap = {"row_cost": 0.01, "max_tokens": 20}
+    assert length(1, round_cost=0.3, **cheap) < length(1, **cheap)
+    assert length(4, round_cost=0.3, **cheap) == length(4, draft_cost=0.3 / 4, **cheap)
 
 
 WAITING = Drafting(max_tokens=4, row_cost=0.01, draft_cost=0.0, wait_cost=0.2)

@@ -92,7 +92,7 @@ class Rig:
         table.computed[rows] += counts
 
         step = self.running.take(plan)
-        self.buffers.upload(step, self.running)
+        self.buffers.upload(step, self.running.take_updates())
         self.buffers.unpack(tokens, seqs)
         total, own = step.tokens, step.sequences
         batch = self.buffers.batch(tokens, seqs, max_query=None, rows=len(step.sampled))
@@ -180,7 +180,7 @@ def test_a_step_of_padding_touches_nothing():
     rig = Rig()
     rig.compare(rig.plan([], [[5] * 7, [6] * 7], {}), 16, MAX_SEQS)
     tables = rig.buffers.tables.copy()
-    rig.buffers.upload(None, rig.running)
+    rig.buffers.upload(None, [])
     rig.buffers.unpack(8, MAX_SEQS)
     batch = rig.buffers.batch(8, MAX_SEQS, max_query=None)
     assert not batch.tokens.any()

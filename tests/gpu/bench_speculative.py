@@ -1,7 +1,7 @@
 """Guessed tokens at published sizes, random weights: what a step with drafts costs, and can bring.
 
     python3 tests/gpu/bench_speculative.py [--models Llama-3.1-8B,Qwen3-0.6B] [--batches 1,4,16]
-        [--drafts 4,8] [--context 256] [--steps 40] [--dtype float16]
+        [--drafts 4,8] [--context 256] [--steps 40] [--dtype float16] [--draft-model Qwen3-0.6B]
 
 Random weights do not copy their prompts, so steps are measured by drafters that know what comes:
 one always wrong, one always right. Columns, in milliseconds: a plain step, two in flight; a plain
@@ -10,6 +10,11 @@ tokens the latter brings a sequence; and how many times as fast as plain tokens 
 Then, through `LLM`, prompt lookup by the costs that the shard measures (without it:
 tests/gpu/bench_table.py): what random weights write greedily may repeat itself, which is looked up
 as a copy is.
+
+With `--draft-model`, of the same vocabulary as `--models`, that one guesses. What random weights
+guess is wrong, but for a model that is its own draft; so the columns are a plain step, a step with
+drafts, how many of these were right, and what tokens would cost, in plain steps, if each draft were
+right with a chance of 0.5 to 0.9.
 
 What was expected, and found: kernels/cuda/NOTES.md.
 """
@@ -41,24 +46,31 @@ from tensorray.cluster.llm import LLM, SamplingParams
 NGRAM = {"method": "ngram", "num_speculative_tokens": 8}
 
 
+def config_of(name: str) -> Path:
+    """A directory with the config alone."""
+    directory = Path(tempfile.mkdtemp()) / name
+    directory.mkdir()
+    (directory / "config.json").write_text(json.dumps(PUBLISHED[name].config))
+    return directory
+
+
 class Bench:
     """One shard, whose sequences run by plans made here."""
 
-    def __init__(self, name: str, dtype: str, context: int, steps: int) -> None:
-        directory = Path(tempfile.mkdtemp()) / name
-        directory.mkdir()
-        (directory / "config.json").write_text(json.dumps(PUBLISHED[name].config))
+    def __init__(
+        self, name: str, dtype: str, context: int, steps: int, how: dict[str, Any] = NGRAM
+    ) -> None:
         self.context, self.steps, self.step = context, steps, 0
         self.shard = GpuShard.load(
             ShardConfig(
-                str(directory),
+                str(config_of(name)),
                 load_format="dummy",
                 device="cuda",
                 dtype=dtype,
                 max_model_len=4096,
                 segment_backend="kernels",
                 cudagraph_capture_sizes=(1, 4, 8, 16, 32, 64, 80, 256, 2048),
-                speculative_config=parse_speculative_config(NGRAM),
+                speculative_config=parse_speculative_config(how),
             )
         )
 
@@ -131,12 +143,39 @@ class Bench:
         return columns
 
 
-def through_llm(name: str, dtype: str) -> None:
+CHANCES = (0.5, 0.6, 0.7, 0.8, 0.9)
+
+
+def by_draft_model(arguments: argparse.Namespace) -> None:
+    """The table of a draft model's steps, for each model."""
+    small, lengths = arguments.draft_model, [int(each) for each in arguments.drafts.split(",")]
+    gains = " ".join(f"{f'if {chance}':>7}" for chance in CHANCES)
+    for name in arguments.models.split(","):
+        how = {"model": str(config_of(small)), "num_speculative_tokens": max(lengths)}
+        bench = Bench(name, arguments.dtype, arguments.context, arguments.steps, how)
+        print(f"{name} by {small}: {bench.shard.info.drafting}")
+        print(
+            f"{'model':14} {'batch':>5} {'drafts':>6} {'plain':>7} {'step':>7} {'right':>7} {gains}"
+        )
+        for batch in map(int, arguments.batches.split(",")):
+            plain, _ = bench.timed(batch, 0, 2)
+            for drafts in lengths:
+                step, texts = bench.timed(batch, drafts, 1)
+                right = sum(len(text) - 1 for text in texts) / batch / bench.steps - 1
+                brought = [(1 - p ** (drafts + 1)) / (1 - p) * plain / step for p in CHANCES]
+                figures = " ".join(f"{each:7.3f}" for each in (plain, step, right, *brought))
+                print(f"{name:14} {batch:5} {drafts:6} {figures}", flush=True)
+        bench.shard.close()
+        del bench
+        through_llm(name, arguments.dtype, how)
+
+
+def through_llm(name: str, dtype: str, how: dict[str, Any] = NGRAM) -> None:
     """Milliseconds a token alone, tokens a second of 16: the work of tests/gpu/bench_table.py."""
     model = make_dummy_model(name, Path(tempfile.mkdtemp()))
     settings: dict[str, Any] = {
         **{"load_format": "dummy", "dtype": dtype, "max_model_len": 4096, "max_num_seqs": 256},
-        **{"enable_prefix_caching": False, "speculative_config": NGRAM},
+        **{"enable_prefix_caching": False, "speculative_config": how},
     }
     with LLM(str(model), **settings) as llm:
         for count in (1, 16):
@@ -166,8 +205,12 @@ def main() -> None:
     parser.add_argument("--dtype", default="float16")
     parser.add_argument("--context", type=int, default=256)
     parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--draft-model")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(relativeCreated)7.0f %(message)s")
+    if arguments.draft_model:
+        by_draft_model(arguments)
+        return
     lengths = [int(each) for each in arguments.drafts.split(",")]
     rows = []
     for name in arguments.models.split(","):

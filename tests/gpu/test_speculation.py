@@ -17,8 +17,10 @@ import numpy as np
 import pytest
 from helpers.draft_cases import Ahead, assert_like_the_cpu, scheduler, texts
 from helpers.equality import assert_same_tokens, choice
+from helpers.host_device import HostDevice
 from helpers.oracle import Oracle
 from helpers.running import Arrival, run
+from helpers.table_models import MOST, chi_square, write_on
 from helpers.tiny_models import directory
 
 from tensorray.actors.config import ShardConfig
@@ -139,6 +141,54 @@ def test_half_precision_gives_what_it_gives_without_guesses(kv: str) -> None:
         assert_same_tokens(our.tokens, their.tokens, clear, "float16")
 
 
+def by(small: str) -> dict[str, Any]:
+    """A small checkpoint as the draft model."""
+    return {"model": str(directory(small)), "num_speculative_tokens": 4}
+
+
+@pytest.mark.parametrize("eager", [True, False], ids=["eager", "graphs"])
+@pytest.mark.parametrize("name", ["llama3", "gemma3"])
+def test_a_model_guesses_itself_right(name: str, eager: bool) -> None:
+    """What is likeliest, and what is drawn, but where two kernels' logits are as good as tied."""
+    shard = load(name, how=by(name), enforce_eager=eager)
+    ahead, plans = assert_like_the_cpu(name, shard, [0, 2, 6, 7])
+    stats = plans.stats()
+    assert stats.accepted_tokens >= 0.95 * stats.draft_tokens > 57
+    assert ahead.steps < 45
+
+
+@pytest.mark.parametrize("blocks", [34, 512])
+@pytest.mark.parametrize("small", ["llama3", "qwen2"])
+def test_a_draft_model_changes_no_token(small: str, blocks: int) -> None:
+    _, plans = assert_like_the_cpu("llama3", load("llama3", how=by(small), num_kv_blocks=blocks))
+    stats = plans.stats()
+    assert 0 <= stats.accepted_tokens < stats.draft_tokens
+    assert (stats.preemptions > 0) == (blocks == 34)
+
+
+@pytest.mark.parametrize("kv", ["auto", "fp8"])
+def test_a_draft_model_in_half_precision_guesses_most(kv: str) -> None:
+    shard = load("llama3", how=by("llama3"), dtype="float16", kv_cache_dtype=kv)
+    plans = scheduler(shard)
+    asked = [
+        Arrival(i // 2, [7 + i, 20, 9, 30 + i] * 4, Sampling(temperature=0.4 * (i % 3), seed=i), 40)
+        for i in range(6)
+    ]
+    run(Ahead(shard), plans, asked, depth=shard.info.depth)
+    stats = plans.stats()
+    assert stats.accepted_tokens > 0.8 * stats.draft_tokens > 80
+
+
+def test_guesses_that_are_drawn_keep_the_distribution() -> None:
+    found, right = write_on(CudaDevice(), texts=64, steps=1000, room=2, temperature=0.8)
+    assert sum(map(len, found)) > 100_000
+    assert 0.2 < right / (64 * 2 * 999) < 0.9
+    assert chi_square(found, 0.8) < MOST
+    assert chi_square(found, 0.9) > MOST
+    host, _ = write_on(HostDevice(), texts=64, steps=4, room=2, temperature=0.8)
+    assert [ours[: len(text)] for ours, text in zip(found, host, strict=True)] == host
+
+
 KINDS = [
     Sampling(temperature=0.0),
     Sampling(temperature=0.8, seed=3, top_p=0.9),
@@ -219,18 +269,21 @@ def cheap_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def assert_guesses_change_nothing(
-    name: str, settings: dict[str, Any], adapters: Sequence[LoRARequest | None] | None = None
+    name: str,
+    settings: dict[str, Any],
+    adapters: Sequence[LoRARequest | None] | None = None,
+    how: dict[str, Any] = NGRAM,
 ) -> None:
     """Without `settings` and guesses, and with both."""
     params = SamplingParams(temperature=0, max_tokens=40, logprobs=2, ignore_eos=True)
     lora = {} if adapters is None else {"enable_lora": True, "max_loras": len(adapters)}
     found = []
-    for changes in ({}, {"speculative_config": NGRAM, **settings}):
+    for changes in ({}, {"speculative_config": how, **settings}):
         with LLM(str(directory(name)), **SMALL, **lora, **changes) as llm:
             outputs = llm.generate(PHRASES, params, lora_request=adapters)
             found.append([output.outputs[0] for output in outputs])
-            stats = llm.engine.scheduler.stats()
-    assert 0 < stats.accepted_tokens < stats.draft_tokens
+            right = llm.engine.scheduler.stats().accepted_tokens
+    assert right > 0
     for plain, ours in zip(*found, strict=True):
         assert plain.logprobs is not None
         margins = [entry.top[0].logprob - entry.top[1].logprob for entry in plain.logprobs]
@@ -253,6 +306,13 @@ def test_two_gpus_run_the_same_drafts(
     if gpu_count() < 2:
         pytest.skip("needs two GPUs")
     assert_guesses_change_nothing(name, {"tensor_parallel_size": 2, **settings})
+
+
+def test_another_gpu_is_handed_what_a_draft_model_guesses(cheap_drafts: None) -> None:
+    if gpu_count() < 2:
+        pytest.skip("needs two GPUs")
+    for name in ("llama3", "gemma3"):
+        assert_guesses_change_nothing(name, {"tensor_parallel_size": 2}, how=by(name))
 
 
 @pytest.mark.parametrize("gpus", [1, 2])

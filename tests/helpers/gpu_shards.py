@@ -11,10 +11,11 @@ import numpy as np
 from tensorray.actors.adapter import AdapterSource
 from tensorray.actors.array_segment import ArraySegment, Runner
 from tensorray.actors.device_adapters import DeviceAdapters
+from tensorray.actors.device_draft_model import DeviceDraftModel
 from tensorray.actors.device_drafts import DeviceDrafts
 from tensorray.actors.gpu_shard import GpuShard, GraphSizes, Limits
 from tensorray.actors.kv_cache import plan_stage
-from tensorray.actors.protocol import SegmentInfo, StepPlan, StepResult
+from tensorray.actors.protocol import KVGroups, SegmentInfo, StepPlan, StepResult
 from tensorray.builder.graph import DTypes, Segment, trace
 from tensorray.builder.joining import join
 from tensorray.builder.load import plan_bytes
@@ -104,4 +105,24 @@ def make_gpu_shard(
         processors=processors,
         adapters=held,
         drafts=drafts,
+    )
+
+
+def make_draft_model(
+    path: Path, large: Path, limits: Limits, block_size: int = 4
+) -> DeviceDraftModel:
+    """A small checkpoint as the draft model of another."""
+    model, weights = load(path)
+    groups, _ = plan_stage(load(large)[0], block_size)
+    return DeviceDraftModel(
+        HostDevice(),
+        model,
+        join(trace(model, range(model.num_layers))),
+        weights,
+        ArrayRunners(),
+        KVGroups(groups.windows, 0, block_size),
+        DTypes("float32", "float32"),
+        kv_dtype=np.float32,
+        max_model_len=limits.max_model_len,
+        step_tokens=limits.step_tokens,
     )
