@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 from tensorray.actors.speculative_config import SpeculativeConfig
 
 if TYPE_CHECKING:  # importing it would bring NumPy to every `tensorray --help`
+    from pathlib import Path
+
     from tensorray.actors.guidance import Vocabulary
     from tensorray.actors.segment_runners import SegmentBackend
     from tensorray.builder.checkpoint.base import Checkpoint
@@ -81,6 +83,18 @@ class ShardConfig:
             cache_dir=self.download_dir,
             offline=self.offline,
             hf_overrides=self.hf_overrides,
+        )
+
+    def guesser(self) -> Path:
+        """Where the checkpoint of the speculative config's model is, or is fetched to."""
+        from tensorray.builder.checkpoint import resolve_path
+
+        assert self.speculative_config is not None
+        return resolve_path(
+            str(self.speculative_config.model),
+            token=self.hf_token,
+            cache_dir=self.download_dir,
+            offline=self.offline,
         )
 
     @property

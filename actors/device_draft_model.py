@@ -18,37 +18,33 @@ from numpy.typing import NDArray
 
 from tensorray.actors.config import ShardConfig
 from tensorray.actors.device import Device
+from tensorray.actors.device_drafter import TO_COME, DeviceDrafter
 from tensorray.actors.device_sampler import DeviceSampler
 from tensorray.actors.device_weights import DevicePlacement
 from tensorray.actors.draft_books import DraftBooks
 from tensorray.actors.draft_cache import DraftCache
 from tensorray.actors.draft_choices import DraftChoices
 from tensorray.actors.draft_model import define_draft_model
-from tensorray.actors.drafter import Drafter, Guess
+from tensorray.actors.drafter import Guess
 from tensorray.actors.forward import Forward
 from tensorray.actors.program import ProgramRunner, Runners
 from tensorray.actors.protocol import KVGroups, SequenceStart
 from tensorray.actors.segment_runners import open_runners
 from tensorray.actors.step_buffers import Step, StepBuffers
 from tensorray.builder.checkpoint import open_checkpoint
+from tensorray.builder.checkpoint.open import LoadFormat
 from tensorray.builder.graph import DTypes, Program, trace
 from tensorray.builder.joining import join
 from tensorray.builder.load import load_weights, plan_bytes
 from tensorray.builder.model import Model, ShardWeights
 from tensorray.builder.precision import choose_dtypes, numpy_dtype
 
-#: Stands for a guess that the device makes.
-TO_COME = -2
 # Steps on their way to the device at once; most drafts are shorter.
 _RING = 8
 
 
-class DeviceDraftModel(Drafter):
-    """Guesses by a model of the same vocabulary, on the GPU of the shard that samples.
-
-    `prepare` comes first, then `resize` and `record`. What queues work belongs inside
-    `device.current()`.
-    """
+class DeviceDraftModel(DeviceDrafter):
+    """Guesses by a model of the same vocabulary, on the GPU of the shard that samples."""
 
     def __init__(
         self,
@@ -70,7 +66,9 @@ class DeviceDraftModel(Drafter):
         self._device = device
         self._model = model
         self._runners = runners
-        self._block_size, self._kv_dtype = groups.block_size, np.dtype(kv_dtype)
+        self.weight_bytes = plan_bytes(model, dtype=numpy_dtype(dtypes.compute))
+        itemsize = np.dtype(kv_dtype).itemsize
+        self.block_bytes = DraftCache.block_bytes(model, groups.block_size, itemsize)
         self._residual = numpy_dtype(dtypes.residual)
         longest = min(max_model_len, model.max_positions)
         self._cache = DraftCache(
@@ -93,17 +91,10 @@ class DeviceDraftModel(Drafter):
     ) -> DeviceDraftModel:
         """Load the model that a config names, for one of so many tokens. Raises CheckpointError,
         ModelConfigError or ValueError saying what does not fit."""
-        assert config.speculative_config is not None
-        name = config.speculative_config.model
-        assert name is not None
-        checkpoint = open_checkpoint(
-            name,
-            # Random weights are for both; a format is for the large one's files.
-            load_format="dummy" if config.load_format == "dummy" else "auto",
-            token=config.hf_token,
-            cache_dir=config.download_dir,
-            offline=config.offline,
-        )
+        # Random weights are for both; a format is for the large one's files.
+        load_format: LoadFormat = "dummy" if config.load_format == "dummy" else "auto"
+        name = str(config.guesser())
+        checkpoint = open_checkpoint(name, load_format=load_format)
         try:
             model = define_draft_model(checkpoint, vocab_size)
             dtypes = choose_dtypes(
@@ -140,16 +131,6 @@ class DeviceDraftModel(Drafter):
             step_tokens=step_tokens,
         )
 
-    @property
-    def block_bytes(self) -> int:
-        """Bytes of one block of its cache."""
-        return DraftCache.block_bytes(self._model, self._block_size, self._kv_dtype.itemsize)
-
-    @property
-    def weight_bytes(self) -> int:
-        """Bytes of its weights, in half precision."""
-        return plan_bytes(self._model, dtype=np.float16)
-
     def prepare(
         self,
         buffers: StepBuffers,
@@ -157,8 +138,6 @@ class DeviceDraftModel(Drafter):
         decodes: Sequence[int],
         bodies: Sequence[int],
     ) -> None:
-        """Make room for steps of the sequences that run by the large model's `buffers` and
-        `sampler`, and kernels. Graphs are to be of so many sequences, and of so many tokens."""
         self._graphs = decodes, bodies
         self._runners.prepare([*decodes, *bodies], decodes)
         self._sampler = sampler
@@ -184,13 +163,11 @@ class DeviceDraftModel(Drafter):
         self._cache.resize(num_blocks)
 
     def record(self) -> dict[int, float]:
-        """Make graphs; the seconds that decodes take, by the number of sequences."""
         self._buffers.upload(None, [])
         self._forward.record(*self._graphs)
         return self._forward.time_decodes()
 
     def forget(self) -> None:
-        """Let go of all graphs."""
         self._forward.forget()
 
     def start(self, start: SequenceStart) -> None:
@@ -209,7 +186,6 @@ class DeviceDraftModel(Drafter):
         tables: Sequence[NDArray[Any]],
         guess: Guess,
     ) -> list[list[int]]:
-        """How many guesses there will be, each `TO_COME`; `enqueue` makes them, or fewer."""
         self._due = self._books.due(seqs)
         return [[TO_COME] * self._length(seq, room) for seq, room in zip(seqs, rooms, strict=True)]
 
@@ -220,34 +196,33 @@ class DeviceDraftModel(Drafter):
             return 0  # it has no turn, or its prompt is not all run yet
         return min(room, self._books.longest - known + 1)
 
-    def enqueue(self, lengths: Mapping[int, int], rows: Mapping[int, int], into: Any) -> None:
-        """Queue the making of so many guesses for sequences, falling in number, in their rows of
-        the tables, which are up to date: int32 [sum(lengths)], all first ones before all second
-        ones."""
+    def enqueue(
+        self, lengths: Mapping[int, int], at: Mapping[int, int], rows: Any, into: Any
+    ) -> None:
         if not self._due:
             return
-        first = self._first_step([*lengths], rows)
+        first = self._first_step([*lengths], at)
         self._choices.begin()
         greedy = not any(map(self._sampler.draws, lengths))
         logits = self._run(first)
-        at = 0
+        done = 0
         for ahead in range(max(lengths.values(), default=0)):
             count = sum(length > ahead for length in lengths.values())
             if ahead:
                 logits = self._run(_decode(first, count, ahead))
-            rows_now = self._buffers.sample_rows[:count]
-            into[at : at + count] = self._choices.enqueue(logits, rows_now, greedy=greedy)
-            at += count
+            guesses = self._choices.enqueue(logits, rows[:count], greedy=greedy)
+            into[done : done + count] = guesses
+            done += count
         for seq, chunk in self._due.items():
             self._books[seq].computed += len(chunk) + max(lengths.get(seq, 0) - 1, 0)
         self._due = {}
 
-    def _first_step(self, guessing: list[int], rows: Mapping[int, int]) -> Step:
+    def _first_step(self, guessing: list[int], at: Mapping[int, int]) -> Step:
         """What has come since the last one: of those who guess, and then of others."""
         due, wanted = self._due, len(guessing)
         seqs = guessing + [seq for seq in due if seq not in guessing]
         counts = np.array([len(due[seq]) for seq in seqs], np.int32)
-        own = np.array([rows[seq] for seq in seqs], np.int32)
+        own = np.array([at[seq] for seq in seqs], np.int32)
         ends = np.cumsum(counts)
         return Step(
             tokens=int(ends[-1]),

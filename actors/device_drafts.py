@@ -1,5 +1,5 @@
-"""Guessed tokens on a GPU: looked up on the host or made by a draft model, run and chosen on the
-device.
+"""Guessed tokens on a GPU: looked up on the host or made on the device (device_drafter.py), run and
+chosen there.
 
 A draft runs as a sequence of one token beside the one it is for, with the same block table, at the
 position after it. So a step of decodes and drafts is one of decodes alone for all kernels but
@@ -31,16 +31,22 @@ from numpy.typing import NDArray
 
 from tensorray.actors.config import ShardConfig
 from tensorray.actors.device import Device
-from tensorray.actors.device_draft_model import TO_COME, DeviceDraftModel
+from tensorray.actors.device_draft_model import DeviceDraftModel
+from tensorray.actors.device_drafter import TO_COME, DeviceDrafter
+from tensorray.actors.device_medusa import DeviceMedusa
 from tensorray.actors.device_ranks import DeviceRanks
 from tensorray.actors.device_sampler import DeviceSampler, Sampled
 from tensorray.actors.drafter import Drafter
+from tensorray.actors.forward import Forward
 from tensorray.actors.lookup_drafter import LookupDrafter
+from tensorray.actors.medusa import open_medusa
 from tensorray.actors.protocol import Drafting, KVGroups, Logprobs, StepPlan
 from tensorray.actors.speculation import pad, unpad
 from tensorray.actors.step_buffers import RunningSequences, Step, StepBuffers
+from tensorray.builder.graph import DTypes
 from tensorray.builder.load import plan_bytes
-from tensorray.builder.model import Model
+from tensorray.builder.model import Model, Weights
+from tensorray.builder.precision import numpy_dtype
 
 #: The most drafts of a step: more rows than this together cost what they are.
 MAX_DRAFTS = 64
@@ -53,7 +59,7 @@ _LEAST_ROW_COST = 0.002
 # adds, whose guess is looked up and whose tokens are passed on; and each round, which was measured.
 # The others are estimates: steps that waited took 0.13 to 0.29 ms more in all (NOTES.md).
 _TURN_SECONDS, _SEQUENCE_SECONDS, _ROUND_SECONDS = 0.35e-3, 0.04e-3, 0.045e-3
-# What a draft model's guess takes besides its step: a choice and the copy of it (an estimate).
+# What a guess made on the device takes besides its logits: a choice and its copy (an estimate).
 _GUESS_SECONDS = 0.05e-3
 
 _NO_ROW = np.empty(0, np.float32)
@@ -97,10 +103,10 @@ def check_drafts(config: ShardConfig) -> None:
     how = config.speculative_config
     if how is None:
         return
-    if how.method not in ("ngram", "draft_model"):
+    if how.method not in ("ngram", "draft_model", "medusa"):
         raise ValueError(
             f"--speculative-config: method {how.method!r} is for CPUs so far; on GPUs there are "
-            'prompt lookup, {"method": "ngram"}, and draft models, {"model": "a/small-model"}'
+            "ngram, draft_model and medusa"
         )
     if config.layout.pp_size > 1:
         raise ValueError(
@@ -113,13 +119,15 @@ def open_drafts(
     config: ShardConfig,
     device: Device,
     model: Model,
+    head: Weights,
     groups: KVGroups,
+    dtypes: DTypes,
     *,
     max_model_len: int,
     step_tokens: int,
 ) -> DeviceDrafts | None:
-    """The drafts that a config asks for, for a model whose cache is to have this shape. Raises
-    CheckpointError, ModelConfigError or ValueError saying what does not fit."""
+    """The drafts that a config asks for, for a model with this head, whose cache is to have this
+    shape. Raises CheckpointError, ModelConfigError or ValueError saying what does not fit."""
     how = config.speculative_config
     if how is None:
         return None
@@ -132,16 +140,23 @@ def open_drafts(
     if how.method == "ngram":
         lookup = LookupDrafter(how.prompt_lookup_min, how.prompt_lookup_max)
         return DeviceDrafts(lookup, drafting)
-    small = DeviceDraftModel.load(
-        config,
-        device,
-        groups,
-        vocab_size=model.vocab_size,
-        max_model_len=max_model_len,
-        step_tokens=step_tokens,
-    )
-    cost = small.weight_bytes / plan_bytes(model, dtype=np.float16)
-    return DeviceDrafts(small, msgspec.structs.replace(drafting, round_cost=cost))
+    compute = numpy_dtype(dtypes.compute)
+    maker: DeviceDrafter
+    if how.method == "medusa":
+        heads = open_medusa(config.guesser(), model)
+        residual = numpy_dtype(dtypes.residual)
+        maker = DeviceMedusa(device, heads, model, head, dtype=compute, residual=residual)
+    else:
+        maker = DeviceDraftModel.load(
+            config,
+            device,
+            groups,
+            vocab_size=model.vocab_size,
+            max_model_len=max_model_len,
+            step_tokens=step_tokens,
+        )
+    cost = maker.weight_bytes / plan_bytes(model, dtype=compute)
+    return DeviceDrafts(maker, msgspec.structs.replace(drafting, round_cost=cost))
 
 
 class DeviceDrafts:
@@ -152,9 +167,11 @@ class DeviceDrafts:
     ) -> None:
         """`drafter` is None on a rank that is told of guesses. `drafting` has costs that hold where
         steps are not timed, or were, if `measured`."""
-        self.drafting = drafting
+        self._room = drafting.max_tokens
+        most = self._room if drafter is None else min(self._room, drafter.most or self._room)
+        self.drafting = msgspec.structs.replace(drafting, max_tokens=most)
         self._drafter = drafter
-        self._model = drafter if isinstance(drafter, DeviceDraftModel) else None
+        self._maker = drafter if isinstance(drafter, DeviceDrafter) else None
         self._measured = measured
         self._since: dict[int, int] = {}  # the step in which each that the drafter knows began
         # Of sequences that had room and have not run since: how many guesses were right, where
@@ -162,13 +179,18 @@ class DeviceDrafts:
         self._right: dict[int, int] = {}
 
     def most(self, max_num_seqs: int) -> int:
-        """Drafts that a step has at most."""
-        return min(self.drafting.max_tokens * max_num_seqs, MAX_DRAFTS)
+        """Drafts that a step has at most, as far as all ranks know."""
+        return min(self._room * max_num_seqs, MAX_DRAFTS)
+
+    @property
+    def keeps_states(self) -> bool:
+        """Whether steps of decodes have to leave their residual stream."""
+        return self._maker is not None and self._maker.keeps_states
 
     @property
     def block_bytes(self) -> int:
-        """Bytes of memory that a block of the KV cache takes besides, for a draft model's."""
-        return 0 if self._model is None else self._model.block_bytes
+        """Bytes of memory that a block of the KV cache takes besides."""
+        return 0 if self._maker is None else self._maker.block_bytes
 
     def prepare(
         self,
@@ -177,33 +199,33 @@ class DeviceDrafts:
         decodes: Sequence[int],
         bodies: Sequence[int],
     ) -> None:
-        """Make what a draft model runs by, if there is one: with graphs for steps of so many
-        sequences, and of so many tokens."""
-        if self._model is not None:
+        """Make room for what guesses on the device, whose graphs are to be of so many sequences,
+        and of so many tokens."""
+        if self._maker is not None:
             few = [size for size in decodes if size <= MAX_DRAFTS]
-            self._model.prepare(buffers, sampler, few, bodies)
+            self._maker.prepare(buffers, sampler, few, bodies)
 
     def resize(self, num_blocks: int) -> None:
         """The KV cache has so many blocks from now on. There are no graphs, nor sequences."""
-        if self._model is not None:
-            self._model.resize(num_blocks)
+        if self._maker is not None:
+            self._maker.resize(num_blocks)
 
     def record(self, seconds: Mapping[int, float]) -> None:
-        """Make a draft model's graphs, and work out costs; `seconds` are what the shard's steps of
-        so many rows take."""
+        """Make graphs of what guesses on the device, and work out costs; `seconds` are what the
+        shard's steps of so many rows take."""
         guesses: dict[int, float] = {}
-        if self._model is not None:
-            guesses = self._model.record()
+        if self._maker is not None:
+            guesses = self._maker.record()
         self.price(seconds, guesses)
 
     def forget(self) -> None:
-        """Let go of a draft model's graphs."""
-        if self._model is not None:
-            self._model.forget()
+        """Let go of these graphs."""
+        if self._maker is not None:
+            self._maker.forget()
 
     def price(self, seconds: Mapping[int, float], guesses: Mapping[int, float]) -> None:
-        """Work out costs from the seconds that steps of so many rows take, and those of a draft
-        model's (none if there is none)."""
+        """Work out costs from the seconds that steps of so many rows take, and those that a guess
+        on the device takes for so many sequences (none: it is the host that guesses)."""
         if self._measured or not (seconds.keys() >= {1, _ROWS}):
             return
         one = seconds[1]
@@ -286,22 +308,28 @@ class DeviceDrafts:
     ) -> None:
         """Queue the making of guesses that the device makes, into the step that is uploaded."""
         into = buffers.given(step.tokens - step.drafts, step.drafts)
-        if self._model is not None:
+        if self._maker is not None:
             buffers.update_tables()
-            self._model.enqueue(guesses.lengths, running.rows, into)
+            rows = buffers.sample_rows[: len(guesses.tokens)]
+            self._maker.enqueue(guesses.lengths, running.rows, rows, into)
         if ranks is not None and guesses.to_come:
             ranks.share(into)
 
     def enqueue(
         self,
-        guesses: Guesses,
+        guesses: Guesses | None,
         step: Step,
         sampler: DeviceSampler,
         buffers: StepBuffers,
+        forward: Forward,
         logits: Any,
     ) -> None:
-        """Queue all rounds but the first, which is queued."""
+        """Queue all rounds but the first, which is queued; after each, what guesses on the device
+        may take in what was chosen by."""
         row, packed = len(step.sampled), step.tokens - step.drafts
+        self._keep_states(forward, step, buffers, 0, row)
+        if guesses is None:
+            return
         for drafts in guesses.rounds:
             count = len(drafts)
             guesses.queued.append(
@@ -312,7 +340,16 @@ class DeviceDrafts:
                     logits[row : row + count],
                 )
             )
+            self._keep_states(forward, step, buffers, row, row + count)
             row, packed = row + count, packed + count
+
+    def _keep_states(
+        self, forward: Forward, step: Step, buffers: StepBuffers, first: int, end: int
+    ) -> None:
+        if self._maker is not None and self._maker.keeps_states:
+            stream = forward.stream(range(step.tokens))
+            rows = slice(first, end)
+            self._maker.keep_states(stream, buffers.logit_rows[rows], buffers.sample_rows[rows])
 
     def collect(
         self, guesses: Guesses, sampler: DeviceSampler

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 
 from tensorray.actors.config import ShardConfig
@@ -13,14 +11,13 @@ from tensorray.actors.drafter import Drafter
 from tensorray.actors.eagle import EagleDraft
 from tensorray.actors.eagle_parts import EagleParts, load_eagle
 from tensorray.actors.lookup_drafter import LookupDrafter
-from tensorray.actors.medusa import MedusaHeads
+from tensorray.actors.medusa import MedusaHeads, open_medusa
 from tensorray.actors.protocol import Drafting, KVGroups
 from tensorray.actors.speculation import Speculation
 from tensorray.actors.speculative_config import SpeculativeConfig
-from tensorray.builder.checkpoint import open_checkpoint, resolve_path
-from tensorray.builder.checkpoint.medusa import load_medusa
+from tensorray.builder.checkpoint import open_checkpoint
 from tensorray.builder.load import load_weights, plan_bytes
-from tensorray.builder.model import Model, ModelConfigError, ShardWeights
+from tensorray.builder.model import Model, ShardWeights
 from tensorray.builder.models.eagle import Eagle, Eagle3
 
 #: What one more token adds to a step on a CPU, of a step with one: weights are read once for up to
@@ -91,19 +88,14 @@ class OpenSpeculation:
 
     def _load_medusa(self) -> MedusaHeads:
         model = self._model
-        if type(model).final_norm is Model.final_norm:
-            raise ModelConfigError(
-                f"--speculative-config: {type(model).__name__} does not say what its final norm is "
-                "(Model.final_norm), which Medusa heads come after"
-            )
-        heads = load_medusa(self._path(), model.hidden_size, model.vocab_size)
+        heads = open_medusa(self._config.guesser(), model)
         whole = plan_bytes(model, dtype=np.float32)
         cost = sum(head.nbytes for head in heads) / len(heads) / whole
         return MedusaHeads(heads, model, self._weights.head, cost=cost)
 
     def _load_eagle(self) -> None:
         kind = Eagle3 if self._how.method == "eagle3" else Eagle
-        checkpoint = open_checkpoint(str(self._path()))
+        checkpoint = open_checkpoint(str(self._config.guesser()))
         try:
             self._eagle = load_eagle(
                 kind, checkpoint, self._model, self._weights, self._config.open
@@ -113,18 +105,8 @@ class OpenSpeculation:
         self._small = self._eagle.draft
         self._cost = self._eagle.nbytes / plan_bytes(self._model, dtype=np.float32)
 
-    def _path(self) -> Path:
-        config = self._config
-        assert self._how.model is not None
-        return resolve_path(
-            self._how.model,
-            token=config.hf_token,
-            cache_dir=config.download_dir,
-            offline=config.offline,
-        )
-
     def _load_small(self) -> None:
-        checkpoint = open_checkpoint(str(self._path()))
+        checkpoint = open_checkpoint(str(self._config.guesser()))
         try:
             small = define_draft_model(checkpoint, self._model.vocab_size)
             self._small_weights = load_weights(small, checkpoint, dtype=np.float32)

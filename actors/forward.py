@@ -44,6 +44,8 @@ class Forward:
 
     #: The other shards of the replica, once they have met; None: there are none.
     ranks: DeviceRanks | None = None
+    #: Whether graphs of decodes leave their residual stream for `stream`.
+    keeps_stream = False
 
     def __init__(
         self,
@@ -110,7 +112,7 @@ class Forward:
 
     def stream(self, rows: range) -> Any:
         """Packed rows of the residual stream of the step that `run` queued last: `[rows, width]`,
-        overwritten by the next step. Not for steps of decodes alone."""
+        overwritten by the next step. For steps of decodes alone only if `keeps_stream`."""
         return self._hidden[rows.start : rows.stop]
 
     def logits(self, first: int, count: int) -> Iterator[tuple[int, int, Any]]:
@@ -208,10 +210,9 @@ class Forward:
         batch = self._buffers.batch(size, size, max_query=1, chained=chained)
         self._ops.batch = batch
         hidden = self._runner.body(self._entering(batch))
-        if self._runner.has_head:
-            return self._runner.head(hidden)
-        self._hidden[:size] = hidden
-        return None
+        if self.keeps_stream or not self._runner.has_head:
+            self._hidden[:size] = hidden
+        return self._runner.head(hidden) if self._runner.has_head else None
 
     def _body(self, tokens: int) -> None:
         self._buffers.unpack(tokens, self._max_seqs)

@@ -236,6 +236,7 @@ class GpuShard:
                 ops.ranks = Rehearsal(device.xp, layout.tp_size)
             self._buffers.upload(None, [])
             for each in self._forwards:
+                each.keeps_stream = drafts is not None and drafts.keeps_states
                 each.warm_up()
             if drafts is not None and self._sampler is not None:
                 drafts.prepare(self._buffers, self._sampler, graphs.decodes, graphs.bodies)
@@ -332,7 +333,9 @@ class GpuShard:
             config,
             device,
             model,
+            weights.head,
             KVGroups(groups.windows, 0, groups.block_size),
+            dtypes,
             max_model_len=max_model_len,
             step_tokens=limits.step_tokens,
         )
@@ -427,8 +430,8 @@ class GpuShard:
             if step.sampled:
                 if sampler is not None:
                     sampled = sampler.enqueue(step.sampled, self._buffers.sample_rows, logits)
-                    if drafts is not None and guesses is not None:
-                        drafts.enqueue(guesses, step, sampler, self._buffers, logits)
+                    if drafts is not None:
+                        drafts.enqueue(guesses, step, sampler, self._buffers, forward, logits)
                 if ranks is not None and self._layout.pp_size == 1:
                     ranks.share(self._buffers.last_tokens)
                 elif self._layout.is_first and ranks is not None:

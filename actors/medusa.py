@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,8 +17,9 @@ from numpy.typing import NDArray
 
 from tensorray.actors.drafter import Drafter, Guess
 from tensorray.builder.array_ops import ArrayOps
-from tensorray.builder.checkpoint.medusa import MedusaHead
-from tensorray.builder.model import Model, Weights
+from tensorray.builder.checkpoint.medusa import MedusaHead, load_medusa
+from tensorray.builder.model import Model, ModelConfigError, Weights
+from tensorray.kernels import activation
 
 
 @dataclass(frozen=True)
@@ -64,13 +66,25 @@ class MedusaHeads(Drafter):
             wanting = [i for i, room in enumerate(rooms) if room > ahead]
             if not wanting:
                 break
-            for i, row in zip(wanting, self._logits(head, normed[wanting]), strict=True):
+            logits = head_logits(base.ops, head, normed[wanting])
+            for i, row in zip(wanting, logits, strict=True):
                 found[i].append(guess(seqs[i], ahead, row))
         return found
 
-    def _logits(self, head: MedusaHead, x: NDArray[np.float32]) -> NDArray[np.float32]:
-        ops = self._base.ops
-        for weight, bias in head.blocks:
-            x = x + ops.silu(ops.linear(x, weight, bias))
-        logits: NDArray[np.float32] = ops.linear(x, head.projection)
-        return logits
+
+def head_logits(ops: ArrayOps, head: MedusaHead, x: Any) -> Any:
+    """A head's logits `[R, vocab]` from normed hidden states `[R, hidden]`."""
+    for weight, bias in head.blocks:
+        x = activation.add(x, ops.silu(ops.linear(x, weight, bias)))
+    return ops.linear(x, head.projection)
+
+
+def open_medusa(path: Path, model: Model) -> list[MedusaHead]:
+    """The heads in a directory, for a model. Raises CheckpointError or ModelConfigError saying what
+    does not fit."""
+    if type(model).final_norm is Model.final_norm:
+        raise ModelConfigError(
+            f"--speculative-config: {type(model).__name__} does not say what its final norm is "
+            "(Model.final_norm), which Medusa heads come after"
+        )
+    return load_medusa(path, model.hidden_size, model.vocab_size)

@@ -243,6 +243,12 @@ class StepBuffers:
         first = self._layout.sample_rows
         return self._packed[first : first + self._layout.max_seqs]
 
+    @property
+    def logit_rows(self) -> Any:
+        """int32 on the device: the packed rows that `sample_rows` choose by."""
+        first = self._layout.logit_rows
+        return self._packed[first : first + self._layout.max_seqs]
+
     def set_last_tokens(self, rows: Ints, tokens: Ints) -> None:
         """Have rows go on from tokens that were sampled elsewhere."""
         xp = self._device.xp

@@ -171,8 +171,8 @@ class EngineConfig(BaseModel):
         description="Speculative decoding, as JSON with vLLM's keys: "
         '{"method": "ngram", "num_speculative_tokens": 5, "prompt_lookup_max": 5, '
         '"prompt_lookup_min": 2}, {"model": "a draft model"}, or {"method": "medusa", "model": '
-        '"its heads"}, or so with "eagle" or "eagle3"; same tokens, fewer steps (on GPUs '
-        "ngram and draft models alone)",
+        '"its heads"}, or so with "eagle" or "eagle3"; same tokens, fewer steps (on GPUs all '
+        "but EAGLE)",
     )
     # --- many devices ---
     tensor_parallel_size: int = Field(1, ge=1, description="Shards that split every layer")

@@ -247,7 +247,6 @@ def test_at_most_so_many_guesses_run_in_a_step() -> None:
 @pytest.mark.parametrize(
     ("how", "settings", "message"),
     [
-        ({"method": "medusa", "model": "x"}, {}, "'medusa' is for CPUs so far"),
         ({"method": "eagle", "model": "x"}, {}, "'eagle' is for CPUs so far"),
         ({"method": "eagle3", "model": "x"}, {}, "'eagle3' is for CPUs so far"),
         ({"method": "ngram"}, {"pipeline_parallel_size": 2}, "set --pipeline-parallel-size to 1"),

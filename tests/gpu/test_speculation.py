@@ -179,6 +179,37 @@ def test_a_draft_model_in_half_precision_guesses_most(kv: str) -> None:
     assert stats.accepted_tokens > 0.8 * stats.draft_tokens > 80
 
 
+@pytest.mark.parametrize("eager", [True, False], ids=["eager", "graphs"])
+def test_medusa_heads_see_what_each_token_was_chosen_from(eager: bool, tmp_path: Path) -> None:
+    pytest.importorskip("safetensors", reason="heads are written with it")
+    from helpers.medusa_heads import heads_that_know, write_heads
+
+    asked = Arrival(0, [20, 21, 22, 23, 24], Sampling(temperature=0.0), 30)
+    heads, answer = heads_that_know(directory("llama3"), asked, 3)
+    how = {"method": "medusa", "model": str(write_heads(tmp_path, heads))}
+    shard = load("llama3", how=how, enforce_eager=eager)
+    plans = scheduler(shard)
+    (found,) = run(Ahead(shard), plans, [asked], depth=shard.info.depth)
+    assert found.tokens == answer
+    assert plans.stats().accepted_tokens >= plans.stats().draft_tokens - 3 > 12
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_medusa_heads_run_in_half_precision(dtype: str, tmp_path: Path) -> None:
+    """They guess by rounded states, so what is right of it is luck."""
+    pytest.importorskip("safetensors", reason="heads are written with it")
+    from helpers.medusa_heads import heads_that_know, write_heads
+
+    asked = Arrival(0, [20, 21, 22, 23, 24], Sampling(temperature=0.7, seed=3), 30)
+    heads, _ = heads_that_know(directory("llama3"), asked, 3)
+    how = {"method": "medusa", "model": str(write_heads(tmp_path, heads))}
+    shard = load("llama3", how=how, dtype=dtype)
+    plans = scheduler(shard)
+    (found,) = run(Ahead(shard), plans, [asked], depth=shard.info.depth)
+    assert len(found.tokens) == 30
+    assert plans.stats().draft_tokens > 0
+
+
 def test_guesses_that_are_drawn_keep_the_distribution() -> None:
     found, right = write_on(CudaDevice(), texts=64, steps=1000, room=2, temperature=0.8)
     assert sum(map(len, found)) > 100_000
@@ -313,6 +344,18 @@ def test_another_gpu_is_handed_what_a_draft_model_guesses(cheap_drafts: None) ->
         pytest.skip("needs two GPUs")
     for name in ("llama3", "gemma3"):
         assert_guesses_change_nothing(name, {"tensor_parallel_size": 2}, how=by(name))
+
+
+def test_another_gpu_is_handed_what_medusa_heads_guess(tmp_path: Path, cheap_drafts: None) -> None:
+    if gpu_count() < 2:
+        pytest.skip("needs two GPUs")
+    pytest.importorskip("safetensors", reason="heads are written with it")
+    from helpers.medusa_heads import heads_that_know, write_heads
+
+    known = Arrival(0, PHRASES[0], Sampling(temperature=0.0), 30)
+    heads, _ = heads_that_know(directory("llama3"), known, 3)
+    how = {"method": "medusa", "model": str(write_heads(tmp_path, heads))}
+    assert_guesses_change_nothing("llama3", {"tensor_parallel_size": 2}, how=how)
 
 
 @pytest.mark.parametrize("gpus", [1, 2])
