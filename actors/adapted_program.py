@@ -62,8 +62,6 @@ class AdaptedSegment(FusedSegment):
 class AdaptedProgram(ProgramRunner):
     """A program whose rows have the adapters that `DeviceAdapters` was told of last."""
 
-    places_count = True
-
     def __init__(
         self, program: Program, ops: ArrayOps, weights: ShardWeights, adapters: DeviceAdapters
     ) -> None:

@@ -72,9 +72,6 @@ class Forward:
         self._chains: dict[int, Callable[[], Any]] = {}  # decodes with drafts
         self._bodies: dict[int, Callable[[], None]] = {}
         self._heads: dict[int, Callable[[], Any]] = {}
-        # Rows of the stream that are scored, and the graph that makes logits of them.
-        self._scored = device.xp.zeros((min(_SCORED_ROWS, max_tokens), width), residual)
-        self._scores: Callable[[], Any] | None = None
         self._decode_sizes = Buckets([])
         self._chain_sizes = Buckets([])
         self._body_sizes = Buckets([])
@@ -121,16 +118,12 @@ class Forward:
     def logits(self, first: int, count: int) -> Iterator[tuple[int, int, Any]]:
         """Logits of packed rows of the step that `run` queued last: (first row, number of rows,
         logits `[rows, vocab]`), in pieces of bounded size."""
-        chunk = len(self._scored)
+        chunk = min(_SCORED_ROWS, self._max_tokens)
         for at in range(first, first + count, chunk):
             rows = min(chunk, first + count - at)
             # Always as many rows, so that whatever is tuned by their number is so once.
             start = min(at, self._max_tokens - chunk)
-            if self._scores is None:
-                logits = self._runner.head_of(self._hidden, start, chunk)
-            else:
-                self._scored[:] = self._hidden[start : start + chunk]
-                logits = self._scores()
+            logits = self._runner.head_of(self._hidden, start, chunk)
             yield at, rows, logits[at - start : at - start + rows]
 
     def warm_up(self) -> None:
@@ -161,9 +154,6 @@ class Forward:
         heads = {*decodes, *chains} if bodies and self._runner.has_head else ()
         for size in sorted(heads, reverse=True):
             self._heads[size] = self._recorded("head", size, self._head)
-        if heads and not self._runner.places_count:
-            # Prompts' logits take no memory of their own then, however many come together.
-            self._scores = self._recorded("scores", len(self._scored), self._score)
         self._decode_sizes = Buckets([*self._decodes])
         self._chain_sizes = Buckets([*self._chains])
         self._body_sizes = Buckets([*self._bodies])
@@ -171,11 +161,7 @@ class Forward:
         self._device.mark().wait()
         logger.info(
             "recorded %d graphs in %.1f s, %.0f MiB",
-            len(self._decodes)
-            + len(self._chains)
-            + len(self._bodies)
-            + len(self._heads)
-            + (self._scores is not None),
+            len(self._decodes) + len(self._chains) + len(self._bodies) + len(self._heads),
             time.perf_counter() - began,
             (before - self._device.free_memory()) / 2**20,
         )
@@ -206,7 +192,6 @@ class Forward:
     def forget(self) -> None:
         """Let go of all graphs: of the memory they write to, and of the ranks they speak to."""
         self._decodes, self._chains, self._bodies, self._heads = {}, {}, {}, {}
-        self._scores = None
         self._decode_sizes = self._chain_sizes = Buckets([])
         self._body_sizes = self._head_sizes = Buckets([])
         gc.collect()
@@ -237,9 +222,6 @@ class Forward:
     def _entering(self, batch: Batch) -> Any:
         """What the layers begin with: tokens, or the residual stream."""
         return batch.tokens if self._received is None else self._received[: len(batch.tokens)]
-
-    def _score(self, rows: int) -> Any:
-        return self._runner.head_of(self._scored, 0, rows)
 
     def _head(self, rows: int) -> Any:
         self._ops.batch = self._buffers.batch(0, 0, max_query=None, rows=rows)

@@ -77,9 +77,6 @@ class ProgramRunner:
         assert self._select is not None, "only the last stage has a head"
         return self._run(self._head, {self._select.outputs[0]: rows}, self._result, len(rows))
 
-    #: Whether `head_of` goes by where rows are as well, not by what they hold alone.
-    places_count = False
-
     def head_of(self, hidden: Any, first: int, count: int) -> Any:
         """Logits of packed rows of a step, from `first` on, of its residual stream."""
         return self.head(hidden[first : first + count])
