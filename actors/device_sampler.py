@@ -44,7 +44,7 @@ from tensorray.kernels.rows import gather_rows
 
 _SEED_MASK = 2**64 - 1
 _MIN_BIASES = 64  # room for the logit bias of a slot, which grows
-_MIN_SLOTS = 4
+_SLOTS = 256  # that there is room for at once; more grow by as many
 _MIN_PINNED = 1024  # bytes
 _UPLOADS_UNDER_WAY = 64
 
@@ -187,8 +187,9 @@ class DeviceSampler:
     `device.current()`, one at a time. After `enqueue`, in stream order, `last_tokens[row]` is the
     sequence's new token, or what it was if none could be chosen.
 
-    A sequence that edits its logits (bias, allowed or banned tokens, min_tokens, penalties) takes
-    `slot_bytes` of device memory, allocated when first needed, then kept and reused.
+    A sequence that edits its logits (bias, allowed or banned tokens, min_tokens, penalties) takes a
+    slot of `slot_bytes` of device memory. What few would do without is taken at once, so that
+    serving takes no more as it goes on.
     """
 
     def __init__(
@@ -211,17 +212,18 @@ class DeviceSampler:
         self._unheard: deque[Sampled] = deque()  # whose tokens the steered wait for
         self._sequences: dict[int, _Sequence] = {}
         self._starts: dict[int, tuple[int, RowStart]] = {}  # not yet on the device
+        slots = min(max_num_seqs, _SLOTS)
         self._slots: dict[int, int] = {}
-        self._free_slots: list[int] = []
+        self._free_slots = list(range(slots - 1, -1, -1))
         self._out = xp.zeros(2 * max_num_seqs, np.int32)
         self._pinned = _PinnedPool(device)
         self._scored_on_device: tuple[list[int], Any] = ([], None)
         self._state = kernels.RowState(
             rows=xp.zeros((max_num_seqs, kernels.ROW.itemsize), np.uint8),
             last_tokens=xp.zeros(max_num_seqs, np.int32) if last_tokens is None else last_tokens,
-            words=xp.zeros((0, vocab_size), np.uint32),
-            bias_tokens=xp.zeros((0, _MIN_BIASES), np.int32),
-            biases=xp.zeros((0, _MIN_BIASES), np.float32),
+            words=xp.zeros((slots, vocab_size), np.uint32),
+            bias_tokens=xp.zeros((slots, _MIN_BIASES), np.int32),
+            biases=xp.zeros((slots, _MIN_BIASES), np.float32),
         )
 
     def prepare(self, dtype: Any) -> None:
@@ -592,7 +594,7 @@ class DeviceSampler:
         if not self._free_slots:
             xp, state = self._device.xp, self._state
             have = len(state.words)
-            more = min(max(have, _MIN_SLOTS), max(len(state.rows) - have, 1))
+            more = min(_SLOTS, max(len(state.rows) - have, 1))
             state.words = _grown(xp, state.words, have + more, self.vocab_size)
             width = state.biases.shape[1]
             state.bias_tokens = _grown(xp, state.bias_tokens, have + more, width)

@@ -162,6 +162,20 @@ def test_slots_are_reused_and_biases_grow() -> None:
     assert len(pair.device._state.words) == 3
 
 
+@pytest.mark.parametrize("rows", [3, 300])
+def test_room_for_edits_is_taken_before_it_is_needed(rows: int) -> None:
+    """For 256 sequences at once; for as many again when they are more."""
+    sampler = DeviceSampler(HostDevice(), 40, rows)
+    room = len(sampler._state.words)
+    assert room == min(rows, 256)
+    for row in range(rows):
+        sampler.start(start(row, Sampling(frequency_penalty=1.0)), row)
+        sampler.enqueue([row], np.array([row], np.int32), np.zeros((1, 40), np.float32))
+        if row < 256:
+            assert len(sampler._state.words) == room
+    assert len(sampler._state.words) == rows
+
+
 def test_half_precision_logits_mean_their_float32_values() -> None:
     pair = Pair()
     pair.start(start(0, Sampling(logprobs=3, seed=8)), 0)
