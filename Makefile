@@ -9,6 +9,9 @@ ROOMS := builder kernels actors cluster deploy
 # What an install depends on besides Python modules, which an editable install reads in place.
 BUILD_INPUTS := pyproject.toml $(wildcard setup.py kernels/*.c kernels/*.h kernels/*/*.c kernels/*/*.h)
 
+# Ray starts processes by the hundred, each of which would compile all that it imports anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test lint typecheck pytest bench fuzz soak clean
 
 demo: $(VENV)/.installed-demo
