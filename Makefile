@@ -28,7 +28,7 @@ lint: $(VENV)/.installed-dev
 typecheck: $(VENV)/.installed-dev
 	@mkdir -p .typecheck/tensorray
 	@for part in __init__.py $(ROOMS); do ln -sfn ../../$$part .typecheck/tensorray/$$part; done
-	@MYPYPATH=.typecheck $(BIN)/mypy -p tensorray
+	@MYPYPATH=.typecheck $(BIN)/mypy --num-workers 2 -p tensorray
 
 # Unit tests side by side; then those that start a cluster or hold a model, one after another, as
 # two clusters' starts wear out each other's patience. PYTEST_ARGS may narrow either down to nothing,
