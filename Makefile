@@ -30,9 +30,8 @@ typecheck: $(VENV)/.installed-dev
 	@for part in __init__.py $(ROOMS); do ln -sfn ../../$$part .typecheck/tensorray/$$part; done
 	@MYPYPATH=.typecheck $(BIN)/mypy --num-workers 2 -p tensorray
 
-# Unit tests side by side; then those that start a cluster or hold a model, one after another, as
-# two clusters' starts wear out each other's patience. PYTEST_ARGS may narrow either down to nothing,
-# which pytest calls 5.
+# Tests side by side; then those that start a cluster, one after another, as two clusters' starts
+# wear out each other's patience. PYTEST_ARGS may narrow either down to nothing, which pytest calls 5.
 #
 # What fails is tried once more: a machine whose cores are taken away for seconds must not cost the
 # whole run. The summary names what was tried again (RERUN); a test that is named there twice is to
@@ -40,9 +39,9 @@ typecheck: $(VENV)/.installed-dev
 RERUN := --reruns 1 -raR
 
 pytest: $(VENV)/.installed-dev
-	@$(BIN)/python -m pytest -n 2 --dist worksteal $(RERUN) -m "not ray and not model" $(PYTEST_ARGS) \
+	@$(BIN)/python -m pytest -n 2 --dist worksteal $(RERUN) -m "not ray" $(PYTEST_ARGS) \
 		|| [ $$? -eq 5 ]
-	@$(BIN)/python -m pytest $(RERUN) -m "ray or model" $(PYTEST_ARGS) || [ $$? -eq 5 ]
+	@$(BIN)/python -m pytest $(RERUN) -m ray $(PYTEST_ARGS) || [ $$? -eq 5 ]
 
 # REFERENCE_PYTHON=/path/to/python, one with torch and transformers, adds the comparison.
 bench: $(VENV)/.installed-demo

@@ -8,7 +8,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -43,12 +43,22 @@ def logs_as_they_were(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def one_tokenizer() -> Iterator[None]:
-    """Gemma's vocabulary is long: to load its tokenizer takes seconds, so it is done once."""
+def load_once() -> Callable[..., Any]:
+    from tensorray.cluster import frontend
+
+    return functools.cache(frontend.load_tokenizer)
+
+
+@pytest.fixture(scope="module")
+def one_tokenizer(load_once: Callable[..., Any]) -> Iterator[None]:
+    """Gemma's vocabulary is long: to load its tokenizer takes seconds, so it is done once.
+
+    Modules that do not ask for this load theirs: what they load may have changed on disk.
+    """
     from tensorray.cluster import frontend
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(frontend, "load_tokenizer", functools.cache(frontend.load_tokenizer))
+        patch.setattr(frontend, "load_tokenizer", load_once)
         yield
 
 
