@@ -48,7 +48,6 @@ class Device(Protocol):
 
     xp: Any  # the array module
     name: str
-    queues: bool  # False in tests alone, where calls do their work at once, and so wait for others
 
     def current(self) -> AbstractContextManager[None]:
         """Make the device, and its stream, what array calls of this thread use."""
@@ -99,7 +98,6 @@ class Device(Protocol):
 class CudaDevice:
     """An NVIDIA GPU through CuPy. Raises DeviceError if there is none that can be used."""
 
-    queues = True
     #: Whether small sums over GPUs may be made by a kernel of our own.
     own_sums = True
 

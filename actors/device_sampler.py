@@ -188,8 +188,8 @@ class DeviceSampler:
     sequence's new token, or what it was if none could be chosen.
 
     A sequence that edits its logits (bias, allowed or banned tokens, min_tokens, penalties) takes a
-    slot of `slot_bytes` of device memory. What few would do without is taken at once, so that
-    serving takes no more as it goes on.
+    slot of `slot_bytes` of device memory. Slots for up to 256 are allocated at the start, so that
+    device memory does not grow while serving; more come as they are needed.
     """
 
     def __init__(

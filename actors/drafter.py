@@ -73,6 +73,7 @@ class Drafter:
         """Up to `rooms[i]` tokens that `seqs[i]` may go on with.
 
         `tables`, int32 [len(seqs), blocks] for each KV group, are the sequences' block tables, with
-        room for the positions of all known tokens and the guesses.
+        room for the positions of all known tokens and the guesses; on a GPU there are none, since
+        the host has no part in what goes by them.
         """
         return [[] for _ in seqs]

@@ -1,4 +1,4 @@
-"""A shard on a GPU: steps are started one ahead, run from graphs, and sampled where they ran.
+"""A shard on a GPU: steps are started ahead, run from graphs, and sampled where they ran.
 
 `submit` packs a plan, uploads it and queues all of its step on the device, sampling included;
 nothing in it waits. The tokens it chose stay on the device as the next step's input. What `submit`
@@ -18,6 +18,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -160,7 +161,7 @@ class GpuShard:
         self._graphs = graphs
         self._groups = len(groups.groups)
         # Steps in flight: one a stage, one waits behind them.
-        depth = layout.pp_size + 1 if device.queues else max(2, layout.pp_size)
+        depth = layout.pp_size + 1
         # A pipelined step may run one token past the last one that counts.
         self._width = -(-(limits.max_model_len + 1) // groups.block_size)
         self._lock = threading.Lock()  # submit and results come from two threads
@@ -197,6 +198,11 @@ class GpuShard:
             self._beams = BeamStarts()
             self._ranks: DeviceRanks | None = None
             self._unheard: deque[NDArray[np.int32]] = deque()  # rows whose tokens are to come
+            # Tells the first stage a step's tokens. Whoever starts a step may hold the lock until
+            # that has run, which may need these tokens, so they wait for no lock.
+            self._teller: ThreadPoolExecutor | None = None
+            if self._sampler is not None and layout.pp_size > 1:
+                self._teller = ThreadPoolExecutor(1, thread_name_prefix="teller")
             kv_dtype = numpy_dtype(dtypes.compute) if kv_dtype is None else kv_dtype
             residual = numpy_dtype(dtypes.residual)
             self._ops = ops = ArrayOps(
@@ -426,10 +432,12 @@ class GpuShard:
                 forward = self._adapted
             self._hear(step.rows)  # as late as can be: this may have to wait
             logits = forward.run(step)
-            sampled = None
+            sampled = told = None
             if step.sampled:
                 if sampler is not None:
                     sampled = sampler.enqueue(step.sampled, self._buffers.sample_rows, logits)
+                    if self._teller is not None and ranks is not None:
+                        told = self._teller.submit(_tell, sampled, ranks)
                     if drafts is not None:
                         drafts.enqueue(guesses, step, sampler, self._buffers, forward, logits)
                 if ranks is not None and self._layout.pp_size == 1:
@@ -444,6 +452,7 @@ class GpuShard:
                 plan.step,
                 step,
                 sampled,
+                told,
                 guesses,
                 prompts,
                 states,
@@ -569,6 +578,8 @@ class GpuShard:
             self._device.mark().wait()
             self._forget_graphs()
             self._leave()
+        if self._teller is not None:
+            self._teller.shutdown(wait=False)
         if self._adapters is not None:
             del self._adapted
         self._adapters = self._drafts = None
@@ -659,6 +670,8 @@ class GpuShard:
             ranks.check()
         if (sampler := self._sampler) is None:
             return StepResult(step=pending.number, seqs=[], tokens=[])
+        if pending.told is not None:
+            pending.told.result()
         with self._lock:
             seqs = pending.step.sampled
             tokens: list[int] = []
@@ -666,8 +679,6 @@ class GpuShard:
             failed: dict[int, str] = {}
             if pending.sampled is not None:
                 tokens, logprobs, failed = sampler.collect(pending.sampled)
-                if ranks is not None and self._layout.pp_size > 1:
-                    ranks.tell(np.array(tokens, np.int32))
             drafted: dict[int, int] = {}
             further: dict[int, list[Logprobs]] = {}
             if (drafts := self._drafts) is not None:
@@ -716,9 +727,18 @@ class _Pending:
     number: int
     step: Step
     sampled: Sampled | None
+    told: Future[None] | None  # its tokens, to the first of several stages
     guesses: Guesses | None  # None: the plan had no room for any
     prompts: list[list[PromptScores]]  # a list for each of the step's scored chunks
     states: list[HostRows | None]  # for each of its pooled chunks; None: it needs none
     unserved: dict[int, str]  # sequences that can't go on, and why
     mark: Mark
     began: float
+
+
+def _tell(sampled: Sampled, ranks: DeviceRanks) -> None:
+    """Wait for a step's tokens, and tell the first stage."""
+    assert sampled.mark is not None
+    sampled.mark.wait()
+    ranks.check()
+    ranks.tell(sampled.results[0])

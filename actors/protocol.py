@@ -195,7 +195,8 @@ class ShardInfo(msgspec.Struct, frozen=True):
     step_tokens: int = 512  # the most a step may run
     # Whether it sends results; of a replica's shards one does, the others tell of failures only.
     answers: bool = True
-    depth: int = 1  # steps worth having in flight: 2 if the device runs while the host prepares
+    # Steps worth having in flight: one a stage, one more if the device runs while the host works.
+    depth: int = 1
     drafting: Drafting | None = None  # None: it takes no room for drafts
     # Of the replica's shards, by rank; none where a device keeps no pages.
     doors: list[Door] = []

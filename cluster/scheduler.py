@@ -114,7 +114,8 @@ class Scheduler:
 
     With `micro_batches` above 1 the decodes are shared out over that many plans, for a pipeline
     whose stages work on one plan each: a sequence is in one plan at a time, or, with `ahead`, in
-    its next one before its last token is known, as without micro-batches.
+    its next one before its last token is known, as without micro-batches, but then in none that
+    comes so soon that a stage would wait for that token, unless there is nothing else to run.
 
     `drafting` says how the shard drafts, if it does (and `micro_batches` is 1 then).
     """
@@ -288,7 +289,12 @@ class Scheduler:
             resting |= {s for s in self._decoding if self._drafts.awaits(s)}
             # Whether drafts pay may have changed since; how far these have come is still not known.
             resting.update(self._guessing)
-        resting |= self._extend_decodes(resting)
+        stuck = self._extend_decodes(resting)
+        if stuck and resting and self._micro_batches > 1 and not self._in_flight:
+            # Those whose turn it is stand still, and no result will change that: all may go.
+            stuck |= self._extend_decodes(stuck)
+            resting = set()
+        resting |= stuck
         self._admit()
         chunks = self._share_out(resting) if self._prefilling else []
 
@@ -451,6 +457,7 @@ class Scheduler:
             if group.running:
                 self._fold(group)
         self._in_flight.clear()
+        self._recent.clear()
         self._guessing = {}
         self._ends = []
         self._new_blocks = {}
@@ -536,9 +543,10 @@ class Scheduler:
         """
         if self._ahead:
             recent: set[Sequence] = set().union(*self._recent)
-            turn = [s for s in self._decoding if s not in recent or s.computed < len(s.tokens)]
+            going = [s for s in self._decoding if not _ending(s)]
+            turn = [s for s in going if s not in recent or s.computed < len(s.tokens)]
             if not turn and not self._prefilling and not self._waiting:
-                turn = self._decoding  # rather wait in a stage than here
+                turn = going  # rather wait in a stage than here
             share = -(-len(self._decoding) // self._micro_batches)
             return set(self._decoding) - set(turn[:share])
         turn = [s for s in self._decoding if s.computed < len(s.tokens)]

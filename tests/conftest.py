@@ -44,6 +44,7 @@ def logs_as_they_were(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def load_once() -> Callable[..., Any]:
+    """`load_tokenizer`, which keeps what it has loaded."""
     from tensorray.cluster import frontend
 
     return functools.cache(frontend.load_tokenizer)

@@ -19,6 +19,7 @@ from tensorray.actors import shard_host
 from tensorray.actors.communicator import CommunicatorError
 from tensorray.actors.config import ShardConfig
 from tensorray.actors.gpu_shard import GraphSizes, Limits
+from tensorray.actors.logits_processors import load_registry
 from tensorray.cluster.assembly import GenerationFailed
 from tensorray.cluster.llm import LLM, SamplingParams
 
@@ -40,6 +41,7 @@ def on_arrays(config: ShardConfig) -> StepwiseShard:
         graphs=GraphSizes([1, 2, 4, 8], [8, 16, 24]),
         num_blocks=60 + config.layout.rank,
         vocabulary=config.vocabulary,
+        processors=load_registry(config.logits_processors),
     )
 
 
@@ -111,6 +113,49 @@ def test_a_layout_chooses_the_tokens_of_one_shard(
                 assert a is not None
                 assert b is not None
                 assert a.logprob == pytest.approx(b.logprob, abs=1e-4)
+
+
+class Odd:
+    """A user's logits processor, which the host runs: tokens are odd and even in turn."""
+
+    def __call__(self, output: list[int], prompt: list[int], logits: Any) -> None:
+        logits[len(output) % 2 :: 2] = float("-inf")
+
+
+STEERED: list[dict[str, Any]] = [
+    {"logits_processors": [{"name": "Odd"}]},
+    {"bad_words": [[5, 6], [7]]},
+    {"no_repeat_ngram_size": 2},
+    {},
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "layout"), [("llama3", PP2), ("gemma3", PP3), ("llama3", TP2 | PP2)], ids=str
+)
+@pytest.mark.parametrize("at_once", [1, 4])
+def test_a_pipeline_goes_on_while_its_last_stage_waits_for_logits(
+    monkeypatch: pytest.MonkeyPatch, name: str, layout: Any, at_once: int
+) -> None:
+    """What steers a sequence has to see its last token, or its logits, before the next choice:
+    and these come only if the first stage is told the tokens of the step before."""
+    settings = SMALL | {"logits_processors": [f"{__file__}:Odd"]}
+    params = [
+        SamplingParams(temperature=0, max_tokens=10, ignore_eos=True, **each) for each in STEERED
+    ]
+    with LLM(str(directory(name)), device="cpu", **settings) as llm:
+        expected = llm.generate(PROMPTS[:4], params)
+    with gpus(monkeypatch, name, **{"logits_processors": [f"{__file__}:Odd"]}, **layout) as (
+        llm,
+        _,
+    ):
+        found = [
+            output
+            for i in range(0, 4, at_once)
+            for output in llm.generate(PROMPTS[i : i + at_once], params[i : i + at_once])
+        ]
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.outputs[0].token_ids == theirs.outputs[0].token_ids
 
 
 def _aborted(shard: StepwiseShard) -> bool:

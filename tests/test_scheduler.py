@@ -785,6 +785,26 @@ def test_prompts_go_into_micro_batches_ahead_of_decodes_that_would_wait() -> Non
     rig.check_outputs()
 
 
+@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize("stages", [2, 3])
+@pytest.mark.parametrize("seqs", [2, 3, 4, 7])
+def test_micro_batches_go_on_when_blocks_run_short(seqs: int, stages: int, ahead: bool) -> None:
+    """Those whose turn it is may all stand still for want of a block: then others get the turn."""
+    for num_blocks in range(14, 25):
+        rig = Rig(
+            num_blocks=num_blocks,
+            micro_batches=stages,
+            ahead=ahead,
+            depth=stages + ahead,
+            max_model_len=60,
+        )
+        for i in range(seqs):
+            rig.add(tokens(i, 9), max_tokens=28)
+        rig.run()
+        rig.check_outputs()
+        rig.check_released()
+
+
 def test_micro_batches_leave_nobody_behind_at_any_depth() -> None:
     rig = Rig(micro_batches=3, depth=1)
     for i in range(7):

@@ -20,7 +20,6 @@ class HostDevice:
 
     xp: Any = np
     name = "NumPy"
-    queues = False
 
     def __init__(self, memory: int = 64 << 20) -> None:
         self._memory = memory
