@@ -40,7 +40,7 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, islice
 from typing import Literal
 
 import msgspec
@@ -151,8 +151,6 @@ class Scheduler:
         self._max_waiting_tokens = max_waiting_tokens
         self._micro_batches = micro_batches
         self._ahead = ahead and micro_batches > 1
-        # What the newest plans run, one plan fewer than there are stages.
-        self._recent: deque[set[Sequence]] = deque(maxlen=micro_batches - 1)
         self._drafts = None if drafting is None else DraftLength(drafting)
 
         self._sequences: dict[int, Sequence] = {}  # all unfinished ones
@@ -165,8 +163,9 @@ class Scheduler:
         self._guessing: dict[Sequence, int] = {}  # with drafts in a plan that is out: which
         self._admitted = 0
         self._step = 0
-        # Plans whose results are not back: (step, [(sequence, tokens cached after its chunk)]).
-        self._in_flight: deque[tuple[int, list[tuple[Sequence, int]]]] = deque()
+        # Plans whose results are not back: (step, [(sequence, tokens cached after its chunk)], and,
+        # with `ahead`, all that it runs).
+        self._in_flight: deque[tuple[int, list[tuple[Sequence, int]], set[Sequence]]] = deque()
 
         # For the plan in the making.
         self._ends: list[int] = []
@@ -357,9 +356,8 @@ class Scheduler:
             ends=self._ends,
             copies=[copy for copies in self._copies.values() for copy in copies],
         )
-        self._in_flight.append((self._step, reached))
-        if self._ahead:
-            self._recent.append({*decoding, *(s for s, _ in chunks)})
+        ran = {*decoding, *(s for s, _ in chunks)} if self._ahead else set()
+        self._in_flight.append((self._step, reached, ran))
         self._ends = []
         self._step += 1
         return plan
@@ -373,7 +371,7 @@ class Scheduler:
         if not self._in_flight or self._in_flight[0][0] != step:
             expected = self._in_flight[0][0] if self._in_flight else "none"
             raise ValueError(f"result of step {step} out of order, expected {expected}")
-        _, reached = self._in_flight.popleft()
+        _, reached, _ = self._in_flight.popleft()
         if self._guessing:
             self._guessing = {s: plan for s, plan in self._guessing.items() if plan > step}
         progress: list[Progress] = []
@@ -457,7 +455,6 @@ class Scheduler:
             if group.running:
                 self._fold(group)
         self._in_flight.clear()
-        self._recent.clear()
         self._guessing = {}
         self._ends = []
         self._new_blocks = {}
@@ -542,7 +539,8 @@ class Scheduler:
         are still to pass the stages before the last, and whatever goes along would wait for them.
         """
         if self._ahead:
-            recent: set[Sequence] = set().union(*self._recent)
+            newest = islice(reversed(self._in_flight), self._micro_batches - 1)
+            recent = {s for _, _, ran in newest for s in ran}
             going = [s for s in self._decoding if not _ending(s)]
             turn = [s for s in going if s not in recent or s.computed < len(s.tokens)]
             if not turn and not self._prefilling and not self._waiting:
