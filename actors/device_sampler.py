@@ -212,19 +212,19 @@ class DeviceSampler:
         self._unheard: deque[Sampled] = deque()  # whose tokens the steered wait for
         self._sequences: dict[int, _Sequence] = {}
         self._starts: dict[int, tuple[int, RowStart]] = {}  # not yet on the device
-        slots = min(max_num_seqs, _SLOTS)
         self._slots: dict[int, int] = {}
-        self._free_slots = list(range(slots - 1, -1, -1))
+        self._free_slots: list[int] = []
         self._out = xp.zeros(2 * max_num_seqs, np.int32)
         self._pinned = _PinnedPool(device)
         self._scored_on_device: tuple[list[int], Any] = ([], None)
         self._state = kernels.RowState(
             rows=xp.zeros((max_num_seqs, kernels.ROW.itemsize), np.uint8),
             last_tokens=xp.zeros(max_num_seqs, np.int32) if last_tokens is None else last_tokens,
-            words=xp.zeros((slots, vocab_size), np.uint32),
-            bias_tokens=xp.zeros((slots, _MIN_BIASES), np.int32),
-            biases=xp.zeros((slots, _MIN_BIASES), np.float32),
+            words=xp.zeros((0, vocab_size), np.uint32),
+            bias_tokens=xp.zeros((0, _MIN_BIASES), np.int32),
+            biases=xp.zeros((0, _MIN_BIASES), np.float32),
         )
+        self._add_slots()
 
     def prepare(self, dtype: Any) -> None:
         """Compile the kernels for logits of a dtype, so that the first step need not."""
@@ -592,16 +592,19 @@ class DeviceSampler:
     def _slot(self, seq: int) -> int:
         """A free slot, now this sequence's."""
         if not self._free_slots:
-            xp, state = self._device.xp, self._state
-            have = len(state.words)
-            more = min(_SLOTS, max(len(state.rows) - have, 1))
-            state.words = _grown(xp, state.words, have + more, self.vocab_size)
-            width = state.biases.shape[1]
-            state.bias_tokens = _grown(xp, state.bias_tokens, have + more, width)
-            state.biases = _grown(xp, state.biases, have + more, width)
-            self._free_slots = list(range(have + more - 1, have - 1, -1))
+            self._add_slots()
         slot = self._slots[seq] = self._free_slots.pop()
         return slot
+
+    def _add_slots(self) -> None:
+        xp, state = self._device.xp, self._state
+        have = len(state.words)
+        more = min(_SLOTS, max(len(state.rows) - have, 1))
+        state.words = _grown(xp, state.words, have + more, self.vocab_size)
+        width = state.biases.shape[1]
+        state.bias_tokens = _grown(xp, state.bias_tokens, have + more, width)
+        state.biases = _grown(xp, state.biases, have + more, width)
+        self._free_slots = list(range(have + more - 1, have - 1, -1))
 
     def _grow_biases(self, width: int) -> None:
         state, slots = self._state, len(self._state.words)
