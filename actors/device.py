@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -215,6 +216,17 @@ class _CudaMark:
     def wait(self) -> None:
         with self._device.current():
             self._event.synchronize()
+
+
+def least_seconds(device: Device, work: Callable[[], Any], times: int = 3) -> float:
+    """Seconds that work takes, from its call until the device has done it: the least of some."""
+    least = float("inf")
+    for _ in range(times):
+        began = time.perf_counter()
+        work()
+        device.mark().wait()
+        least = min(least, time.perf_counter() - began)
+    return least
 
 
 def find_device(index: int = 0) -> CudaDevice | None:

@@ -202,17 +202,13 @@ class DeviceDraftModel(DeviceDrafter):
         if not self._due:
             return
         first = self._first_step([*lengths], at)
-        self._choices.begin()
+        first_logits = self._run(first)  # even if nobody guesses: prompts are taken in
+
+        def logits(ahead: int, count: int) -> Any:
+            return self._run(_decode(first, count, ahead)) if ahead else first_logits
+
         greedy = not any(map(self._sampler.draws, lengths))
-        logits = self._run(first)
-        done = 0
-        for ahead in range(max(lengths.values(), default=0)):
-            count = sum(length > ahead for length in lengths.values())
-            if ahead:
-                logits = self._run(_decode(first, count, ahead))
-            guesses = self._choices.enqueue(logits, rows[:count], greedy=greedy)
-            into[done : done + count] = guesses
-            done += count
+        self._choices.fill([*lengths.values()], rows, into, logits, greedy=greedy)
         for seq, chunk in self._due.items():
             self._books[seq].computed += len(chunk) + max(lengths.get(seq, 0) - 1, 0)
         self._due = {}

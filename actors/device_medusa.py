@@ -8,14 +8,14 @@ graphs.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tensorray.actors.device import Device
+from tensorray.actors.device import Device, least_seconds
 from tensorray.actors.device_drafter import TO_COME, DeviceDrafter
 from tensorray.actors.device_sampler import DeviceSampler
 from tensorray.actors.draft_choices import DraftChoices
@@ -27,8 +27,8 @@ from tensorray.builder.checkpoint.medusa import MedusaHead
 from tensorray.builder.model import Model, Weights
 from tensorray.kernels.rows import gather_rows
 
-# Numbers of sequences that guesses are timed with, and how often.
-_TIMED_ROWS, _TIMES = (1, 16), 3
+# Numbers of sequences that guesses are timed with.
+_TIMED_ROWS = 1, 16
 # What of a head goes to the device at once.
 _SENT_BYTES = 16 << 20
 
@@ -94,14 +94,12 @@ class DeviceMedusa(DeviceDrafter):
         found = {}
         for count in _TIMED_ROWS:
             rows = self._device.xp.zeros(count, np.int32)
-            best = float("inf")
-            for _ in range(_TIMES):
-                began = time.perf_counter()
-                head_logits(self._ops, self._heads[0], self._normed(rows))
-                self._device.mark().wait()
-                best = min(best, time.perf_counter() - began)
-            found[count] = best
+            work = partial(self._guess_once, rows)
+            found[count] = least_seconds(self._device, work)
         return found
+
+    def _guess_once(self, rows: Any) -> None:
+        head_logits(self._ops, self._heads[0], self._normed(rows))
 
     def keep_states(self, stream: Any, packed: Any, rows: Any) -> None:
         words = f"u{self._states.itemsize}"  # some libraries copy few dtypes
@@ -121,16 +119,13 @@ class DeviceMedusa(DeviceDrafter):
     ) -> None:
         if not lengths:
             return
-        self._choices.begin()
-        greedy = not any(map(self._sampler.draws, lengths))
         normed = self._normed(rows)
-        done = 0
-        for ahead in range(max(lengths.values())):
-            count = sum(length > ahead for length in lengths.values())
-            logits = head_logits(self._ops, self._heads[ahead], normed[:count])
-            guesses = self._choices.enqueue(logits, rows[:count], greedy=greedy)
-            into[done : done + count] = guesses
-            done += count
+
+        def logits(ahead: int, count: int) -> Any:
+            return head_logits(self._ops, self._heads[ahead], normed[:count])
+
+        greedy = not any(map(self._sampler.draws, lengths))
+        self._choices.fill([*lengths.values()], rows, into, logits, greedy=greedy)
 
     def _normed(self, rows: Any) -> Any:
         return self._model.final_norm(self._ops, self._head, gather_rows(self._states, rows))

@@ -8,6 +8,7 @@ out: it costs guesses, never tokens.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,29 @@ class DraftChoices:
     def begin(self) -> None:
         """Queue a new start from where the sequences are."""
         kernels.copy_unedited(self._theirs, self._ours)
+
+    def fill(
+        self,
+        lengths: Sequence[int],
+        rows: Any,
+        into: Any,
+        logits: Callable[[int, int], Any],
+        *,
+        greedy: bool,
+    ) -> None:
+        """Queue so many choices for each of n sequences, falling in number, from where they are:
+        int32 [sum(lengths)], all first ones before all second ones.
+
+        `logits(ahead, count)` queues what the first `count` of them go by when they have made
+        `ahead` choices; rows and `greedy` are as `enqueue` takes them.
+        """
+        self.begin()
+        done = 0
+        for ahead in range(max(lengths, default=0)):
+            count = sum(length > ahead for length in lengths)
+            chosen = self.enqueue(logits(ahead, count), rows[:count], greedy=greedy)
+            into[done : done + count] = chosen
+            done += count
 
     def enqueue(self, logits: Any, rows: Any, *, greedy: bool) -> Any:
         """Queue the choice of one token more for n sequences: int32 [n] on the device, below 0 for

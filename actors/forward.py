@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from tensorray.actors.buckets import Buckets
-from tensorray.actors.device import Device
+from tensorray.actors.device import Device, least_seconds
 from tensorray.actors.device_ranks import DeviceRanks
 from tensorray.actors.program import ProgramRunner
 from tensorray.actors.step_buffers import Step, StepBuffers
@@ -30,8 +30,6 @@ logger = logging.getLogger(__name__)
 
 # Rows of the residual stream that prompt log-probabilities are made of at a time.
 _SCORED_ROWS = 64
-# Times that a graph is run to find out how long it takes.
-_TIMED = 3
 
 
 class Forward:
@@ -178,16 +176,7 @@ class Forward:
         return self._times(self._decodes)
 
     def _times(self, graphs: dict[int, Callable[[], Any]]) -> dict[int, float]:
-        found = {}
-        for size, run in graphs.items():
-            best = float("inf")
-            for _ in range(_TIMED):
-                began = time.perf_counter()
-                run()
-                self._device.mark().wait()
-                best = min(best, time.perf_counter() - began)
-            found[size] = best
-        return found
+        return {size: least_seconds(self._device, run) for size, run in graphs.items()}
 
     def forget(self) -> None:
         """Let go of all graphs: of the memory they write to, and of the ranks they speak to."""
