@@ -13,6 +13,7 @@ from helpers.gpu_ranks import on_gpus
 from helpers.tiny_models import directory
 
 from tensorray.cluster.llm import LLM, SamplingParams
+from tensorray.cluster.structured_outputs import StructuredOutputs
 from tensorray.kernels.cuda.all_reduce import most_bytes
 
 cupy = pytest.importorskip("cupy", reason="CuPy is not installed")
@@ -102,22 +103,55 @@ def test_a_group_that_is_aborted_waits_no_more() -> None:
     assert on_gpus(2, gpu_ranks.unanswered) == [4096.0, 4096.0]
 
 
+def like_one_gpu(
+    name: str, layout: dict[str, Any], params: list[SamplingParams], **settings: Any
+) -> None:
+    """What a layout answers to some prompts, to near-ties, is what one GPU does."""
+    prompts = [[(7 * i + j) % 80 + 3 for j in range(3 + 4 * (i % 6))] for i in range(len(params))]
+    found = []
+    for changes in ({}, layout):
+        with LLM(str(directory(name)), **SMALL, **settings, **changes) as llm:
+            found.append([output.outputs[0] for output in llm.generate(prompts, params)])
+    for one, many in zip(*found, strict=True):
+        assert one.logprobs is not None
+        margins = [entry.top[0].logprob - entry.top[1].logprob for entry in one.logprobs]
+        assert_same_tokens(many.token_ids, one.token_ids, margins)
+
+
 @pytest.mark.parametrize(
     ("name", "layout"),
     [("llama3", TP2), ("llama3", PP2), ("gemma3", TP2), ("gemma3", PP2), ("mixtral", EP2)],
     ids=str,
 )
 def test_a_layout_chooses_the_tokens_of_one_gpu(name: str, layout: Any) -> None:
-    prompts = [[(7 * i + j) % 80 + 3 for j in range(3 + 4 * (i % 6))] for i in range(12)]
     params = [
         SamplingParams(temperature=0, max_tokens=4 + i, logprobs=2, ignore_eos=True)
         for i in range(12)
     ]
-    found = []
-    for changes in ({}, layout):
-        with LLM(str(directory(name)), **SMALL, **changes) as llm:
-            found.append([output.outputs[0] for output in llm.generate(prompts, params)])
-    for one, many in zip(*found, strict=True):
-        assert one.logprobs is not None
-        margins = [entry.top[0].logprob - entry.top[1].logprob for entry in one.logprobs]
-        assert_same_tokens(many.token_ids, one.token_ids, margins)
+    like_one_gpu(name, layout, params)
+
+
+class Odd:
+    """A user's logits processor, which the host runs: tokens are odd and even in turn."""
+
+    def __call__(self, output: list[int], prompt: list[int], logits: Any) -> None:
+        logits[len(output) % 2 :: 2] = float("-inf")
+
+
+@pytest.mark.parametrize("layout", [TP2, PP2], ids=str)
+def test_a_layout_steers_as_one_gpu_does(layout: Any) -> None:
+    """What steers a sequence has to see its last token, or its logits, before the next choice,
+    while a pipeline has planned the steps that follow."""
+    steered: list[dict[str, Any]] = [
+        {"structured_outputs": StructuredOutputs(regex="[a-z]{24}")},
+        {"logits_processors": [{"name": "Odd"}]},
+        {"bad_words": [[5, 6], [7]]},
+        {"no_repeat_ngram_size": 2},
+        {"repetition_penalty": 1.5},
+        {},
+    ]
+    params = [
+        SamplingParams(temperature=0, max_tokens=16 + i, logprobs=2, **steered[i % len(steered)])
+        for i in range(12)
+    ]
+    like_one_gpu("qwen3", layout, params, logits_processors=[f"{__file__}:Odd"])

@@ -102,6 +102,33 @@ def test_whatever_is_guessed_changes_no_token(name: str, blocks: int) -> None:
     assert blocks > 34 or name == "gemma3" or stats.preemptions > 0
 
 
+class Plain:
+    """What greedy requests get without guesses in half precision, and how clear each choice was."""
+
+    def __init__(self, asked: list[Arrival], **settings: Any) -> None:
+        self._dtype = settings["dtype"]
+        self._seen: dict[int, list[np.ndarray]] = {}
+        shard = load("llama3", how={}, **settings)
+        enqueue = shard._sampler.enqueue  # type: ignore[union-attr]
+
+        def recording(seqs: list[int], rows: Any, logits: Any) -> Any:
+            found = logits[: len(seqs)].astype(np.float32).get()
+            for seq, row in zip(seqs, found, strict=True):
+                self._seen.setdefault(seq, []).append(row)
+            return enqueue(seqs, rows, logits)
+
+        shard._sampler.enqueue = recording  # type: ignore[union-attr, method-assign]
+        self.tokens = [out.tokens for out in run(Ahead(shard), scheduler(shard), asked)]
+
+    def assert_same(self, found: list[list[int]]) -> None:
+        for seq, (ours, theirs) in enumerate(zip(found, self.tokens, strict=True)):
+
+            def clear(position: int, rows: Any = self._seen[seq]) -> Any:
+                return choice(rows[position], Sampling(temperature=0.0), [])
+
+            assert_same_tokens(ours, theirs, clear, self._dtype)
+
+
 @pytest.mark.parametrize("kv", ["auto", "fp8"])
 def test_half_precision_gives_what_it_gives_without_guesses(kv: str) -> None:
     """The decode kernel, which reads keys that the same step appends."""
@@ -112,33 +139,14 @@ def test_half_precision_gives_what_it_gives_without_guesses(kv: str) -> None:
         )
         for i in range(6)
     ]
-    plain = load("llama3", how={}, dtype="float16", kv_cache_dtype=kv)
-    seen: dict[int, list[np.ndarray]] = {}
-    enqueue = plain._sampler.enqueue  # type: ignore[union-attr]
-
-    def recording(seqs: list[int], rows: Any, logits: Any) -> Any:
-        for seq, row in zip(seqs, logits[: len(seqs)].astype(np.float32).get(), strict=True):
-            seen.setdefault(seq, []).append(row)
-        return enqueue(seqs, rows, logits)
-
-    plain._sampler.enqueue = recording  # type: ignore[union-attr, method-assign]
-    expected = run(Ahead(plain), scheduler(plain), asked)
-    whole = [each.prompt + out.tokens for each, out in zip(asked, expected, strict=True)]
-    shard = load(
-        "llama3",
-        Oracle(whole, lambda seq, place: place % 7 == 0),
-        dtype="float16",
-        kv_cache_dtype=kv,
-    )
+    halves = {"dtype": "float16", "kv_cache_dtype": kv}
+    plain = Plain(asked, **halves)
+    whole = [each.prompt + tokens for each, tokens in zip(asked, plain.tokens, strict=True)]
+    shard = load("llama3", Oracle(whole, lambda seq, place: place % 7 == 0), **halves)
     plans = scheduler(shard)
     ours = run(Ahead(shard), plans, asked, depth=shard.info.depth)
     assert plans.stats().accepted_tokens > 60
-    for seq, (our, their) in enumerate(zip(ours, expected, strict=True)):
-
-        def clear(position: int, rows: Any = seen[seq]) -> Any:
-            return choice(rows[position], Sampling(temperature=0.0), [])
-
-        assert_same_tokens(our.tokens, their.tokens, clear, "float16")
+    plain.assert_same([each.tokens for each in ours])
 
 
 def by(small: str) -> dict[str, Any]:
@@ -195,19 +203,19 @@ def test_medusa_heads_see_what_each_token_was_chosen_from(eager: bool, tmp_path:
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_medusa_heads_run_in_half_precision(dtype: str, tmp_path: Path) -> None:
+def test_medusa_heads_in_half_precision_change_no_token(dtype: str, tmp_path: Path) -> None:
     """They guess by rounded states, so what is right of it is luck."""
     pytest.importorskip("safetensors", reason="heads are written with it")
     from helpers.medusa_heads import heads_that_know, write_heads
 
-    asked = Arrival(0, [20, 21, 22, 23, 24], Sampling(temperature=0.7, seed=3), 30)
+    asked = Arrival(0, [20, 21, 22, 23, 24], Sampling(temperature=0.0), 30)
     heads, _ = heads_that_know(directory("llama3"), asked, 3)
     how = {"method": "medusa", "model": str(write_heads(tmp_path, heads))}
     shard = load("llama3", how=how, dtype=dtype)
     plans = scheduler(shard)
-    (found,) = run(Ahead(shard), plans, [asked], depth=shard.info.depth)
-    assert len(found.tokens) == 30
+    found = run(Ahead(shard), plans, [asked], depth=shard.info.depth)
     assert plans.stats().draft_tokens > 0
+    Plain([asked], dtype=dtype).assert_same([each.tokens for each in found])
 
 
 def test_guesses_that_are_drawn_keep_the_distribution() -> None:

@@ -4,8 +4,9 @@ Rounding differs with batch shape, chunking and device, so two correct runs may 
 hangs by a thread. Hence:
 
     Two token sequences are equal if they agree up to the first choice that is a near-tie.
-    A greedy choice is a near-tie when its top two final scores are less than 1e-4 (float32) or
-    2e-2 (float16) apart. A seeded draw is a near-tie when it lies within 1e-5 of a boundary.
+    A greedy choice is a near-tie when its top two final scores are less than 1e-4 (float32), 2e-2
+    (float16) or 1.6e-1 (bfloat16, of three bits less) apart. A seeded draw is a near-tie when it
+    lies within 1e-5 of a boundary.
 
 Final scores are logits after bias, masks and penalties; a gap between two of them is a gap between
 log-probabilities. Boundaries are the steps of the cumulative distribution that the draw inverts,
@@ -27,9 +28,9 @@ from numpy.typing import NDArray
 from tensorray.actors.protocol import Sampling
 from tensorray.kernels.philox import uniform
 
-DType = Literal["float32", "float16"]
+DType = Literal["float32", "float16", "bfloat16"]
 
-MARGIN: dict[DType, float] = {"float32": 1e-4, "float16": 2e-2}  # of logits
+MARGIN: dict[DType, float] = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1.6e-1}  # of logits
 DRAW_MARGIN = 1e-5  # of probability
 
 _GREEDY = Sampling(temperature=0.0)
