@@ -43,6 +43,11 @@ __device__ __forceinline__ void multiply_add(float* c, const unsigned* a, unsign
   }
 }
 
+// A barrier of so many of the consumers' threads, warpgroups as a whole.
+__device__ __forceinline__ void synchronize_consumers(int threads) {
+  asm volatile("bar.sync 1, %0;" ::"r"(threads) : "memory");
+}
+
 // --- the kernel --------------------------------------------------------------------------------
 
 using Matrix = T[COLUMNS][KEYS * COLUMN];
@@ -318,15 +323,17 @@ __device__ __forceinline__ void consume(Shared& shared, T* out, int warpgroup, c
       };
       const auto begin_mix = [&](int first_key) {
         wait(shared.v_full[v_at.stage], v_at.parity);
-        // Zero weights must not meet what is no value, or another sequence's.
+        // Zero weights must not meet what is no value, or another sequence's. Whoever has rows
+        // does a share.
         if (first_key < tile.low || first_key + KEYS > tile.high) {
-          for (int i = thread; i < KEYS * COLUMNS * 8; i += WARPGROUP) {
+          const int threads = WARPGROUP * (rows > 64 ? CONSUMERS : 1);
+          for (int i = warpgroup * WARPGROUP + thread; i < KEYS * COLUMNS * 8; i += threads) {
             const int key = i / 8 % KEYS;
             if (first_key + key < tile.low || first_key + key >= tile.high)
               reinterpret_cast<uint4*>(shared.v[v_at.stage])[i] = make_uint4(0, 0, 0, 0);
           }
           publish_to_tensor_cores();
-          synchronize_warpgroup(warpgroup);
+          synchronize_consumers(threads);
         }
         const unsigned long long b =
             descriptor(shared_address(shared.v[v_at.stage]), KEYS * COLUMN * sizeof(T));
@@ -427,6 +434,7 @@ __device__ __forceinline__ void consume(Shared& shared, T* out, int warpgroup, c
         for (int i = 0; i < HEAD_DIM / 2; i++) accumulator[i] *= i & 2 ? factor1 : factor0;
         round_weights();
       }
+      __syncwarp();
       release(shared.q_empty);
       hold(weight);
       hold(accumulator);
