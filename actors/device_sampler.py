@@ -226,9 +226,10 @@ class DeviceSampler:
         )
         self._add_slots()
 
-    def prepare(self, dtype: Any) -> None:
-        """Compile the kernels for logits of a dtype, so that the first step need not."""
-        kernels.prepare(self._state, dtype)
+    def prepare(self, dtype: Any, scored: int) -> None:
+        """Compile the kernels for logits of a dtype, and take the memory that they need for as many
+        sequences as there may be, or so many scored rows at once, so that no step need do so."""
+        kernels.prepare(self._state, dtype, scored)
 
     @property
     def state(self) -> kernels.RowState:

@@ -28,8 +28,8 @@ from tensorray.kernels.batch import Batch
 
 logger = logging.getLogger(__name__)
 
-# Rows of the residual stream that prompt log-probabilities are made of at a time.
-_SCORED_ROWS = 64
+#: Rows of the residual stream that prompt log-probabilities are made of at a time.
+SCORED_ROWS = 64
 
 
 class Forward:
@@ -99,7 +99,8 @@ class Forward:
                 return graphs[size]()
         size = self._body_sizes.fit(step.tokens)
         if size is None:
-            self._body(step.tokens)
+            with self._device.recording():
+                self._body(step.tokens)
         else:
             self._bodies[size]()
         wanted = len(step.logit_rows)
@@ -115,23 +116,29 @@ class Forward:
 
     def logits(self, first: int, count: int) -> Iterator[tuple[int, int, Any]]:
         """Logits of packed rows of the step that `run` queued last: (first row, number of rows,
-        logits `[rows, vocab]`), in pieces of bounded size."""
-        chunk = min(_SCORED_ROWS, self._max_tokens)
+        logits `[rows, vocab]`), in pieces of bounded size. What reads a piece has to be queued
+        before the next piece, or step, is asked for."""
+        chunk = min(SCORED_ROWS, self._max_tokens)
         for at in range(first, first + count, chunk):
             rows = min(chunk, first + count - at)
             # Always as many rows, so that whatever is tuned by their number is so once.
             start = min(at, self._max_tokens - chunk)
-            logits = self._runner.head_of(self._hidden, start, chunk)
+            with self._device.recording():
+                logits = self._runner.head_of(self._hidden, start, chunk)
             yield at, rows, logits[at - start : at - start + rows]
 
-    def warm_up(self) -> None:
+    def warm_up(self) -> Any:
         """Run the largest step there may be, on padding alone: kernels are made, and the memory
-        for activations is taken."""
+        for activations is taken. Returns the dtype of logits, None where there is no head."""
+        dtype = None
         with self._device.recording():
             self._body(self._max_tokens)
             if self._runner.has_head:
-                self._head(self._max_seqs)
+                dtype = self._head(self._max_seqs).dtype
+                for _ in self.logits(0, 1):
+                    pass
         self._device.mark().wait()
+        return dtype
 
     def record(
         self, decodes: Sequence[int], bodies: Sequence[int], chains: Sequence[int] = ()

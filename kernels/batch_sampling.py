@@ -73,12 +73,13 @@ class RowState:
     biases: Any  # float32 [S, B]
 
 
-def prepare(state: RowState, dtype: Any) -> None:
-    """Make what the functions here make at first use, for logits of a dtype."""
+def prepare(state: RowState, dtype: Any, scored: int) -> None:
+    """Make what the functions here make at first use, for logits of a dtype; at most so many rows
+    are scored at once."""
     if is_cuda(state.rows):
         from tensorray.kernels.cuda import sampling as cuda
 
-        cuda.prepare(state, dtype)
+        cuda.prepare(state, dtype, scored)
 
 
 def set_rows(state: RowState, index: Any, records: Any) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from tensorray.actors.gpu_shard import GraphSizes, Limits
 from tensorray.actors.link import PendingStep
 from tensorray.actors.protocol import Sampling, SequenceStart, StepPlan, StepResult
 from tensorray.cluster.scheduler import Scheduler
+from tensorray.kernels import batch_sampling
 
 LIMITS = Limits(max_model_len=64, max_num_seqs=8, step_tokens=40)
 EAGER = GraphSizes([], [])
@@ -114,6 +117,52 @@ def test_steps_are_padded_to_few_sizes_and_recorded_once() -> None:
     run(shard, scheduler(shard), arrivals())
     assert device.recorded == 6
     assert runners.rows == {2, 8, 16, 40}
+
+
+class Pools(HostDevice):
+    """Knows whether what is allocated comes from the memory that the start took."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.taken = False
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        self.taken = True
+        yield
+        self.taken = False
+
+
+def test_steps_without_graphs_and_scored_prompts_take_no_more_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    device, found = Pools(), []
+    shard = make_gpu_shard(directory("qwen3"), limits=LIMITS, graphs=EAGER, device=device)
+    runner = shard._forward._runner
+
+    def noting(name: str) -> None:
+        run = getattr(runner, name)
+
+        def noted(*arguments: Any) -> Any:
+            found.append((name, device.taken))
+            return run(*arguments)
+
+        monkeypatch.setattr(runner, name, noted)
+
+    noting("body")
+    noting("head_of")
+    sampling = Sampling(temperature=0.0, prompt_logprobs=1)
+    shard.execute(StepPlan(0, [0], [30], starts=[start(0, list(range(3, 33)), sampling)]))
+    assert found == [("body", True), ("head_of", True)]
+    assert not device.taken
+
+
+def test_the_start_takes_what_sampling_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = []
+    monkeypatch.setattr(batch_sampling, "prepare", lambda *arguments: taken.append(arguments))
+    make_gpu_shard(directory("qwen3"), limits=LIMITS)
+    ((state, dtype, scored),) = taken
+    assert (len(state.rows), dtype, scored) == (8, np.float32, 40)
 
 
 def test_sizes_follow_from_limits_or_what_is_asked() -> None:

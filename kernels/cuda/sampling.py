@@ -41,13 +41,13 @@ _BLOCKS_PER_PROCESSOR = 2  # of those that wait for each other, at once
 _GREEDY_BLOCKS_PER_PROCESSOR = 4
 
 
-def prepare(state: RowState, dtype: Any) -> None:
+def prepare(state: RowState, dtype: Any, scored: int) -> None:
     for name in ("greedy_rows", "sample_rows", "score_rows"):
         _function(name, ctype(np.empty(0, dtype)))
     for name in ("set_rows", "edit_words", "keep_right"):
         _function(name)
     rows, vocab = len(state.rows), state.words.shape[1]
-    _workspace(rows, vocab)
+    _workspace(max(rows, scored), vocab)
     _greedy_workspace(rows)
 
 

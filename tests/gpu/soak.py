@@ -22,7 +22,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from helpers.device_memory import used_by_process
+from helpers.device_memory import used_by_process, used_of_device
 from helpers.dummy_models import make_dummy_model
 
 from tensorray.cluster.llm import LLM, SamplingParams
@@ -97,15 +97,6 @@ class Soak:
             self.tokens += got
         except Exception as error:
             self.outcomes[f"{type(error).__name__}: {error}"] += 1
-
-
-def used_of_device() -> int:
-    try:
-        import cupy
-    except ImportError:
-        return 0
-    free, total = cupy.cuda.runtime.memGetInfo()
-    return int(total - free)
 
 
 class Memory:

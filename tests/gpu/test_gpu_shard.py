@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import gc
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from helpers.beam_cases import GOLDEN, assert_searched, searches
-from helpers.device_memory import used_by_process
+from helpers.device_memory import used_by_process, used_of_device
+from helpers.dummy_models import make_dummy_model
 from helpers.equality import DType, assert_same_tokens, choice
 from helpers.running import Arrival, make_shard, run
 from helpers.tiny_models import NAMES, directory, references
@@ -21,6 +23,7 @@ from tensorray.actors.config import ShardConfig
 from tensorray.actors.device import find_device
 from tensorray.actors.gpu_shard import GpuShard
 from tensorray.actors.protocol import Sampling, SequenceStart, StepPlan, StepResult
+from tensorray.cluster.llm import LLM, SamplingParams
 from tensorray.cluster.scheduler import Scheduler
 
 pytestmark = [
@@ -245,3 +248,27 @@ def test_memory_does_not_grow() -> None:
         shard.reset()
         run(stepwise, scheduler(stepwise), arrivals(12), depth=2)
     assert used() - before < 4 << 20
+
+
+def test_serving_takes_no_memory_that_the_start_did_not(tmp_path: Path) -> None:
+    """At a published vocabulary: many at once, drawn, penalized, with log-probabilities, scored."""
+    model = make_dummy_model("Qwen3-0.6B", tmp_path)
+    settings: dict[str, Any] = {"load_format": "dummy", "num_kv_blocks": 4000, "dtype": "float16"}
+    with LLM(str(model), device="cuda", max_model_len=512, **settings) as llm:
+        llm.generate([[5, 6, 7]], SamplingParams(max_tokens=2, temperature=0))
+        used = used_by_process() or used_of_device
+        before = used()
+        params = [
+            SamplingParams(
+                max_tokens=8,
+                seed=i,
+                temperature=0.7 * (i % 3),
+                frequency_penalty=0.1 * (i % 2),
+                logprobs=i % 4,
+                prompt_logprobs=5 if i % 8 == 0 else None,
+                ignore_eos=True,
+            )
+            for i in range(400)
+        ]
+        llm.generate([[300 + i] * (1 + i % 200) for i in range(400)], params)
+        assert used() - before < 4 << 20

@@ -1,4 +1,4 @@
-"""Device memory that a process holds, whoever else is on the device."""
+"""Device memory that is in use: a process's own, or all."""
 
 from __future__ import annotations
 
@@ -28,3 +28,13 @@ def used_by_process() -> Callable[[], int] | None:
         return used if used() else None  # in a container, processes may go by other numbers
     except pynvml.NVMLError:
         return None
+
+
+def used_of_device() -> int:
+    """Bytes that are taken of the current device, by whomever; 0 without CuPy."""
+    try:
+        import cupy
+    except ImportError:
+        return 0
+    free, total = cupy.cuda.runtime.memGetInfo()
+    return int(total - free)
