@@ -111,11 +111,17 @@ def like_one_gpu(
     found = []
     for changes in ({}, layout):
         with LLM(str(directory(name)), **SMALL, **settings, **changes) as llm:
-            found.append([output.outputs[0] for output in llm.generate(prompts, params)])
-    for one, many in zip(*found, strict=True):
+            found.append(llm.generate(prompts, params))
+    for whole, split in zip(*found, strict=True):
+        (one,), (many,) = whole.outputs, split.outputs
         assert one.logprobs is not None
         margins = [entry.top[0].logprob - entry.top[1].logprob for entry in one.logprobs]
         assert_same_tokens(many.token_ids, one.token_ids, margins)
+        for entry, other in zip(
+            whole.prompt_logprobs or [], split.prompt_logprobs or [], strict=True
+        ):
+            assert (entry and entry.token_id) == (other and other.token_id)
+            assert (entry and entry.logprob) == pytest.approx(other and other.logprob, abs=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -125,7 +131,13 @@ def like_one_gpu(
 )
 def test_a_layout_chooses_the_tokens_of_one_gpu(name: str, layout: Any) -> None:
     params = [
-        SamplingParams(temperature=0, max_tokens=4 + i, logprobs=2, ignore_eos=True)
+        SamplingParams(
+            temperature=0,
+            max_tokens=4 + i,
+            logprobs=2,
+            prompt_logprobs=1 if i % 3 == 0 else None,
+            ignore_eos=True,
+        )
         for i in range(12)
     ]
     like_one_gpu(name, layout, params)
