@@ -5,7 +5,7 @@
 Requests come in bursts: short and long prompts (up to what the context holds), many sampling
 parameters, logprobs, penalties, several sequences; one in five is cancelled on its way. Fails
 (status 1) if a request ends in an error, a block is not free at the end, or the device memory that
-this process holds grows by more than 64 MiB once the first fifth of the time is over. The driver
+this process holds grows by more than 8 MiB once the first fifth of the time is over. The driver
 says how much that is where nvidia-ml-py is installed; else it is all that is taken of the device,
 other processes' included, which the last line then says.
 """
@@ -28,7 +28,7 @@ from helpers.dummy_models import make_dummy_model
 from tensorray.cluster.llm import LLM, SamplingParams
 
 MAX_MODEL_LEN = 4096
-GROWTH = 64 << 20
+GROWTH = 8 << 20
 REPORT_SECONDS = 60.0
 
 
