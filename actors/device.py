@@ -11,7 +11,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -19,6 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tensorray.actors.communicator import Communicator
+from tensorray.kernels.cuda.compiler import CompileError, LaunchError
+from tensorray.kernels.cuda.cublas import CublasError
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +31,11 @@ _DRIVER = Path("/proc/driver/nvidia/version")
 _HINT = (
     "pip install '.[gpu]' in Tensorray's source brings CuPy and CUDA's libraries; or run with "
     "--device cpu"
+)
+_LESS = (
+    "--tensor-parallel-size splits a model over GPUs, a quantized checkpoint is smaller, "
+    "--max-num-batched-tokens and --max-num-seqs lower what a step needs, and "
+    "--gpu-memory-utilization what the KV cache takes"
 )
 
 
@@ -77,8 +84,9 @@ class Device(Protocol):
     def record(self, work: Callable[[], T]) -> Callable[[], T]:
         """Work as one call that queues all of it again, on the same arrays.
 
-        `work` runs now, without effect if the device can capture it, and inside `recording`. What
-        it returns is what each later call returns: arrays that it fills anew.
+        `work` runs now, without effect if the device can capture it, and inside `recording`. The
+        array it returns, if any, is what each later call returns, filled anew. Its memory is lent:
+        what is queued after the next call of recorded work, or inside `recording`, may not read it.
         """
         ...
 
@@ -130,9 +138,14 @@ class CudaDevice:
             self._entered.yes = True
             try:
                 yield
+            except self._cuda.memory.OutOfMemoryError as error:
+                raise DeviceError(f"{self.name} has no memory left ({error}): {_LESS}") from error
             except (
                 self._cuda.runtime.CUDARuntimeError,
                 self._cuda.driver.CUDADriverError,
+                CompileError,
+                CublasError,
+                LaunchError,
             ) as error:
                 raise DeviceError(f"{self.name} failed: {error}") from error
             finally:
@@ -165,9 +178,12 @@ class CudaDevice:
             with _uncollected():
                 self._stream.begin_capture()
                 try:
-                    result = work()
-                finally:
-                    graph = self._stream.end_capture()
+                    result = self._lent(work())
+                except BaseException:
+                    with suppress(self._cuda.runtime.CUDARuntimeError):  # which work() told of
+                        self._stream.end_capture()
+                    raise
+                graph = self._stream.end_capture()
         graph.upload(self._stream)
         stream = self._stream
 
@@ -176,6 +192,18 @@ class CudaDevice:
             return result
 
         return replay
+
+    def _lent(self, array: T) -> T:
+        """The array without a hold on its memory, so that graphs, of which one runs at a time,
+        need not each have its own for results as large as logits."""
+        if array is None:
+            return array
+        found: Any = array
+        block = found.data.mem
+        memory = self._cuda.UnownedMemory(block.ptr, block.size, None, block.device_id)
+        place = self._cuda.MemoryPointer(memory, found.data.ptr - block.ptr)
+        lent: T = self.xp.ndarray(found.shape, found.dtype, place, found.strides)
+        return lent
 
     def free_memory(self) -> int:
         # What the pool keeps for nobody counts as free.

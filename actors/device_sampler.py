@@ -188,7 +188,7 @@ class DeviceSampler:
     sequence's new token, or what it was if none could be chosen.
 
     A sequence that edits its logits (bias, allowed or banned tokens, min_tokens, penalties) takes a
-    slot of `slot_bytes` of device memory. Slots for up to 256 are allocated at the start, so that
+    slot, a word a token of the vocabulary. Slots for up to 256 are allocated at the start, so that
     device memory does not grow while serving; more come as they are needed.
     """
 
@@ -240,11 +240,6 @@ class DeviceSampler:
     def last_tokens(self) -> Any:
         """int32 [max_num_seqs] on the device: each row's newest token."""
         return self._state.last_tokens
-
-    @property
-    def slot_bytes(self) -> int:
-        """Device memory for each sequence that edits its logits, in bytes."""
-        return 4 * self.vocab_size + 8 * int(self._state.biases.shape[1])
 
     def start(self, start: SequenceStart, row: int) -> None:
         """A sequence enters, or re-enters, in a row that no other running sequence has.

@@ -79,7 +79,7 @@ class Forward:
         """Queue a step; returns logits `[>= R, vocab]` on the device, or None if none is wanted,
         or this stage has none.
 
-        They are overwritten by the next step.
+        What reads them has to be queued before anything of this object is called again.
         """
         if self._received is not None:
             assert self.ranks is not None
@@ -107,7 +107,10 @@ class Forward:
         if not wanted or not self._runner.has_head:
             return None
         size = self._head_sizes.fit(wanted)
-        return self._head(wanted) if size is None else self._heads[size]()
+        if size is not None:
+            return self._heads[size]()
+        with self._device.recording():
+            return self._head(wanted)
 
     def stream(self, rows: range) -> Any:
         """Packed rows of the residual stream of the step that `run` queued last: `[rows, width]`,
@@ -116,8 +119,8 @@ class Forward:
 
     def logits(self, first: int, count: int) -> Iterator[tuple[int, int, Any]]:
         """Logits of packed rows of the step that `run` queued last: (first row, number of rows,
-        logits `[rows, vocab]`), in pieces of bounded size. What reads a piece has to be queued
-        before the next piece, or step, is asked for."""
+        logits `[rows, vocab]`), in pieces of bounded size. What reads a piece, or what `run` gave,
+        has to be queued before the next piece is asked for."""
         chunk = min(SCORED_ROWS, self._max_tokens)
         for at in range(first, first + count, chunk):
             rows = min(chunk, first + count - at)

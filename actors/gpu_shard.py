@@ -76,6 +76,8 @@ logger = logging.getLogger(__name__)
 DEFAULT_STEP_TOKENS = 4096
 # Fewer tokens than this, and a mixed step costs what reading the weights costs.
 _SMALLEST_MIXED = 16
+# What the driver keeps of a graph, about.
+_GRAPH_BYTES = 4 << 20
 # Larger batches have drafts too seldom for graphs of their own.
 _LARGEST_CHAIN = 128
 
@@ -96,6 +98,12 @@ class GraphSizes:
     decodes: Sequence[int]
     bodies: Sequence[int]
     chains: Sequence[int] = ()  # decodes and their drafts
+
+    @property
+    def count(self) -> int:
+        """How many graphs there will be."""
+        heads = {*self.decodes, *self.chains} if self.bodies else ()
+        return len(self.decodes) + len(self.bodies) + len(self.chains) + len(heads)
 
     @classmethod
     def choose(
@@ -144,10 +152,10 @@ class GpuShard:
         weight_bytes: int = 0,
         began: float | None = None,
     ) -> None:
-        """`choose_blocks` sizes the KV cache, in blocks, from the bytes that are free once weights
-        and activations have theirs; `kv_dtype` is that of its pages (None: the compute dtype).
-        `vocabulary` is asked when a sequence first has a grammar; without it such ones fail.
-        `processors` are the logits processors that sequences may name, `adapters` the LoRA
+        """`choose_blocks` sizes the KV cache, in blocks, from the bytes that are free once weights,
+        activations and graphs have theirs; `kv_dtype` is that of its pages (None: the compute
+        dtype). `vocabulary` is asked when a sequence first has a grammar; without it such ones
+        fail. `processors` are the logits processors that sequences may name, `adapters` the LoRA
         adapters. With `drafts` plans may leave room for them. `began` is when loading did, by
         time.perf_counter."""
         began = time.perf_counter() if began is None else began
@@ -248,7 +256,8 @@ class GpuShard:
                 self._sampler.prepare(logits_dtype, min(SCORED_ROWS, limits.step_tokens))
             if drafts is not None and self._sampler is not None:
                 drafts.prepare(self._buffers, self._sampler, graphs.decodes, graphs.bodies)
-            num_blocks = choose_blocks(device.free_memory())
+            to_record = graphs.count * len(self._forwards) * _GRAPH_BYTES
+            num_blocks = choose_blocks(device.free_memory() - to_record)
             self._cache = cache = KVCache(groups, num_blocks, device.xp, kv_dtype)
             ops.kv = cache.layers
             if drafts is not None:
@@ -646,9 +655,9 @@ class GpuShard:
         if self._sampler is None or not chunk.rows or not has_states(self._model):
             return None
         stream = forward.stream(chunk.rows)
-        return self._sampler.enqueue_rows(
-            self._model.final_norm(self._ops, self._head_weights, stream)
-        )
+        with self._device.recording():
+            states = self._model.final_norm(self._ops, self._head_weights, stream)
+        return self._sampler.enqueue_rows(states)
 
     def _brought(
         self, pending: _Pending, sampler: DeviceSampler

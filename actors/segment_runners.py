@@ -85,8 +85,10 @@ def open_runners(
             if backend == "tensorrt":
                 raise
             logger.warning("own kernels run all segments: %s", error)
+    runtime = cupy.cuda.runtime
+    device = runtime.getDeviceProperties(runtime.getDevice())["name"].decode()
     circumstances = " ".join(
-        map(str, (kernels_digest(), cupy.__version__, cupy.cuda.runtime.driverGetVersion()))
+        map(str, (kernels_digest(), cupy.__version__, runtime.driverGetVersion(), device))
     )
     return SegmentRunners(
         program, weights, dtypes, cupy, backend=backend, plans=source, circumstances=circumstances

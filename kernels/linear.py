@@ -84,7 +84,7 @@ def linear_numpy(
 
 def _product(x: Any, weight: Any, bias: Any | None) -> Any:
     if isinstance(weight, QuantizedWeight):
-        return linear_quantized(x, weight, bias, dense=linear)
+        return linear_quantized(x, weight, bias, dense=_linear_of_new)
     if not (native.takes(x) and len(x) <= _MOST_NATIVE_ROWS and weight.flags.c_contiguous):
         if (
             num_threads() > 1
@@ -96,6 +96,15 @@ def _product(x: Any, weight: Any, bias: Any | None) -> Any:
     y = np.empty((x.shape[0], weight.shape[0]), np.float32)
     native.library.linear(x, weight, bias, y)
     return y
+
+
+def _linear_of_new(x: Any, weight: Any) -> Any:
+    """A product by a weight that was just written."""
+    if is_cuda(x):
+        from tensorray.kernels.cuda import linear as cuda
+
+        return cuda.linear(x, weight, weight_ahead=False)
+    return linear(x, weight)
 
 
 def _product_numpy(x: Any, weight: Any, bias: Any | None) -> Any:

@@ -70,8 +70,10 @@ def linear(
     eps: float = 0.0,
     gate: str | None = None,
     residual: Any | None = None,
+    weight_ahead: bool = True,
 ) -> Any:
-    """See `tensorray.kernels.linear.linear`."""
+    """See `tensorray.kernels.linear.linear`. `weight_ahead` has a captured launch read weight and
+    norm before the kernels ahead of it are done: these must not be what writes them."""
     rows = as_rows(x)
     weight = as_rows(weight)
     few = 0 < len(rows) <= FEW_ROWS and _streams(weight) and aligned(rows)
@@ -92,11 +94,12 @@ def linear(
             gate is not None,
             compiler.multiprocessors(),
         )
-        return few_rows(rows, weight, bias, norm, eps, gate, residual, plan)
+        return few_rows(rows, weight, bias, norm, eps, gate, residual, plan, weight_ahead)
     if gate is not None and bias is None and residual is None:
         own = gated_hopper.plan_for(rows, weight, compiler.multiprocessors())
         if own is not None:
-            return gated_hopper.gated_product(rows, weight, gate, own, weight_ahead=_capturing())
+            ahead = weight_ahead and _capturing()
+            return gated_hopper.gated_product(rows, weight, gate, own, weight_ahead=ahead)
     y = cublas.matmul(rows, weight)
     if bias is None and gate is None and residual is None:
         return y
@@ -112,6 +115,7 @@ def few_rows(
     gate: str | None,
     residual: Any | None,
     plan: Plan,
+    weight_ahead: bool = True,
 ) -> Any:
     """`linear` by linear.cu: of up to 32 rows, a 16-bit weight and `in` a multiple of 8."""
     import cupy
@@ -127,7 +131,8 @@ def few_rows(
         (min(-(-results // tile), compiler.multiprocessors()),),
         (32 * _WARPS,),
         *(weight, x, norm, bias, base, y, inner, outs, rows, stride(x), stride(base)),
-        *(float(eps), KINDS[gate] if gate else 0, _capturing(), None, None, 1),
+        *(float(eps), KINDS[gate] if gate else 0, weight_ahead and _capturing()),
+        *(None, None, 1),
         overlap=True,
     )
     return y

@@ -69,7 +69,7 @@ def keep_right(index: Any, tokens: Any, drafts: Any) -> None:
 def greedy_rows(logits: Any, index: Any, state: RowState, out: Any) -> None:
     count, vocab = len(index), logits.shape[1]
     most = -(-vocab // (_GREEDY_THREADS * _VECTOR))
-    parts = min(max(_GREEDY_BLOCKS_PER_PROCESSOR * _processors() // count, 1), most)
+    parts = min(max(_GREEDY_BLOCKS_PER_PROCESSOR * compiler.multiprocessors() // count, 1), most)
     best, arrived = _greedy_workspace(count)
     _function("greedy_rows", ctype(logits))(
         (parts, count),
@@ -140,10 +140,9 @@ def _described(logits: Any) -> tuple[Any, ...]:
 def _parts(count: int, vocab: int) -> int:
     """Blocks that share a row: as many as run at once, and find a slab for each warp."""
     most = -(-vocab // (_SLAB * _THREADS // 32))
-    return min(max(_BLOCKS_PER_PROCESSOR * _processors() // count, 1), most)
+    return min(max(_BLOCKS_PER_PROCESSOR * compiler.multiprocessors() // count, 1), most)
 
 
-_PROCESSORS: dict[int, int] = {}
 _WORKSPACES: dict[tuple[int, int], Any] = {}
 _GREEDY_WORKSPACES: dict[int, tuple[Any, Any]] = {}
 
@@ -152,16 +151,6 @@ def _device() -> int:
     import cupy
 
     return int(cupy.cuda.runtime.getDevice())
-
-
-def _processors() -> int:
-    import cupy
-
-    device = _device()
-    if device not in _PROCESSORS:
-        attributes = cupy.cuda.Device(device).attributes
-        _PROCESSORS[device] = attributes["MultiProcessorCount"]
-    return _PROCESSORS[device]
 
 
 def _workspace(count: int, vocab: int) -> tuple[Any, int]:

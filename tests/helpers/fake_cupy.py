@@ -36,7 +36,11 @@ class FakeCupy:
     __version__ = "14.0"
     cuda = SimpleNamespace(
         get_current_stream=lambda: SimpleNamespace(ptr=STREAM),
-        runtime=SimpleNamespace(driverGetVersion=lambda: 13000),
+        runtime=SimpleNamespace(
+            driverGetVersion=lambda: 13000,
+            getDevice=lambda: 0,
+            getDeviceProperties=lambda index: {"name": b"NVIDIA H200"},
+        ),
     )
 
     def __getattr__(self, name: str) -> Any:
