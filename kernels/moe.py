@@ -49,11 +49,7 @@ def experts(
     if is_cuda(x):
         from tensorray.kernels.cuda import moe as cuda
 
-        if first_expert is not None:
-            own = ids - first_expert
-            inside = (own >= 0) & (own < len(down))
-            weights, ids = weights * inside, own * inside  # others: the first, weighing nothing
-        return cuda.experts(x, weights, ids, gate_up, down)
+        return cuda.experts(x, weights, ids, gate_up, down, first_expert)
     return experts_numpy(x, weights, ids, gate_up, down, first_expert or 0)
 
 

@@ -441,6 +441,27 @@ def test_experts(way: str) -> None:
     np.testing.assert_allclose(got, exact, rtol=1e-4, atol=1e-4)
 
 
+def test_experts_of_one_rank_of_several(way: str) -> None:
+    rng = np.random.default_rng(13)
+    x, gate_up, down = normal(rng, 9, 16), normal(rng, 6, 24, 16), normal(rng, 6, 16, 12)
+    weights, ids = moe.route(normal(rng, 9, 6), 2, True)
+
+    def part(first: int, end: int) -> Floats:
+        own = slice(first, end)
+        result: Floats = moe.experts(x, weights, ids, gate_up[own], down[own], first)
+        return result
+
+    whole = moe.experts(x, weights, ids, gate_up, down)
+    assert np.array_equal(part(0, 6), whole)
+    np.testing.assert_allclose(part(0, 3) + part(3, 6), whole, rtol=1e-4, atol=1e-4)
+    weights, ids = moe.route(normal(rng, 9, 3), 2, True)  # all of the first half
+    assert np.array_equal(part(0, 3), moe.experts(x, weights, ids, gate_up, down))
+    assert not part(3, 6).any()
+    ids += 3  # all of the second
+    assert np.array_equal(part(3, 6), moe.experts(x, weights, ids, gate_up, down))
+    assert not part(0, 3).any()
+
+
 # --- threads ----------------------------------------------------------------------------------
 
 needs_native = pytest.mark.skipif(not native.native_available(), reason="native kernels only")

@@ -180,10 +180,13 @@ def test_experts() -> None:
     gate_up = random_weight("int4", 64, 32, 32, zeros=True, order=True, stack=3)
     down = random_weight("int8", 32, 32, 32, stack=3, seed=1)
     x = generator.standard_normal((6, 32)).astype(np.float32)
-    weights, ids = moe.route(generator.standard_normal((6, 3)).astype(np.float32), 2, True)
-    found = moe.experts(x, weights, ids, gate_up, down)
-    expected = moe.experts(x, weights, ids, dequantize(gate_up), dequantize(down))
-    np.testing.assert_allclose(found, expected, atol=1e-4)
+    # The only experts, or those of a rank, of which rows choose some or none.
+    for all_experts, first in [(3, None), (9, 3), (9, 9)]:
+        logits = generator.standard_normal((6, all_experts)).astype(np.float32)
+        weights, ids = moe.route(logits, 2, True)
+        found = moe.experts(x, weights, ids, gate_up, down, first)
+        expected = moe.experts(x, weights, ids, dequantize(gate_up), dequantize(down), first)
+        np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
 @needs_native

@@ -1,7 +1,8 @@
 // Mixture of experts: which experts a row chooses, rows in groups by expert, and the products of a
 // group's many rows. Groups of few rows are linear.cu's work.
 //
-// ELEMENT: element type of activations and weights (of logits, in `route`).
+// ELEMENT: element type of activations and weights (of logits, in `route`). PARTIAL, if defined:
+// choices may be of experts that are not here; what `y` has for them is unwritten.
 #include "activation.cuh"
 #include "async_copy.cuh"
 #include "common.cuh"
@@ -88,11 +89,13 @@ __device__ __forceinline__ int warp_sum(int value) {
   return value;
 }
 
-// The choices (row * top_k + choice) in groups by expert, each in rising order. Group: (expert,
-// first place in `order`, how many, 0); those with rows come first, the others up to `slots` are
-// (0, 0, 0, 0). A block an expert; it counts for itself what lies before it.
+// The choices (row * top_k + choice) in groups by expert, each in rising order; experts count from
+// `first`, and choices of others are in no group. Group: (expert, first place in `order`, how many,
+// 0); those with rows come first, the others up to `slots` are (0, 0, 0, 0). A block an expert; it
+// counts for itself what lies before it.
 extern "C" __global__ void __launch_bounds__(256)
-    group_rows(const int* ids, int choices, int experts, int* order, int4* groups, int slots) {
+    group_rows(const int* ids, int choices, int first, int experts, int* order, int4* groups,
+               int slots) {
   extern __shared__ int seen[];  // per lower expert, whether anybody chose it
   __shared__ int partial[3][8];
   wait_for_previous_kernel();
@@ -102,9 +105,9 @@ extern "C" __global__ void __launch_bounds__(256)
   __syncthreads();
   int before = 0, own = 0, groups_before = 0;
   for (int i = threadIdx.x; i < choices; i += blockDim.x) {
-    const int id = ids[i];
+    const int id = ids[i] - first;
     own += id == expert;
-    if (id < expert) {
+    if (id >= 0 && id < expert) {
       before++;
       seen[id] = 1;
     }
@@ -132,7 +135,7 @@ extern "C" __global__ void __launch_bounds__(256)
 
   for (int base = 0; base < choices; base += blockDim.x) {
     const int i = base + threadIdx.x;
-    const bool mine = i < choices && ids[i] == expert;
+    const bool mine = i < choices && ids[i] - first == expert;
     const unsigned votes = __ballot_sync(~0u, mine);
     __syncthreads();
     if (lane == 0) partial[0][warp] = __popc(votes);
@@ -148,7 +151,8 @@ extern "C" __global__ void __launch_bounds__(256)
 
 // out[row] = sum over a row's choices of their weights times y[row * top_k + choice].
 extern "C" __global__ void __launch_bounds__(256)
-    combine(const T* y, const float* weights, T* out, int columns, int top_k, unsigned packs) {
+    combine(const T* y, const float* weights, const int* ids, int first, int experts, T* out,
+            int columns, int top_k, unsigned packs) {
   wait_for_previous_kernel();
   let_next_kernel_start();
   const unsigned across = columns / 8;
@@ -156,6 +160,10 @@ extern "C" __global__ void __launch_bounds__(256)
     const long long row = i / across, column = i % across * 8;
     float sum[8] = {};
     for (int choice = 0; choice < top_k; choice++) {
+#ifdef PARTIAL
+      const int id = ids[row * top_k + choice] - first;
+      if (id < 0 || id >= experts) continue;
+#endif
       const float weight = weights[row * top_k + choice];
       const auto pack =
           *reinterpret_cast<const Pack<T, 8>*>(y + (row * top_k + choice) * columns + column);

@@ -21,6 +21,7 @@ CONSTANT_SETS = {
         {"ELEMENT": "__half", "ITEMS": 1, "GATED": 1, "SCATTERED": 0},
         {"ELEMENT": "__nv_bfloat16", "ITEMS": 4, "GATED": 0, "SCATTERED": 1},
         {"ELEMENT": "float", "ITEMS": 8},
+        {"ELEMENT": "__half", "ITEMS": 1, "PARTIAL": 1},
     ]
 }
 
@@ -55,17 +56,20 @@ def route(logits: Any, top_k: int, renormalize: bool) -> tuple[Any, Any]:
     return weights, ids
 
 
-def experts(x: Any, weights: Any, ids: Any, gate_up: Any, down: Any) -> Any:
+def experts(
+    x: Any, weights: Any, ids: Any, gate_up: Any, down: Any, first_expert: int | None = None
+) -> Any:
     """See `tensorray.kernels.moe.experts`."""
     import cupy
 
+    first = first_expert or 0
     count, hidden, inner = down.shape
     rows = as_rows(x)
     if isinstance(gate_up, QuantizedWeight) or isinstance(down, QuantizedWeight):
-        return _every_expert(rows, weights, ids, gate_up, down)
+        return _every_expert(rows, weights, ids, gate_up, down, first)
     fits = gate_up.itemsize == 2 and hidden % 8 == 0 and inner % 8 == 0
     if not (fits and all(each.flags.c_contiguous for each in (gate_up, down)) and aligned(rows)):
-        return _every_expert(rows, weights, ids, gate_up, down)
+        return _every_expert(rows, weights, ids, gate_up, down, first)
     top_k = ids.shape[1]
     choices = len(rows) * top_k
     out = cupy.empty((len(rows), hidden), x.dtype)
@@ -75,7 +79,7 @@ def experts(x: Any, weights: Any, ids: Any, gate_up: Any, down: Any) -> Any:
     groups, order = cupy.empty((slots, 4), "int32"), cupy.empty(choices, "int32")
     module = compiler.load("moe.cu", ELEMENT=ctype(x), ITEMS=1)
     module.function("group_rows", 4 * count)(
-        (count,), (_THREADS,), *(ids, choices, count, order, groups, slots), overlap=True
+        (count,), (_THREADS,), *(ids, choices, first, count, order, groups, slots), overlap=True
     )
     grouped = (groups, order, top_k, len(rows))
     few = choices <= FEW_ROWS_A_GROUP * count and len(rows) <= FEW_ROWS
@@ -83,10 +87,12 @@ def experts(x: Any, weights: Any, ids: Any, gate_up: Any, down: Any) -> Any:
     gated = product(rows, gate_up, choices, inner, *grouped, gated=True)
     y = product(gated, down, choices, hidden, *grouped, gated=False)
     packs = out.size // 8
+    if first_expert is not None:
+        module = compiler.load("moe.cu", ELEMENT=ctype(x), ITEMS=1, PARTIAL=1)
     module.function("combine")(
         (min(-(-packs // _THREADS), _MOST_BLOCKS),),
         (_THREADS,),
-        *(y, weights, out, hidden, top_k, packs),
+        *(y, weights, ids, first, count, out, hidden, top_k, packs),
         overlap=True,
     )
     return out
@@ -159,12 +165,12 @@ def _many_rows(
     return y
 
 
-def _every_expert(x: Any, weights: Any, ids: Any, gate_up: Any, down: Any) -> Any:
+def _every_expert(x: Any, weights: Any, ids: Any, gate_up: Any, down: Any, first: int) -> Any:
     """All rows through all experts, for dtypes and sizes that the kernels don't take."""
     import cupy
 
     out = cupy.zeros(x.shape, "float32")
     for expert in range(len(down)):
-        share = (weights * (ids == expert)).sum(axis=1, keepdims=True)
+        share = (weights * (ids == first + expert)).sum(axis=1, keepdims=True)
         out += share * linear(linear(x, gate_up[expert], gate="silu"), down[expert])
     return out.astype(x.dtype)

@@ -87,15 +87,41 @@ def test_sizes_that_no_wide_access_fits() -> None:
     Layer(4, 100, 30, "float16").check(5, 2)
 
 
-def test_a_captured_layer_follows_its_inputs() -> None:
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("rows", [1, 7, 20, 40, 300])
+def test_ranks_with_some_of_the_experts(dtype: str, rows: int) -> None:
+    """A rank leaves choices of others' experts out, be they none, some or all; so the ranks' sum
+    is the whole."""
+    layer = Layer(12, 256, 200, dtype)
+    x = normal(layer.rng, rows, 256, dtype=dtype)
+    weights, anywhere = moe.route(normal(layer.rng, rows, 12, dtype="float32"), 3, True)
+    _, first_rank = moe.route(normal(layer.rng, rows, 4, dtype="float32"), 3, True)
+    for ids in (anywhere, first_rank, first_rank + 4, first_rank + 8):
+        given = wide(x), wide(weights), cupy.asnumpy(ids)
+        total = 0.0
+        for first in (0, 4, 8):
+            gate_up, down = (each[first : first + 4] for each in (layer.gate_up, layer.down))
+            part = moe.experts(x, weights, ids, gate_up, down, first)
+            expected = moe.experts_numpy(*given, wide(gate_up), wide(down), first)
+            assert relative_error(part, expected) < TOLERANCE[dtype], first
+            total = total + wide(part)
+        expected = moe.experts_numpy(*given, wide(layer.gate_up), wide(layer.down))
+        assert relative_error(cupy.asarray(total), expected) < TOLERANCE[dtype]
+        whole = moe.experts(x, weights, ids, layer.gate_up, layer.down)
+        only_rank = moe.experts(x, weights, ids, layer.gate_up, layer.down, 0)
+        assert np.array_equal(wide(only_rank), wide(whole))
+
+
+@pytest.mark.parametrize(("all_experts", "first"), [(8, None), (16, 4)])
+def test_a_captured_layer_follows_its_inputs(all_experts: int, first: int | None) -> None:
     """What a replay computes depends on what rows and choices are then, not at the capture."""
     layer = Layer(8, 256, 128, "float16")
     for rows in (3, 400):
         x = normal(layer.rng, rows, 256, dtype="float16")
-        logits = normal(layer.rng, rows, 8, dtype="float16")
+        logits = normal(layer.rng, rows, all_experts, dtype="float16")
 
         def model(x: Any = x, logits: Any = logits) -> Any:
-            return moe.experts(x, *moe.route(logits, 2, True), layer.gate_up, layer.down)
+            return moe.experts(x, *moe.route(logits, 2, True), layer.gate_up, layer.down, first)
 
         model()
         stream = cupy.cuda.Stream(non_blocking=True)
@@ -103,9 +129,10 @@ def test_a_captured_layer_follows_its_inputs() -> None:
             stream.begin_capture()
             out = model()
             graph = stream.end_capture()
-        for _ in range(3):
+        for lead in (0, 100, 0):  # of expert 0 and 1, which a rank may not have
             x[...] = normal(layer.rng, rows, 256, dtype="float16")
-            logits[...] = normal(layer.rng, rows, 8, dtype="float16")
+            logits[...] = normal(layer.rng, rows, all_experts, dtype="float16")
+            logits[:, :2] += lead
             cupy.cuda.Device().synchronize()
             graph.launch(stream)
             stream.synchronize()

@@ -78,12 +78,13 @@ def test_experts() -> None:
     gate_up = weight("int4", 4, 128, 64, group=32, zeros=True, order=True)
     down = weight("int8", 4, 64, 64, group=64, zeros=False, order=False)
     x = normal(rng, 9, 64, dtype="float16")
-    weights, ids = moe.route(normal(rng, 9, 4, dtype="float32"), 2, True)
-    found = moe.experts(x, weights, ids, gate_up.map(cupy.asarray), down.map(cupy.asarray))
-    expected = moe.experts_numpy(
-        wide(x), wide(weights), cupy.asnumpy(ids), dequantize(gate_up), dequantize(down)
-    )
-    assert relative_error(found, expected) < 5e-3
+    there = gate_up.map(cupy.asarray), down.map(cupy.asarray)
+    # The only experts, or those of a rank, of which rows choose some or none.
+    for all_experts, first in [(4, None), (8, 2), (8, 8)]:
+        weights, ids = moe.route(normal(rng, 9, all_experts, dtype="float32"), 2, True)
+        found = moe.experts(x, weights, ids, *there, first)
+        plain = wide(x), wide(weights), cupy.asnumpy(ids), dequantize(gate_up), dequantize(down)
+        assert relative_error(found, moe.experts_numpy(*plain, first or 0)) < 5e-3
 
 
 LAYOUTS = {
