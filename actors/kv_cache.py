@@ -208,7 +208,7 @@ def choose_num_blocks(
         num_blocks = cache_bytes // block_bytes
     if num_blocks < 1 + one_sequence:
         raise KVCacheError(
-            f"the KV cache has room for {num_blocks} blocks, and one sequence of "
+            f"the KV cache has room for {max(num_blocks, 0)} blocks, and one sequence of "
             f"max_model_len={max_model_len} tokens needs {1 + one_sequence} "
             f"({(1 + one_sequence) * block_bytes / 2**20:.0f} MiB): lower --max-model-len or "
             "give more by --kv-cache-memory-bytes or --num-kv-blocks"

@@ -228,7 +228,7 @@ class Quantization(ABC):
         notes = []
         if any(name.endswith(KV_SCALES) for name in names):
             notes.append(
-                "its scales for a quantized KV cache are not used: the cache is not quantized"
+                "its scales for a quantized KV cache are not used: an 8-bit cache has none here"
             )
         if any(name.endswith(INPUT_SCALES) for name in names):
             notes.append(

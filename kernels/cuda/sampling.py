@@ -42,6 +42,7 @@ _GREEDY_BLOCKS_PER_PROCESSOR = 4
 
 
 def prepare(state: RowState, dtype: Any, scored: int) -> None:
+    """See `tensorray.kernels.batch_sampling.prepare`."""
     for name in ("greedy_rows", "sample_rows", "score_rows"):
         _function(name, ctype(np.empty(0, dtype)))
     for name in ("set_rows", "edit_words", "keep_right"):
@@ -52,21 +53,25 @@ def prepare(state: RowState, dtype: Any, scored: int) -> None:
 
 
 def set_rows(state: RowState, index: Any, records: Any) -> None:
+    """See `tensorray.kernels.batch_sampling.set_rows`."""
     words = records.shape[1] // 4
     _function("set_rows")((len(index),), (32,), state.rows, index, records, words, overlap=True)
 
 
 def edit_words(state: RowState, index: Any, edits: Any) -> None:
+    """See `tensorray.kernels.batch_sampling.edit_words`."""
     blocks = min(-(-len(index) // 256), 256)
     _function("edit_words")((blocks,), (256,), state.words, index, edits, len(index), overlap=True)
 
 
 def keep_right(index: Any, tokens: Any, drafts: Any) -> None:
+    """See `tensorray.kernels.batch_sampling.keep_right`."""
     blocks = -(-len(index) // 256)
     _function("keep_right")((blocks,), (256,), index, tokens, drafts, len(index), overlap=True)
 
 
 def greedy_rows(logits: Any, index: Any, state: RowState, out: Any) -> None:
+    """See `tensorray.kernels.batch_sampling.greedy_rows`."""
     count, vocab = len(index), logits.shape[1]
     most = -(-vocab // (_GREEDY_THREADS * _VECTOR))
     parts = min(max(_GREEDY_BLOCKS_PER_PROCESSOR * compiler.multiprocessors() // count, 1), most)
@@ -88,6 +93,7 @@ def sample_rows(
     masks: Any = None,
     mask_rows: Any = None,
 ) -> None:
+    """See `tensorray.kernels.batch_sampling.sample_rows`."""
     count = len(index)
     mask_words = 0 if masks is None else masks.shape[1]
     workspace, stride = _workspace(count, logits.shape[1])
@@ -103,6 +109,7 @@ def sample_rows(
 
 
 def score_rows(logits: Any, index: Any, tokens: Any, out: Any) -> None:
+    """See `tensorray.kernels.batch_sampling.score_rows`."""
     count, vocab = len(index), logits.shape[1]
     top = (out.shape[1] - twin.SCORE_HEADER) // 2
     workspace, stride = _workspace(count, vocab)

@@ -24,6 +24,7 @@ def _function(name: str) -> compiler.Function:
 
 
 def update_tables(packed: Any, tables: Any) -> None:
+    """See `tensorray.kernels.step.update_tables`."""
     # Not overlapped: it writes what the step before reads.
     _function("update_tables")((8,), (_THREADS,), packed, tables)
 
@@ -39,6 +40,7 @@ def unpack_step(
     block_tables: Any,
     block_size: int,
 ) -> None:
+    """See `tensorray.kernels.step.unpack_step`."""
     groups, rows, width = tables.shape
     seqs, total = block_tables.shape[1], len(tokens)
     padding = min(-(-total // _THREADS), _MAX_PADDING_BLOCKS)
