@@ -2,7 +2,7 @@
 
 Each directory is a whole model in Hub layout (config, weights, byte-level tokenizer; a chat
 template in all but "llama2" and "gpt2"), with transformers' own logits and greedy continuations
-in reference.npz. reference/make_fixtures.py makes them.
+in reference.npz, computed in float64. reference/make_fixtures.py makes them.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ NAMES = sorted(path.name for path in MODELS.iterdir() if (path / "config.json").
 
 @dataclass(frozen=True)
 class Reference:
-    """What transformers (float32, one sequence at a time) computes for a prompt."""
+    """What transformers (float64, one sequence at a time) computes for a prompt."""
 
     prompt: npt.NDArray[np.int32]  # [n]
-    logits: npt.NDArray[np.float32]  # [n, vocab]
+    logits: npt.NDArray[np.float32]  # [n, vocab], rounded from float64
     greedy: npt.NDArray[np.int32]  # [16], the greedy continuation, end-of-text tokens included
 
 

@@ -3,18 +3,23 @@
 Needs torch, transformers and tokenizers, which the project itself does not:
 
     python tests/reference/make_fixtures.py
+    python tests/reference/make_fixtures.py --references  # anew, of the checkpoints as they are
 
 Every family is random, a few layers deep, and saved by `save_pretrained`, so that its files are
 what the Hub's are. Weights are large and windows, soft caps and rotary contexts short, so that
 each of them shows in the logits; `matters` lists config changes, and the script fails if one of
 them does not. Beside a checkpoint, reference.npz has, for each prompt i, `prompt_i` int32 `[n]`,
-`logits_i` float32 `[n, vocab]`, and `greedy_i` int32 `[16]`, the greedy continuation.
+`logits_i` float32 `[n, vocab]`, and `greedy_i` int32 `[16]`, the greedy continuation. Weights are
+float32; all else that leads to the references is computed in float64 (see `Float64`), and only
+then are logits rounded to float32, so that what a test finds is the error of what it tests.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +28,8 @@ import numpy as np
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
@@ -345,10 +352,57 @@ def make_model(fixture: Fixture) -> Any:
     return model.eval()
 
 
+class Float64(TorchFunctionMode):
+    """Within it, what asks torch for float32 gets float64.
+
+    `model.double()` is not enough: rotary angles, norms, and the softmaxes of attention and of
+    routers say float32 in transformers' code, whatever the weights are.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if func is torch.Tensor.float:
+            func = torch.Tensor.double
+        args, kwargs = tree_map(
+            lambda each: torch.float64 if each is torch.float32 else each, (args, kwargs or {})
+        )
+        return func(*args, **kwargs)
+
+
+class OnlyFloat64(Float64):
+    """Float64 which fails at any result of fewer bits, so that none comes in unseen."""
+
+    def __torch_function__(self, *call: Any) -> Any:
+        result = super().__torch_function__(*call)
+        for each in tree_leaves(result):
+            if isinstance(each, torch.Tensor) and each.is_floating_point():
+                assert each.dtype is torch.float64, f"{call[0]} gave {each.dtype}"
+        return result
+
+
+def load_float64(directory: Path) -> Any:
+    """The checkpoint's model, its weights and its own constants (rotary frequencies) float64."""
+    with Float64():
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            directory,
+            dtype=torch.float64,
+            attn_implementation="eager",
+            experts_implementation="eager",  # torch's grouped products know no float64
+        )
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        assert tensor.dtype is torch.float64 or not tensor.is_floating_point(), name
+    return model.eval()
+
+
 def logits_of(model: Any, tokens: np.ndarray) -> np.ndarray:
     with torch.no_grad():
         out = model(torch.from_numpy(tokens.astype(np.int64))[None], use_cache=False)
-    return out.logits[0].float().numpy()
+    return out.logits[0].numpy()
 
 
 def greedy(model: Any, prompt: np.ndarray) -> np.ndarray:
@@ -356,6 +410,35 @@ def greedy(model: Any, prompt: np.ndarray) -> np.ndarray:
     for _ in range(GREEDY_TOKENS):
         tokens = np.append(tokens, np.int32(logits_of(model, tokens)[-1].argmax()))
     return tokens[len(prompt) :]
+
+
+def references_of(directory: Path, prompts: list[np.ndarray]) -> dict[str, np.ndarray]:
+    model = load_float64(directory)
+    arrays: dict[str, np.ndarray] = {}
+    with OnlyFloat64():
+        for i, prompt in enumerate(prompts):
+            arrays[f"prompt_{i}"] = prompt
+            arrays[f"logits_{i}"] = logits_of(model, prompt).astype(np.float32)
+            arrays[f"greedy_{i}"] = greedy(model, prompt)
+    return arrays
+
+
+def remake_references(name: str) -> None:
+    """The references of a checkpoint that stays as it is, whose tokens must come out the same."""
+    path = FIXTURES / "models" / name / "reference.npz"
+    with np.load(path) as stored:
+        old = dict(stored)
+    indices = range(len(old) // 3)
+    new = references_of(path.parent, [old[f"prompt_{i}"] for i in indices])
+    before, after = (
+        np.concatenate([arrays[f"logits_{i}"] for i in indices]).astype(np.float64)
+        for arrays in (old, new)
+    )
+    for i in indices:
+        assert np.array_equal(old[f"greedy_{i}"], new[f"greedy_{i}"]), f"{name}, prompt {i}"
+    np.savez(path, **new)
+    change = np.linalg.norm(after - before) / np.linalg.norm(after)
+    print(f"{name}: logits change by {change:.1e}, at most by {np.abs(after - before).max():.1e}")
 
 
 def make_fixture(name: str, fixture: Fixture) -> None:
@@ -366,12 +449,11 @@ def make_fixture(name: str, fixture: Fixture) -> None:
     (directory / "model.safetensors").chmod(0o644)
     save_tokenizer(directory, fixture.chat)
     generator = np.random.default_rng(fixture.seed)
-    arrays: dict[str, np.ndarray] = {}
-    for i, length in enumerate(PROMPT_LENGTHS):
-        prompt = generator.integers(len(SPECIAL), VOCAB, length).astype(np.int32)
-        arrays[f"prompt_{i}"] = prompt
-        arrays[f"logits_{i}"] = logits_of(model, prompt)
-        arrays[f"greedy_{i}"] = greedy(model, prompt)
+    prompts = [
+        generator.integers(len(SPECIAL), VOCAB, length).astype(np.int32)
+        for length in PROMPT_LENGTHS
+    ]
+    arrays = references_of(directory, prompts)
     np.savez(directory / "reference.npz", **arrays)
     for changes in fixture.matters:
         config = fixture.config_of(**changes)
@@ -410,8 +492,15 @@ def make_ropes() -> None:
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--references", action="store_true", help="only make references anew")
+    only_references = parser.parse_args().references
     torch.set_num_threads(1)
     print(f"transformers {transformers.__version__}, torch {torch.__version__}")
     for name, fixture in MODELS.items():
-        make_fixture(name, fixture)
-    make_ropes()
+        if only_references:
+            remake_references(name)
+        else:
+            make_fixture(name, fixture)
+    if not only_references:
+        make_ropes()
