@@ -37,10 +37,16 @@ _LESS = (
     "--max-num-batched-tokens and --max-num-seqs lower what a step needs, and "
     "--gpu-memory-utilization what the KV cache takes"
 )
+# The compute capability that the kernels' instructions need: cp.async, products of bfloat16.
+_LEAST_CAPABILITY = (8, 0)
 
 
 class DeviceError(RuntimeError):
     """The device can't be used, or failed in mid-flight; says what to do."""
+
+
+class TooOldError(DeviceError):
+    """The kernels can't run on the GPU, which works."""
 
 
 class Mark(Protocol):
@@ -118,10 +124,12 @@ class CudaDevice:
         self.xp = cupy
         self._cuda = cupy.cuda
         try:
+            properties = cupy.cuda.runtime.getDeviceProperties(index)
+            if old := _too_old(properties):
+                raise TooOldError(f"GPU {index} can't be used: {old}; or run with --device cpu")
             self._device = cupy.cuda.Device(index)
             with self._device:
                 self._stream = cupy.cuda.Stream(non_blocking=True)
-                properties = cupy.cuda.runtime.getDeviceProperties(index)
         except cupy.cuda.runtime.CUDARuntimeError as error:
             raise DeviceError(f"GPU {index} can't be used ({error}): {_HINT}") from error
         self.name = properties["name"].decode()
@@ -258,19 +266,42 @@ def least_seconds(device: Device, work: Callable[[], Any], times: int = 3) -> fl
 
 
 def find_device(index: int = 0) -> CudaDevice | None:
-    """The machine's GPU; None where there is none, or none that CuPy can use, which is logged."""
-    return CudaDevice(index) if has_devices() else None
+    """The machine's GPU; None where there is none, or none that can be used, which is logged."""
+    if not has_devices():
+        return None
+    try:
+        return CudaDevice(index)
+    except TooOldError as error:  # another GPU of the machine is not
+        logger.warning("%s", error)
+        return None
 
 
 def has_devices() -> bool:
-    """Whether there are GPUs that CuPy can use; takes none of their memory."""
+    """Whether there are GPUs that can be used; takes none of their memory."""
     try:
         import cupy
 
-        return bool(cupy.cuda.runtime.getDeviceCount())
+        runtime = cupy.cuda.runtime
+        found = [runtime.getDeviceProperties(each) for each in range(runtime.getDeviceCount())]
     except Exception as error:  # no CuPy, no driver, no GPU: what is raised differs
         if _DRIVER.exists():
             logger.warning(
                 "this machine's GPU is not used, as CuPy can't be (%s): %s", error, _HINT
             )
         return False
+    old = [_too_old(properties) for properties in found]
+    if found and all(old):
+        logger.warning("this machine's GPU is not used: %s", old[0])
+    return not all(old)
+
+
+def _too_old(properties: dict[str, Any]) -> str | None:
+    """Why the kernels can't run on a GPU that has these properties; None if they can."""
+    capability = properties["major"], properties["minor"]
+    if capability >= _LEAST_CAPABILITY:
+        return None
+    name, (major, minor) = properties["name"].decode(), _LEAST_CAPABILITY
+    return (
+        f"{name} has compute capability {capability[0]}.{capability[1]}, and {major}.{minor} "
+        "(Ampere) or later is needed"
+    )

@@ -209,6 +209,22 @@ def multiprocessors() -> int:
     return count
 
 
+def most_shared_bytes() -> int:
+    """Shared memory that a block may ask for on the current CuPy device: 99 KiB on most GPUs, 163
+    on an A100, 227 on Hopper."""
+    import cupy
+
+    return _most_shared_bytes(cupy.cuda.runtime.getDevice())
+
+
+@functools.cache
+def _most_shared_bytes(device: int) -> int:
+    import cupy
+
+    most: int = cupy.cuda.Device(device).attributes["MaxSharedMemoryPerBlockOptin"]
+    return most
+
+
 def device_arch() -> str:
     """The current CuPy device's target: with its own instructions ("sm_90a") from Hopper on."""
     import cupy

@@ -23,6 +23,7 @@ CONSTANT_SETS = {
         dict(_WIDE, NTILES=1, NORM=1, GATED=0, GROUPED=0),
         dict(_HALF, NTILES=1, NORM=0, GATED=1, GROUPED=1),
         dict(_HALF, NTILES=4, NORM=0, GATED=0, GROUPED=2),
+        dict(_HALF, NTILES=1, NORM=1, GATED=1, GROUPED=0, STAGES=2),
     ]
 }
 
@@ -34,7 +35,7 @@ LONGEST_NORMED_ROW = 8192
 
 # As in linear.cu.
 _WARPS, _UNIT = 8, 512
-_SHARED_BYTES = 226 * 1024  # what a block may have
+_SPARE_BYTES = 1024  # of the shared memory a block may have, what plans leave
 # Weights that the blocks of one launch hold in flight all at once.
 _SMALL_WEIGHT = 16 << 20
 _SMALL_TILE = 128 << 10
@@ -54,6 +55,10 @@ class Plan:
         sums = _WARPS * 8 * ntiles(rows) * (16 * self.mtiles + 4) * 4
         pitch = -(-inner // 64) * 128 + 64
         return ring + sums + (rows * pitch if normed else 0)
+
+    def fits(self, most_shared_bytes: int, rows: int, inner: int, normed: bool) -> bool:
+        """Whether a block may have its shared memory, where it may have so much."""
+        return self.shared_bytes(rows, inner, normed) <= most_shared_bytes - _SPARE_BYTES
 
 
 def ntiles(rows: int) -> int:
@@ -86,15 +91,14 @@ def linear(
     ):
         rows, norm = rms_norm(rows, norm, eps), None
     if few:
-        plan = choose(
-            len(weight),
-            inner,
-            len(rows),
-            norm is not None,
-            gate is not None,
-            compiler.multiprocessors(),
-        )
-        return few_rows(rows, weight, bias, norm, eps, gate, residual, plan, weight_ahead)
+        shape = len(weight), inner, len(rows)
+        gpu = compiler.multiprocessors(), compiler.most_shared_bytes()
+        plan = choose(*shape, norm is not None, gate is not None, *gpu)
+        if plan is None and norm is not None:  # normed rows fill the memory of a small GPU's block
+            rows, norm = rms_norm(rows, norm, eps), None
+            plan = choose(*shape, False, gate is not None, *gpu)
+        if plan is not None:
+            return few_rows(rows, weight, bias, norm, eps, gate, residual, plan, weight_ahead)
     if gate is not None and bias is None and residual is None:
         own = gated_hopper.plan_for(rows, weight, compiler.multiprocessors())
         if own is not None:
@@ -166,10 +170,23 @@ def kernel(
 
 @functools.cache
 def choose(
-    outs: int, inner: int, rows: int, normed: bool, gated: bool, multiprocessors: int
-) -> Plan:
-    """A plan for a product's shape; NOTES.md has the times behind it."""
-    sizes = (4, 2) if gated else (4, 2, 1)
+    outs: int,
+    inner: int,
+    rows: int,
+    normed: bool,
+    gated: bool,
+    multiprocessors: int,
+    most_shared_bytes: int,
+) -> Plan | None:
+    """A plan for a product's shape, on a GPU whose blocks may have so much shared memory; None
+    where no plan fits into it. NOTES.md has the times behind the choice."""
+
+    def fits(plan: Plan) -> bool:
+        return plan.fits(most_shared_bytes, rows, inner, normed)
+
+    sizes = [m for m in ((4, 2) if gated else (4, 2, 1)) if fits(Plan(m, 2))]
+    if not sizes:
+        return None
     deepest = 8
 
     def tiles(mtiles: int) -> int:
@@ -191,8 +208,7 @@ def choose(
         deepest = max(-(-inner // (64 * _WARPS)), 2)
     else:
         mtiles = min(sizes, key=cost)
-    plans = [Plan(mtiles, stages) for stages in range(2, deepest + 1)]
-    return [p for p in plans if p.shared_bytes(rows, inner, normed) <= _SHARED_BYTES][-1]
+    return [p for p in (Plan(mtiles, stages) for stages in range(2, deepest + 1)) if fits(p)][-1]
 
 
 def _streams(weight: Any) -> bool:

@@ -6,13 +6,14 @@ read once, and only those of experts that were chosen), else in tiles of moe.cu.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from tensorray.kernels.cuda import compiler
 from tensorray.kernels.cuda.activation import KINDS
 from tensorray.kernels.cuda.dtypes import ctype
 from tensorray.kernels.cuda.layout import aligned, as_rows, stride
-from tensorray.kernels.cuda.linear import Plan, kernel
+from tensorray.kernels.cuda.linear import Plan, kernel, ntiles
 from tensorray.kernels.linear import linear
 from tensorray.kernels.quantized import QuantizedWeight
 
@@ -30,6 +31,8 @@ CONSTANT_SETS = {
 FEW_ROWS_A_GROUP = 24
 FEW_ROWS = 64
 
+# Of groups of few rows. A gate takes two sixteens at least, a pipeline two stages.
+_PLAN = Plan(mtiles=2, stages=2)
 _WARPS = 8
 _ROUTE_THREADS = 128
 _THREADS = 256
@@ -82,8 +85,8 @@ def experts(
         (count,), (_THREADS,), *(ids, choices, first, count, order, groups, slots), overlap=True
     )
     grouped = (groups, order, top_k, len(rows))
-    few = choices <= FEW_ROWS_A_GROUP * count and len(rows) <= FEW_ROWS
-    product = _few_rows if few else _many_rows
+    taken = rows_a_block(choices, count, len(rows), compiler.most_shared_bytes())
+    product = functools.partial(_few_rows, taken=taken) if taken else _many_rows
     gated = product(rows, gate_up, choices, inner, *grouped, gated=True)
     y = product(gated, down, choices, hidden, *grouped, gated=False)
     packs = out.size // 8
@@ -98,6 +101,18 @@ def experts(
     return out
 
 
+def rows_a_block(choices: int, experts: int, rows: int, most_shared_bytes: int) -> int | None:
+    """How many rows of a group a block of linear.cu takes; None: groups are for moe.cu, being
+    large, or too large for the shared memory that a block may have."""
+    if choices > FEW_ROWS_A_GROUP * experts or rows > FEW_ROWS:
+        return None
+    average = -(-choices // experts)
+    wanted = min(rows, 8 if average <= 4 else 16 if average <= 8 else 32)
+    taken = 8 * ntiles(wanted)
+    # Without a norm the length of rows does not matter.
+    return taken if _PLAN.fits(most_shared_bytes, taken, 0, normed=False) else None
+
+
 def _few_rows(
     x: Any,
     weight: Any,
@@ -109,8 +124,10 @@ def _few_rows(
     most_rows: int,
     *,
     gated: bool,
+    taken: int,
 ) -> Any:
-    """Each group's rows, at most `most_rows`, times its expert's weight, by linear.cu.
+    """Each group's rows, at most `most_rows`, times its expert's weight, by linear.cu, whose blocks
+    take `taken` of them.
 
     A gate comes first: it gathers x's rows, and its results lie in group order, from which the
     product after it scatters them.
@@ -118,14 +135,10 @@ def _few_rows(
     import cupy
 
     y = cupy.empty((choices, results), x.dtype)
-    average = -(-choices // len(weight))
-    rows = min(most_rows, 8 if average <= 4 else 16 if average <= 8 else 32)
-    plan = Plan(mtiles=2, stages=2)
     inner = x.shape[1]
-    shared_bytes = plan.shared_bytes(rows, inner, normed=False)
-    tile = 8 * plan.mtiles if gated else 16 * plan.mtiles
-    taken = 8 if rows <= 8 else 16 if rows <= 16 else 32
-    kernel(x, weight, y, plan, rows, False, gated, 1 if gated else 2, shared_bytes)(
+    shared_bytes = _PLAN.shared_bytes(taken, inner, normed=False)
+    tile = 8 * _PLAN.mtiles if gated else 16 * _PLAN.mtiles
+    kernel(x, weight, y, _PLAN, taken, False, gated, 1 if gated else 2, shared_bytes)(
         (-(-results // tile), len(groups), -(-most_rows // taken)),
         (32 * _WARPS,),
         *(weight, x, None, None, None, y, inner, weight.shape[1], 0, stride(x), stride(None)),

@@ -101,13 +101,14 @@ def torch_time(weights: list[Any], x: Any) -> float:
 def plans(outs: int, inner: int, rows: int, normed: bool, gated: bool) -> list[Plan]:
     """What is worth a try: the deepest pipelines that fit, and shallower ones of small weights."""
     found = []
+    most = compiler.most_shared_bytes()
     for mtiles in (1, 2, 4):
         if gated and mtiles == 1:
             continue
         fitting = [
             plan
             for plan in (Plan(mtiles, stages) for stages in range(2, 9))
-            if plan.shared_bytes(rows, inner, normed) <= 226 << 10
+            if plan.fits(most, rows, inner, normed)
         ]
         rounds = max(-(-inner // 512), 2) if outs < 40000 else 8
         found += [plan for plan in fitting if plan.stages <= rounds][-1:]
@@ -141,7 +142,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 2, 8, 16, 32, 64])
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES))
     options = parser.parse_args()
-    multiprocessors = compiler.multiprocessors()
+    gpu = compiler.multiprocessors(), compiler.most_shared_bytes()
     cases: dict[tuple[str, int], list[Plan]] = {}
     calls = []
     for name, rows in itertools.product(options.shapes, options.rows):
@@ -149,7 +150,10 @@ def main() -> None:
         if rows > cuda.FEW_ROWS:
             continue
         flags = (kind != "residual" and rows <= cuda.FEW_NORMED_ROWS, kind == "gate")
-        listed = [cuda.choose(outs, inner, rows, *flags, multiprocessors)]
+        own_plan = cuda.choose(outs, inner, rows, *flags, *gpu)
+        if own_plan is None:
+            continue
+        listed = [own_plan]
         if options.plans:
             listed += plans(outs, inner, rows, *flags)
         cases[name, rows] = listed

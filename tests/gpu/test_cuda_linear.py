@@ -15,7 +15,7 @@ if not cupy.cuda.is_available():
     pytest.skip("no NVIDIA GPU", allow_module_level=True)
 
 from tensorray.kernels import linear as linears  # noqa: E402
-from tensorray.kernels.cuda import cublas  # noqa: E402
+from tensorray.kernels.cuda import compiler, cublas  # noqa: E402
 from tensorray.kernels.cuda import linear as cuda  # noqa: E402
 from tensorray.kernels.cuda.linear import Plan  # noqa: E402
 
@@ -116,6 +116,15 @@ def test_few_and_many_rows(dtype: str, options: tuple[str, ...]) -> None:
     assert max(worst.values()) < TOLERANCE[dtype], errors
 
 
+@pytest.mark.parametrize("kib", [99, 163])
+def test_as_on_a_gpu_of_less_shared_memory(kib: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiler, "most_shared_bytes", lambda: kib * 1024)
+    for options in ((), ("norm",), ("norm", "silu"), ("residual", "bias")):
+        for rows, (outs, inner) in itertools.product([1, 4, 9, 16], [(250, 2056), (512, 8192)]):
+            case = Case(rows, outs, inner, "float16", *options)
+            assert case.error(case.run()) < TOLERANCE["float16"], (rows, outs, inner, options)
+
+
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_sizes_that_no_wide_access_fits(dtype: str) -> None:
     for rows, outs, inner in [(1, 5, 7), (3, 33, 100), (2, 10, 1), (20, 9, 63)]:
@@ -133,7 +142,7 @@ def test_every_plan(plan: Plan, options: tuple[str, ...]) -> None:
     if "silu" in options and plan.mtiles == 1:
         pytest.skip("a gate needs pairs of tiles")
     for rows, outs, inner in [(1, 256, 8192), (7, 100, 640), (16, 8200, 2056), (32, 72, 4096)]:
-        if plan.shared_bytes(rows, inner, "norm" in options) <= 226 * 1024:
+        if plan.fits(compiler.most_shared_bytes(), rows, inner, "norm" in options):
             case = Case(rows, outs, inner, "float16", *options)
             assert case.error(case.run(plan)) < TOLERANCE["float16"]
 

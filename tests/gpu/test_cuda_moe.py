@@ -14,6 +14,7 @@ if not cupy.cuda.is_available():
     pytest.skip("no NVIDIA GPU", allow_module_level=True)
 
 from tensorray.kernels import moe  # noqa: E402
+from tensorray.kernels.cuda import compiler  # noqa: E402
 
 TOLERANCE = {"float16": 1.5e-3, "bfloat16": 1.2e-2, "float32": 3e-6}
 
@@ -73,6 +74,14 @@ def test_experts(dtype: str, experts: int, top_k: int, hidden: int, inner: int) 
     layer = Layer(experts, hidden, inner, dtype)
     for rows in (1, 2, 7, 16, 33, 100, 257, 700):
         layer.check(rows, top_k)
+
+
+@pytest.mark.parametrize("kib", [99, 163])
+def test_as_on_a_gpu_of_less_shared_memory(kib: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiler, "most_shared_bytes", lambda: kib * 1024)
+    layer = Layer(8, 256, 512, "float16")
+    for rows in (1, 16, 33, 64):
+        layer.check(rows, 2)
 
 
 @pytest.mark.parametrize("rows", [1, 9, 40, 150, 500])
