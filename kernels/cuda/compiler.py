@@ -331,10 +331,9 @@ class Function:
         block: tuple[int, ...],
         *arguments: Any,
         shared_bytes: int | None = None,
-        cluster: tuple[int, ...] | None = None,
         overlap: bool = False,
     ) -> None:
-        """Launch with up to three extents each of grid, block and, on Hopper, cluster.
+        """Launch with up to three extents each of grid and block.
 
         Arguments: CuPy arrays (their pointer), NumPy scalars and structured scalars (their bytes),
         int (int32), float (float32), bool (int32), None (a null pointer). `shared_bytes` defaults
@@ -351,14 +350,12 @@ class Function:
         dynamic = self._shared_bytes if shared_bytes is None else shared_bytes
         stream = cupy.cuda.get_current_stream().ptr
         values = _Arguments(arguments)
-        overlap = overlap and self._can_overlap
-        if cluster is None and not overlap:
+        if not (overlap and self._can_overlap):
             result = driver.cuLaunchKernel(
                 self._handle, *_extents(grid), *_extents(block), dynamic, stream, values.address, 0
             )
         else:
-            extents = _extents(grid), _extents(block), cluster and _extents(cluster)
-            config = _config(*extents, dynamic, stream, overlap)
+            config = _overlapping(_extents(grid), _extents(block), dynamic, stream)
             result = driver.cuLaunchKernelEx(config, self._handle, values.address, 0)
         if int(result[0]):
             raise LaunchError(
@@ -373,13 +370,8 @@ def _extents(given: tuple[int, ...]) -> tuple[int, int, int]:
 
 
 @functools.lru_cache(4096)
-def _config(
-    grid: tuple[int, int, int],
-    block: tuple[int, int, int],
-    cluster: tuple[int, int, int] | None,
-    shared_bytes: int,
-    stream: int,
-    overlap: bool,
+def _overlapping(
+    grid: tuple[int, int, int], block: tuple[int, int, int], shared_bytes: int, stream: int
 ) -> Any:
     driver = _driver()
     config = driver.CUlaunchConfig()
@@ -387,21 +379,12 @@ def _config(
     config.blockDimX, config.blockDimY, config.blockDimZ = block
     config.sharedMemBytes = shared_bytes
     config.hStream = driver.CUstream(stream)
-    attributes = []
-    if cluster is not None:
-        attribute = driver.CUlaunchAttribute()
-        attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
-        extent = attribute.value.clusterDim
-        extent.x, extent.y, extent.z = cluster
-        attributes.append(attribute)
-    if overlap:
-        attribute = driver.CUlaunchAttribute()
-        name = "CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION"
-        attribute.id = getattr(driver.CUlaunchAttributeID, name)
-        attribute.value.programmaticStreamSerializationAllowed = 1
-        attributes.append(attribute)
-    config.attrs = attributes
-    config.numAttrs = len(attributes)
+    attribute = driver.CUlaunchAttribute()
+    name = "CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION"
+    attribute.id = getattr(driver.CUlaunchAttributeID, name)
+    attribute.value.programmaticStreamSerializationAllowed = 1
+    config.attrs = [attribute]
+    config.numAttrs = 1
     return config
 
 
