@@ -129,9 +129,9 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     def noted(name: str, result: Any) -> Any:
         return lambda *given, **named: calls.append(name) or result
 
-    def few_rows(
-        x: Any, weight: Any, bias: Any, norm: Any, eps: float, gate: Any, residual: Any, plan: Plan
-    ) -> None:
+    def few_rows(x: Any, weight: Any, bias: Any, norm: Any, *given: Any) -> None:
+        eps, gate, residual, plan, weight_ahead = given
+        assert weight_ahead
         used = plan.shared_bytes(len(x), x.shape[1], norm is not None)
         assert used <= compiler.most_shared_bytes() - SPARE
         calls.append(plan)
