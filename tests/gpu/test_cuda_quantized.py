@@ -73,6 +73,34 @@ def test_linear(kind: Kind, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None
             assert found.dtype == x.dtype
 
 
+@pytest.mark.parametrize("rows", [1, 7, 200])
+def test_a_captured_product_waits_for_what_unpacks_its_weight(
+    rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks of several weights, unpacked one after the other to the same memory."""
+    monkeypatch.setattr("tensorray.kernels.quantized._BLOCK_VALUES_CUDA", 1 << 20)
+    rng = np.random.default_rng(2)
+    held = [
+        weight("int4", 4096, 2048, group=128, zeros=bool(i % 2), order=False).map(cupy.asarray)
+        for i in range(2)
+    ]
+    held[1].scales[...] *= 3
+    x = normal(rng, rows, 2048, dtype="float16")
+    expected = [cupy.asnumpy(linear(x, each)) for each in held]
+    pool, stream = cupy.cuda.MemoryPool(), cupy.cuda.Stream(non_blocking=True)
+    cupy.cuda.Device().synchronize()
+    with stream, cupy.cuda.using_allocator(pool.malloc):
+        linear(x, held[0])
+        stream.begin_capture()
+        found = [linear(x, each) for each in [*held, *held]]
+        graph = stream.end_capture()
+        for _ in range(20):
+            graph.launch(stream)
+            stream.synchronize()
+            for ours, theirs in zip(found, [*expected, *expected], strict=True):
+                assert np.array_equal(cupy.asnumpy(ours), theirs)
+
+
 def test_experts() -> None:
     rng = np.random.default_rng(1)
     gate_up = weight("int4", 4, 128, 64, group=32, zeros=True, order=True)
