@@ -53,6 +53,11 @@ __device__ __forceinline__ void publish_barriers() {
 __device__ __forceinline__ void publish_to_tensor_cores() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
+// A barrier of a warpgroup.
+__device__ __forceinline__ void synchronize_warpgroup(int warpgroup) {
+  asm volatile("bar.sync %0, %1;" ::"r"(1 + warpgroup), "n"(WARPGROUP) : "memory");
+}
+
 // A barrier of the first THREADS threads that come to it, warps as a whole; 0 is __syncthreads()'s.
 template <int BARRIER, int THREADS>
 __device__ __forceinline__ void synchronize_threads() {

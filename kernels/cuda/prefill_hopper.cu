@@ -43,11 +43,6 @@ __device__ __forceinline__ void multiply_add(float* c, const unsigned* a, unsign
   }
 }
 
-// A barrier of so many of the consumers' threads, warpgroups as a whole.
-__device__ __forceinline__ void synchronize_consumers(int threads) {
-  asm volatile("bar.sync 1, %0;" ::"r"(threads) : "memory");
-}
-
 // --- the kernel --------------------------------------------------------------------------------
 
 using Matrix = T[COLUMNS][KEYS * COLUMN];
@@ -323,17 +318,17 @@ __device__ __forceinline__ void consume(Shared& shared, T* out, int warpgroup, c
       };
       const auto begin_mix = [&](int first_key) {
         wait(shared.v_full[v_at.stage], v_at.parity);
-        // Zero weights must not meet what is no value, or another sequence's. Whoever has rows
-        // does a share.
+        // Zero weights must not meet what is no value, or another sequence's. Both warpgroups write
+        // these zeros, each before its own products: to share the work they would have to meet,
+        // which costs up to 4 % (NOTES.md).
         if (first_key < tile.low || first_key + KEYS > tile.high) {
-          const int threads = WARPGROUP * (rows > 64 ? CONSUMERS : 1);
-          for (int i = warpgroup * WARPGROUP + thread; i < KEYS * COLUMNS * 8; i += threads) {
+          for (int i = thread; i < KEYS * COLUMNS * 8; i += WARPGROUP) {
             const int key = i / 8 % KEYS;
             if (first_key + key < tile.low || first_key + key >= tile.high)
               reinterpret_cast<uint4*>(shared.v[v_at.stage])[i] = make_uint4(0, 0, 0, 0);
           }
           publish_to_tensor_cores();
-          synchronize_consumers(threads);
+          synchronize_warpgroup(warpgroup);
         }
         const unsigned long long b =
             descriptor(shared_address(shared.v[v_at.stage]), KEYS * COLUMN * sizeof(T));

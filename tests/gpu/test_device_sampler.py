@@ -286,7 +286,7 @@ def test_a_rows_token_does_not_depend_on_its_batch() -> None:
     samplings = [random_sampling(rng, vocab, logprobs=3) for _ in range(rows)]
     logits = random_logits(rng, "normal", rows, vocab)
     device, index = DeviceSampler(DEVICE, vocab, rows), np.arange(rows, dtype=np.int32)
-    device.prepare(np.float32)
+    device.prepare(np.float32, rows)
 
     def sample(some: list[int]) -> Any:
         for seq in some:
