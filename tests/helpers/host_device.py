@@ -16,7 +16,8 @@ T = TypeVar("T")
 
 class HostDevice:
     """Everything queued is done at once. What a real device would not see, this does not either:
-    a copy takes what its source holds when it is queued."""
+    a copy takes what its source holds when it is queued, and what recorded work gave is NaN once
+    other work may have taken its memory."""
 
     xp: Any = np
     name = "NumPy"
@@ -24,6 +25,7 @@ class HostDevice:
     def __init__(self, memory: int = 64 << 20) -> None:
         self._memory = memory
         self.recorded = 0
+        self._lent: Any = None  # what recorded work gave last
         self.uploaded: list[int] = []  # bytes of each upload
 
     @contextmanager
@@ -47,6 +49,7 @@ class HostDevice:
         return _Passed()
 
     def recording(self) -> Any:
+        self._take_back()
         return nullcontext()
 
     def record(self, work: Callable[[], T]) -> Callable[[], T]:
@@ -55,13 +58,19 @@ class HostDevice:
         result: Any = work()
 
         def replay() -> T:
+            self._take_back()
             made: Any = work()
             if result is not None:
                 result[...] = made
-            kept: T = result
+            self._lent = kept = result
             return kept
 
         return replay
+
+    def _take_back(self) -> None:
+        if self._lent is not None:
+            self._lent.fill(np.nan)
+            self._lent = None
 
     def free_memory(self) -> int:
         return self._memory
