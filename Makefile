@@ -24,8 +24,8 @@ lint: $(VENV)/.installed-dev
 	@$(BIN)/ruff format --check .
 
 # Type checkers cannot follow the mapping of top-level folders to tensorray.* in an editable
-# install, so they get a tree of links that spells it out. On a busy machine mypy gives its workers up
-# (status 2) before they are there: it does without them then.
+# install, so they get a tree of links that spells it out. On a busy machine mypy gives its workers
+# up (status 2) before they are there: it does without them then.
 typecheck: $(VENV)/.installed-dev
 	@mkdir -p .typecheck/tensorray
 	@for part in __init__.py $(ROOMS); do ln -sfn ../../$$part .typecheck/tensorray/$$part; done

@@ -37,8 +37,8 @@ _LESS = (
     "--max-num-batched-tokens and --max-num-seqs lower what a step needs, and "
     "--gpu-memory-utilization what the KV cache takes"
 )
-# The compute capability that the kernels' instructions need: cp.async, products of bfloat16.
-_LEAST_CAPABILITY = (8, 0)
+#: The compute capability that the kernels' instructions need: cp.async, products of bfloat16.
+LEAST_CAPABILITY = (8, 0)
 
 
 class DeviceError(RuntimeError):
@@ -92,7 +92,8 @@ class Device(Protocol):
 
         `work` runs now, without effect if the device can capture it, and inside `recording`. The
         array it returns, if any, is what each later call returns, filled anew. Its memory is lent:
-        what is queued after the next call of recorded work, or inside `recording`, may not read it.
+        what reads it is to be queued before the next call of any recorded work of the device, and
+        before anything else is made inside `recording`.
         """
         ...
 
@@ -134,7 +135,7 @@ class CudaDevice:
             raise DeviceError(f"GPU {index} can't be used ({error}): {_HINT}") from error
         self.name = properties["name"].decode()
         # Graphs hold addresses, so what they touch must never go back to the driver.
-        self._recorded = cupy.cuda.MemoryPool()
+        self._recorded = cupy.cuda.MemoryPool(self._allocate)
         self._entered = threading.local()
 
     @contextmanager
@@ -177,6 +178,21 @@ class CudaDevice:
     def recording(self) -> AbstractContextManager[None]:
         context: AbstractContextManager[None] = self._cuda.using_allocator(self._recorded.malloc)
         return context
+
+    def _allocate(self, nbytes: int) -> Any:
+        """Memory from the driver, for the pool of recorded work. Where there is none left, the
+        other pool gives back what it keeps for nobody: from an error of CUDA's the pool that asks
+        would do so itself, under its graphs."""
+        runtime, memory = self._cuda.runtime, self._cuda.memory
+        for give_back in (self.xp.get_default_memory_pool().free_all_blocks, None):
+            try:
+                return memory.MemoryPointer(memory.Memory(nbytes), 0)
+            except runtime.CUDARuntimeError as error:
+                if error.status != runtime.errorMemoryAllocation:
+                    raise
+            if give_back is not None:
+                give_back()
+        raise memory.OutOfMemoryError(nbytes, self._recorded.total_bytes())
 
     def record(self, work: Callable[[], T]) -> Callable[[], T]:
         with self.recording():
@@ -298,9 +314,9 @@ def has_devices() -> bool:
 def _too_old(properties: dict[str, Any]) -> str | None:
     """Why the kernels can't run on a GPU that has these properties; None if they can."""
     capability = properties["major"], properties["minor"]
-    if capability >= _LEAST_CAPABILITY:
+    if capability >= LEAST_CAPABILITY:
         return None
-    name, (major, minor) = properties["name"].decode(), _LEAST_CAPABILITY
+    name, (major, minor) = properties["name"].decode(), LEAST_CAPABILITY
     return (
         f"{name} has compute capability {capability[0]}.{capability[1]}, and {major}.{minor} "
         "(Ampere) or later is needed"

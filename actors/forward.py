@@ -79,7 +79,8 @@ class Forward:
         """Queue a step; returns logits `[>= R, vocab]` on the device, or None if none is wanted,
         or this stage has none.
 
-        What reads them has to be queued before anything of this object is called again.
+        What reads them has to be queued before other recorded work of the device, and before
+        anything is made inside its `recording`.
         """
         if self._received is not None:
             assert self.ranks is not None
@@ -119,8 +120,8 @@ class Forward:
 
     def logits(self, first: int, count: int) -> Iterator[tuple[int, int, Any]]:
         """Logits of packed rows of the step that `run` queued last: (first row, number of rows,
-        logits `[rows, vocab]`), in pieces of bounded size. What reads a piece, or what `run` gave,
-        has to be queued before the next piece is asked for."""
+        logits `[rows, vocab]`), in pieces of bounded size. What reads a piece has to be queued
+        before the next one is asked for, what reads those that `run` gave before the first."""
         chunk = min(SCORED_ROWS, self._max_tokens)
         for at in range(first, first + count, chunk):
             rows = min(chunk, first + count - at)
@@ -138,7 +139,7 @@ class Forward:
             self._body(self._max_tokens)
             if self._runner.has_head:
                 dtype = self._head(self._max_seqs).dtype
-                for _ in self.logits(0, 1):
+                for _ in self.logits(0, 2 * SCORED_ROWS):  # who reads one holds it
                     pass
         self._device.mark().wait()
         return dtype

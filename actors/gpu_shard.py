@@ -101,7 +101,7 @@ class GraphSizes:
 
     @property
     def count(self) -> int:
-        """How many graphs there will be."""
+        """How many graphs there will be at most."""
         heads = {*self.decodes, *self.chains} if self.bodies else ()
         return len(self.decodes) + len(self.bodies) + len(self.chains) + len(heads)
 
@@ -256,7 +256,8 @@ class GpuShard:
                 self._sampler.prepare(logits_dtype, min(SCORED_ROWS, limits.step_tokens))
             if drafts is not None and self._sampler is not None:
                 drafts.prepare(self._buffers, self._sampler, graphs.decodes, graphs.bodies)
-            to_record = graphs.count * len(self._forwards) * _GRAPH_BYTES
+            recorders = len(self._forwards) + (drafts is not None)  # a draft model has its own
+            to_record = graphs.count * recorders * _GRAPH_BYTES
             num_blocks = choose_blocks(device.free_memory() - to_record)
             self._cache = cache = KVCache(groups, num_blocks, device.xp, kv_dtype)
             ops.kv = cache.layers

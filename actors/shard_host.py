@@ -32,9 +32,12 @@ def load_executor(config: ShardConfig, gpu: int = 0) -> StepExecutor:
         return NullShard.from_config(config)
     # Imported here so that a null device needs neither the model code nor its libraries.
     if config.device in ("auto", "cuda"):
-        from tensorray.actors.device import CudaDevice, find_device
+        from tensorray.actors.device import CudaDevice, find_device, has_devices
 
-        device = CudaDevice(gpu) if config.device == "cuda" else find_device(gpu)
+        # Shards of one replica can't be on different kinds of device: one that can't use its GPU
+        # has to say so.
+        with_others = config.layout.size > 1 and has_devices()
+        device = CudaDevice(gpu) if config.device == "cuda" or with_others else find_device(gpu)
         if device is not None:
             from tensorray.actors.gpu_shard import GpuShard
 

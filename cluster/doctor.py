@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -87,7 +88,9 @@ def report() -> dict[str, Any]:
         },
         "can_run": {
             "models on the CPU": not problems,
-            "models on a GPU": bool(gpus and gpu_packages["cupy"] and not problems),
+            "models on a GPU": bool(
+                any(map(_is_new_enough, gpus)) and gpu_packages["cupy"] and not problems
+            ),
         },
         "tested": TESTED,
         "problems": problems,
@@ -157,16 +160,25 @@ def _kernels() -> dict[str, str]:
 
 
 def _gpus() -> list[str]:
-    """Name, memory and driver of each GPU; empty without an NVIDIA driver."""
+    """Name, memory, driver and compute capability of each GPU; empty without NVIDIA's driver."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return []
-    query = [tool, "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
+    asked = "name,memory.total,driver_version,compute_cap"
+    query = [tool, f"--query-gpu={asked}", "--format=csv,noheader"]
     try:
         answer = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError) as error:
         return [f"nvidia-smi failed: {error}"]
     return [line.strip() for line in answer.stdout.splitlines() if line.strip()]
+
+
+def _is_new_enough(gpu: str) -> bool:
+    """Whether the kernels can run on a GPU that `_gpus` describes."""
+    from tensorray.actors.device import LEAST_CAPABILITY
+
+    capability = re.fullmatch(r".*, (\d+)\.(\d+)", gpu)
+    return capability is not None and (int(capability[1]), int(capability[2])) >= LEAST_CAPABILITY
 
 
 def _print(found: dict[str, Any]) -> None:

@@ -41,9 +41,9 @@ def linear(
     On a CPU, up to 96 rows of float32 the C kernel runs, and a row's result is the same bits
     whatever the other rows are; beyond, BLAS, whose rounding depends on the number of rows.
 
-    On a GPU, a kernel of few rows reads each weight once and has the rest in it. In a stream that
-    is being captured it reads weight and norm ahead of the kernels before it: they must not be
-    written by the capture itself.
+    On a GPU, a kernel of few rows reads each weight once and has the rest in it. It reads the norm,
+    and in a stream that is being captured the weight, ahead of the kernels before it: these must
+    not be what writes them.
 
     A quantized weight (quantized.py) is unpacked as it is read.
     """
@@ -99,12 +99,10 @@ def _product(x: Any, weight: Any, bias: Any | None) -> Any:
 
 
 def _linear_of_new(x: Any, weight: Any) -> Any:
-    """A product by a weight that was just written."""
-    if is_cuda(x):
-        from tensorray.kernels.cuda import linear as cuda
+    """A product, on a GPU, by a weight that was just written."""
+    from tensorray.kernels.cuda import linear as cuda
 
-        return cuda.linear(x, weight, weight_ahead=False)
-    return linear(x, weight)
+    return cuda.linear(x, weight, weight_ahead=False)
 
 
 def _product_numpy(x: Any, weight: Any, bias: Any | None) -> Any:

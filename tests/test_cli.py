@@ -19,7 +19,7 @@ import typer
 from pydantic import BaseModel, Field
 from typer.testing import CliRunner
 
-from tensorray.cluster import app, cli
+from tensorray.cluster import app, cli, doctor
 from tensorray.cluster.command_lines import Command as CommandLine
 from tensorray.cluster.config import EngineConfig
 from tensorray.cluster.elsewhere import ELSEWHERE
@@ -416,6 +416,23 @@ def test_doctor_reports_this_machine(tensorray: Command) -> None:
     assert found["machine"]["threads"] >= 1
     assert found["software"]["python"] == ".".join(map(str, sys.version_info[:3]))
     assert found["can_run"]["models on a GPU"] is False
+
+
+@pytest.mark.parametrize(
+    ("gpu", "runs"),
+    [
+        ("NVIDIA H200, 143771 MiB, 580.159.04, 9.0", True),
+        ("NVIDIA RTX PRO 6000, 97887 MiB, 580.159.04, 12.0", True),
+        ("Tesla T4, 15360 MiB, 580.159.04, 7.5", False),
+        ("nvidia-smi failed: timed out", False),
+    ],
+)
+def test_doctor_knows_which_gpus_the_kernels_run_on(
+    monkeypatch: pytest.MonkeyPatch, gpu: str, runs: bool
+) -> None:
+    monkeypatch.setattr(doctor, "_gpus", lambda: [gpu])
+    monkeypatch.setattr(doctor, "_version", lambda *names: "1.0")
+    assert doctor.report()["can_run"]["models on a GPU"] is runs
 
 
 # --- start-up ---------------------------------------------------------------------------------

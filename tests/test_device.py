@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 
+from tensorray.actors.config import ShardConfig
 from tensorray.actors.device import CudaDevice, DeviceError, find_device, has_devices
+from tensorray.actors.shard_host import load_executor
 
 T4 = {"name": b"Tesla T4", "major": 7, "minor": 5}
 A100 = {"name": b"NVIDIA A100", "major": 8, "minor": 0}
@@ -22,6 +24,20 @@ Install = Callable[..., None]
 class CUDARuntimeError(RuntimeError):
     """As CuPy's."""
 
+    status = 2  # errorMemoryAllocation
+
+
+class OutOfMemoryError(MemoryError):
+    """As CuPy's."""
+
+
+class Pool:
+    def __init__(self, allocate: Callable[[int], Any]) -> None:
+        self.allocate = allocate
+
+    def total_bytes(self) -> int:
+        return 0
+
 
 @pytest.fixture
 def install(monkeypatch: pytest.MonkeyPatch) -> Install:
@@ -32,6 +48,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Install:
             CUDARuntimeError=CUDARuntimeError,
             getDeviceCount=lambda: len(gpus),
             getDeviceProperties=lambda index: gpus[index],
+            errorMemoryAllocation=2,
         )
 
         def device(index: int) -> Any:
@@ -42,7 +59,8 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Install:
             runtime=runtime,
             Device=device,
             Stream=lambda **_: None,
-            MemoryPool=lambda: None,
+            MemoryPool=Pool,
+            memory=SimpleNamespace(OutOfMemoryError=OutOfMemoryError),
         )
         monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=cuda))
 
@@ -87,6 +105,38 @@ def test_old_and_new_gpus_of_a_machine(install: Install, caplog: pytest.LogCaptu
     found = find_device(1)
     assert found is not None
     assert found.name == "NVIDIA A100"
+
+
+def test_a_shard_among_others_does_not_take_a_cpu_for_an_old_gpu(install: Install) -> None:
+    install(T4, A100)
+    config = ShardConfig("", device="auto", tensor_parallel_size=2)
+    with pytest.raises(DeviceError, match="Tesla T4"):
+        load_executor(config, 0)
+
+
+@pytest.mark.parametrize("kept", [0, 70, 100])
+def test_graphs_memory_stays_when_there_is_no_more(install: Install, kept: int) -> None:
+    """Of a full GPU: what the default pool keeps for nobody is taken."""
+    install(A100)
+    device = CudaDevice()
+    free = [0]
+
+    def take(nbytes: int) -> int:
+        if nbytes > free[0]:
+            raise CUDARuntimeError
+        return nbytes
+
+    def give_back() -> None:
+        free[0] = kept
+
+    device._cuda.memory.Memory = take
+    device._cuda.memory.MemoryPointer = lambda memory, offset: memory
+    device.xp.get_default_memory_pool = lambda: SimpleNamespace(free_all_blocks=give_back)
+    if kept >= 80:
+        assert device._recorded.allocate(80) == 80
+    else:  # an error that the pool which asks does not answer by giving its own back
+        with pytest.raises(MemoryError):
+            device._recorded.allocate(80)
 
 
 def test_no_gpu(install: Install, caplog: pytest.LogCaptureFixture) -> None:

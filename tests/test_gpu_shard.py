@@ -149,12 +149,19 @@ def test_steps_without_graphs_and_scored_prompts_take_no_more_memory(
 
         monkeypatch.setattr(runner, name, noted)
 
-    noting("body")
-    noting("head_of")
+    for name in ("body", "head", "head_of"):
+        noting(name)
     sampling = Sampling(temperature=0.0, prompt_logprobs=1)
     shard.execute(StepPlan(0, [0], [30], starts=[start(0, list(range(3, 33)), sampling)]))
-    assert found == [("body", True), ("head_of", True)]
+    assert found == [("body", True), ("head", True), ("head_of", True), ("head", True)]
     assert not device.taken
+
+
+def test_graphs_are_reckoned_with_before_the_cache_is_sized() -> None:
+    for graphs, count in ((EAGER, 0), (GraphSizes([1, 2], [16, 40]), 6)):  # two of them heads
+        device = HostDevice(memory=1 << 30)
+        make_gpu_shard(directory("qwen3"), limits=LIMITS, graphs=graphs, device=device)
+        assert device.offered == (1 << 30) - count * 2**20
 
 
 def test_the_start_takes_what_sampling_needs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -77,8 +77,8 @@ def linear(
     residual: Any | None = None,
     weight_ahead: bool = True,
 ) -> Any:
-    """See `tensorray.kernels.linear.linear`. `weight_ahead` has a captured launch read weight and
-    norm before the kernels ahead of it are done: these must not be what writes them."""
+    """See `tensorray.kernels.linear.linear`. Without `weight_ahead` a captured launch waits for the
+    kernels before it, which may be what writes the weight."""
     rows = as_rows(x)
     weight = as_rows(weight)
     few = 0 < len(rows) <= FEW_ROWS and _streams(weight) and aligned(rows)

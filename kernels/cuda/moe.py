@@ -103,7 +103,9 @@ def experts(
 
 def rows_a_block(choices: int, experts: int, rows: int, most_shared_bytes: int) -> int | None:
     """How many rows of a group a block of linear.cu takes; None: groups are for moe.cu, being
-    large, or too large for the shared memory that a block may have."""
+    large, or too large for the shared memory that a block may have. `choices` are of all experts,
+    `experts` those that are here: with some elsewhere, groups are taken for larger than they are,
+    which costs time alone."""
     if choices > FEW_ROWS_A_GROUP * experts or rows > FEW_ROWS:
         return None
     average = -(-choices // experts)

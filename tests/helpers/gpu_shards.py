@@ -85,6 +85,11 @@ def make_gpu_shard(
             max_rank=16,
             slots=adapters,
         )
+
+    def choose_blocks(free: int) -> int:
+        device.offered = free
+        return num_blocks
+
     return kind(
         device,
         model,
@@ -98,7 +103,7 @@ def make_gpu_shard(
         or GraphSizes.choose(
             limits, (), False, 0 if drafts is None else drafts.most(limits.max_num_seqs)
         ),
-        choose_blocks=lambda free: num_blocks,
+        choose_blocks=choose_blocks,
         kv_dtype=kv_dtype,
         weight_bytes=plan_bytes(model, layers=layers),
         vocabulary=vocabulary,

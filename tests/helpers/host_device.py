@@ -27,6 +27,7 @@ class HostDevice:
         self.recorded = 0
         self._lent: Any = None  # what recorded work gave last
         self.uploaded: list[int] = []  # bytes of each upload
+        self.offered = 0  # bytes that the KV cache might have
 
     @contextmanager
     def current(self) -> Iterator[None]:
