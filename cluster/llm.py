@@ -15,6 +15,7 @@ import queue
 import sys
 import threading
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar, cast
@@ -223,10 +224,13 @@ class LLM:
         params: BeamSearchParams,
         *,
         lora_request: LoRARequest | None = None,
+        use_tqdm: bool = False,
     ) -> list[BeamSearchOutput]:
         """The `beam_width` likeliest continuations of each prompt, as vLLM's method of this name
         returns them. `generate` with `use_beam_search` says more about a search."""
-        outputs = self.generate(prompts, params.sampling_params(), lora_request=lora_request)
+        outputs = self.generate(
+            prompts, params.sampling_params(), lora_request=lora_request, use_tqdm=use_tqdm
+        )
         return [beam_search_output(each, self.frontend.tokenizer) for each in outputs]
 
     def stream(
@@ -264,29 +268,43 @@ class LLM:
             future.cancel()
 
     def embed(
-        self, prompts: Prompt | Sequence[Prompt], pooling_params: PoolingParams | None = None
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        pooling_params: PoolingParams | None = None,
+        *,
+        use_tqdm: bool = False,
     ) -> list[PoolingRequestOutput]:
         """A vector for each prompt (text, or token ids), in one batch: `outputs.embedding`, of
-        length 1 unless `pooling_params` say otherwise. Raises BadRequest before anything runs."""
+        length 1 unless `pooling_params` say otherwise. `use_tqdm` as in `generate`. Raises
+        BadRequest before anything runs."""
         params = pooling_params or PoolingParams()
         requests = [
             self._embedder.request(prompt, params, request_id=self._next_id())
             for prompt in _prompts(prompts)
         ]
-        return self._run(self._embedder.embed_all(self._client, requests, params))
+        shown = progress(len(requests), "Embedding") if use_tqdm else nullcontext(lambda: None)
+        with shown as advance:
+            return self._run(self._embedder.embed_all(self._client, requests, params, advance))
 
     def encode(
-        self, prompts: Prompt | Sequence[Prompt], pooling_params: PoolingParams | None = None
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        pooling_params: PoolingParams | None = None,
+        *,
+        use_tqdm: bool = False,
     ) -> list[PoolingRequestOutput]:
         """`embed`, as the hidden states are: not normalized unless `pooling_params` say so. The
         vectors are `outputs.data`, float32 [dimensions]."""
-        return self.embed(prompts, pooling_params or PoolingParams(normalize=False))
+        params = pooling_params or PoolingParams(normalize=False)
+        return self.embed(prompts, params, use_tqdm=use_tqdm)
 
     def score(
         self,
         first: Prompt | Sequence[Prompt],
         second: Prompt | Sequence[Prompt],
         pooling_params: PoolingParams | None = None,
+        *,
+        use_tqdm: bool = False,
     ) -> list[ScoringRequestOutput]:
         """How well prompts go together: cosines of their vectors, `outputs.score`.
 
@@ -295,7 +313,7 @@ class LLM:
         """
         firsts, seconds = _prompts(first), _prompts(second)
         pairs = pair_up(len(firsts), len(seconds))
-        found = self.embed([*firsts, *seconds], pooling_params)
+        found = self.embed([*firsts, *seconds], pooling_params, use_tqdm=use_tqdm)
         return [compare(self._next_id(), found[a], found[len(firsts) + b]) for a, b in pairs]
 
     @property

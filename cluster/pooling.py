@@ -6,7 +6,7 @@ batched with everything else, and is answered by one vector in place of tokens.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -158,10 +158,21 @@ class Embedder:
         raise GenerationFailed("the engine ended the request without an answer")
 
     async def embed_all(
-        self, client: EngineClient, requests: Sequence[GenerationRequest], params: PoolingParams
+        self,
+        client: EngineClient,
+        requests: Sequence[GenerationRequest],
+        params: PoolingParams,
+        advance: Callable[[], None] = lambda: None,
     ) -> list[PoolingRequestOutput]:
-        """Run requests in one batch; if one fails, the others are cancelled."""
-        return await all_of([self.embed(client, each, params) for each in requests])
+        """Run requests in one batch; if one fails, the others are cancelled. `advance` is called as
+        each is done."""
+
+        async def one(request: GenerationRequest) -> PoolingRequestOutput:
+            output = await self.embed(client, request, params)
+            advance()
+            return output
+
+        return await all_of([one(each) for each in requests])
 
 
 def finished(pooled: bytes, params: PoolingParams) -> Vector:

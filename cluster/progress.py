@@ -10,7 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 @contextlib.contextmanager
-def progress(total: int) -> Iterator[Callable[[], None]]:
+def progress(total: int, doing: str = "Generating") -> Iterator[Callable[[], None]]:
     """A progress bar on stderr if that is a terminal and there is more than one thing to wait for;
     yields what to call when one is done."""
     console = Console(stderr=True)
@@ -22,5 +22,5 @@ def progress(total: int) -> Iterator[Callable[[], None]]:
         console=console,
         disable=total < 2 or not console.is_terminal,
     ) as bar:
-        task = bar.add_task("Generating", total=total)
+        task = bar.add_task(doing, total=total)
         yield lambda: bar.advance(task)

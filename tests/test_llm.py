@@ -11,6 +11,7 @@ from helpers.equality import assert_same_tokens
 from helpers.tiny_models import NAMES, directory, references
 
 from tensorray.cluster.bad_request import BadRequest
+from tensorray.cluster.beam_answers import BeamSearchParams
 from tensorray.cluster.llm import LLM, SamplingParams
 
 SMALL = {"max_model_len": 64, "num_kv_blocks": 128, "block_size": 4, "max_num_batched_tokens": 256}
@@ -72,15 +73,37 @@ def test_progress_is_shown_beside_what_the_caller_counts(llm, monkeypatch):
     done, shown = [], []
 
     @contextlib.contextmanager
-    def bar(total):
-        shown.append(total)
+    def bar(total, doing="Generating"):
+        shown.append((doing, total))
         yield lambda: shown.append("one")
 
     monkeypatch.setattr("tensorray.cluster.llm.progress", bar)
     llm.generate([[3], [4]], greedy(2), use_tqdm=True, on_finished=done.append)
-    assert (shown, len(done)) == ([2, "one", "one"], 2)
+    assert (shown, len(done)) == ([("Generating", 2), "one", "one"], 2)
     llm.generate([[3], [4]], greedy(2), on_finished=done.append)
     assert (len(shown), len(done)) == (3, 4)
+
+
+def test_progress_of_what_is_not_generated(llm, monkeypatch):
+    shown = []
+
+    @contextlib.contextmanager
+    def bar(total, doing="Generating"):
+        shown.append([doing, total, 0])
+
+        def advance():
+            shown[-1][-1] += 1
+
+        yield advance
+
+    monkeypatch.setattr("tensorray.cluster.llm.progress", bar)
+    for use_tqdm in (False, True):
+        llm.embed([[3], [4]], use_tqdm=use_tqdm)
+        llm.encode([[3], [4], [5]], use_tqdm=use_tqdm)
+        llm.score([[3]], [[4], [5], [6]], use_tqdm=use_tqdm)
+        llm.beam_search([[3], [4]], BeamSearchParams(2, 3), use_tqdm=use_tqdm)
+    embedded = [["Embedding", count, count] for count in (2, 3, 4)]
+    assert shown == [*embedded, ["Generating", 2, 2]]
 
 
 def test_a_stream_brings_the_same_text_as_a_whole_answer(llm):
