@@ -189,24 +189,29 @@ def test_what_takes_the_place_of_plans_that_do_not_fit(
     assert made == launches
 
 
-def test_a_device_is_asked_once_what_its_blocks_may_have(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_device_is_asked_once_what_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of a process's devices, which need not be alike."""
     here, asked = SimpleNamespace(device=0), []
 
     def device(index: int) -> Any:
         asked.append(index)
-        most = {0: 99, 1: 227}[index] * 1024
-        return SimpleNamespace(attributes={"MaxSharedMemoryPerBlockOptin": most})
+        most, count = {0: (99, 142), 1: (227, 132)}[index]
+        found = {"MaxSharedMemoryPerBlockOptin": most * 1024, "MultiProcessorCount": count}
+        return SimpleNamespace(attributes=found)
 
     runtime = SimpleNamespace(getDevice=lambda: here.device)
     cuda = SimpleNamespace(Device=device, runtime=runtime)
     monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=cuda))
-    compiler._most_shared_bytes.cache_clear()
+    compiler._attribute.cache_clear()
     try:
         for here.device in (0, 1, 0, 1):
             assert compiler.most_shared_bytes() == [99, 227][here.device] * 1024
+        assert asked == [0, 1]
+        for here.device in (0, 1, 0, 1):
+            assert compiler.multiprocessors() == [142, 132][here.device]
+        assert asked == [0, 1, 0, 1]
     finally:
-        compiler._most_shared_bytes.cache_clear()
-    assert asked == [0, 1]
+        compiler._attribute.cache_clear()
 
 
 def test_shared_memory_of_a_block() -> None:

@@ -200,29 +200,29 @@ def _write(entry: Path, cubin: bytes) -> None:
 # --- loading and launching --------------------------------------------------------------------
 
 
-@functools.cache
 def multiprocessors() -> int:
-    """How many the GPU has that is current at the first call; a process's are alike."""
-    import cupy
-
-    count: int = cupy.cuda.Device().attributes["MultiProcessorCount"]
-    return count
+    """How many the current CuPy device has."""
+    return _of_current_device("MultiProcessorCount")
 
 
 def most_shared_bytes() -> int:
     """Shared memory that a block may ask for on the current CuPy device: 99 KiB on most GPUs, 163
     on an A100, 227 on Hopper."""
+    return _of_current_device("MaxSharedMemoryPerBlockOptin")
+
+
+def _of_current_device(attribute: str) -> int:
     import cupy
 
-    return _most_shared_bytes(cupy.cuda.runtime.getDevice())
+    return _attribute(cupy.cuda.runtime.getDevice(), attribute)
 
 
 @functools.cache
-def _most_shared_bytes(device: int) -> int:
+def _attribute(device: int, name: str) -> int:
     import cupy
 
-    most: int = cupy.cuda.Device(device).attributes["MaxSharedMemoryPerBlockOptin"]
-    return most
+    found: int = cupy.cuda.Device(device).attributes[name]
+    return found
 
 
 def device_arch() -> str:
