@@ -200,14 +200,7 @@ class CudaDevice:
             # a capture allows.
             work()
             with _uncollected():
-                self._stream.begin_capture()
-                try:
-                    result = self._lent(work())
-                except BaseException:
-                    with suppress(self._cuda.runtime.CUDARuntimeError):  # which work() told of
-                        self._stream.end_capture()
-                    raise
-                graph = self._stream.end_capture()
+                graph, result = capture(self._cuda, self._stream, lambda: self._lent(work()))
         graph.upload(self._stream)
         stream = self._stream
 
@@ -246,6 +239,19 @@ class CudaDevice:
     def release(self) -> None:
         self._recorded.free_all_blocks()
         self.xp.get_default_memory_pool().free_all_blocks()
+
+
+def capture(cuda: Any, stream: Any, work: Callable[[], T]) -> tuple[Any, T]:
+    """A graph of what work queues on a stream, which is to be current, and what it returns; `cuda`
+    is CuPy's module. Raises what work does."""
+    stream.begin_capture()
+    try:
+        result = work()
+    except BaseException:
+        with suppress(cuda.runtime.CUDARuntimeError):  # of what work began
+            stream.end_capture()
+        raise
+    return stream.end_capture(), result
 
 
 @contextmanager

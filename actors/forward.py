@@ -28,8 +28,8 @@ from tensorray.kernels.batch import Batch
 
 logger = logging.getLogger(__name__)
 
-#: Rows of the residual stream that prompt log-probabilities are made of at a time.
-SCORED_ROWS = 64
+# Rows of the residual stream that prompt log-probabilities are made of at a time, at most.
+_SCORED_ROWS = 64
 
 
 class Forward:
@@ -64,6 +64,8 @@ class Forward:
         self._buffers = buffers
         self._max_seqs = max_seqs
         self._max_tokens = max_tokens
+        #: Rows of a piece of `logits`.
+        self.scored_rows = min(_SCORED_ROWS, max_tokens)
         self._hidden = device.xp.zeros((max_tokens, width), residual)
         self._received = None if is_first else device.xp.zeros((max_tokens, width), residual)
         self._decodes: dict[int, Callable[[], Any]] = {}
@@ -122,7 +124,7 @@ class Forward:
         """Logits of packed rows of the step that `run` queued last: (first row, number of rows,
         logits `[rows, vocab]`), in pieces of bounded size. What reads a piece has to be queued
         before the next one is asked for, what reads those that `run` gave before the first."""
-        chunk = min(SCORED_ROWS, self._max_tokens)
+        chunk = self.scored_rows
         for at in range(first, first + count, chunk):
             rows = min(chunk, first + count - at)
             # Always as many rows, so that whatever is tuned by their number is so once.
@@ -139,7 +141,7 @@ class Forward:
             self._body(self._max_tokens)
             if self._runner.has_head:
                 dtype = self._head(self._max_seqs).dtype
-                for _ in self.logits(0, 2 * SCORED_ROWS):  # who reads one holds it
+                for _ in self.logits(0, 2 * self.scored_rows):  # who reads one holds it
                     pass
         self._device.mark().wait()
         return dtype

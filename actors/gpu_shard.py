@@ -44,7 +44,7 @@ from tensorray.actors.device_drafts import (
 from tensorray.actors.device_ranks import DeviceRanks, Rehearsal
 from tensorray.actors.device_sampler import DeviceSampler, HostRows, PromptScores, Sampled
 from tensorray.actors.device_weights import DevicePlacement
-from tensorray.actors.forward import SCORED_ROWS, Forward
+from tensorray.actors.forward import Forward
 from tensorray.actors.guidance import Guidance, Vocabulary
 from tensorray.actors.kv_cache import KVCache, KVPlan, choose_num_blocks, plan_stage
 from tensorray.actors.link import PendingStep
@@ -253,7 +253,7 @@ class GpuShard:
                 each.keeps_stream = drafts is not None and drafts.keeps_states
                 logits_dtype = each.warm_up()
             if self._sampler is not None:
-                self._sampler.prepare(logits_dtype, min(SCORED_ROWS, limits.step_tokens))
+                self._sampler.prepare(logits_dtype, self._forward.scored_rows)
             if drafts is not None and self._sampler is not None:
                 drafts.prepare(self._buffers, self._sampler, graphs.decodes, graphs.bodies)
             recorders = len(self._forwards) + (drafts is not None)  # a draft model has its own

@@ -8,6 +8,7 @@ from typing import Any
 
 from tensorray.actors.array_segment import Runner
 from tensorray.actors.canary import random_inputs
+from tensorray.actors.device import capture
 from tensorray.builder.graph import DTypes, Segment
 
 #: Microseconds of one run of a segment by each of some runners, of a number of rows, over sets of
@@ -65,14 +66,13 @@ class GraphTimer:
     def _capture(
         self, runner: Runner, inputs: list[Any], sets: Sequence[Sequence[Any]], stream: Any
     ) -> Any:
-        runner.run(inputs, sets[0])
-        stream.synchronize()
-        stream.begin_capture()
-        try:
+        def run() -> None:
             for weights in sets:
                 runner.run(inputs, weights)
-        finally:
-            graph = stream.end_capture()
+
+        runner.run(inputs, sets[0])
+        stream.synchronize()
+        graph, _ = capture(self._xp.cuda, stream, run)
         return graph
 
     def _launch(self, graph: Any, stream: Any) -> float:

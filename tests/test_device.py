@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tensorray.actors.config import ShardConfig
-from tensorray.actors.device import CudaDevice, DeviceError, find_device, has_devices
+from tensorray.actors.device import CudaDevice, DeviceError, capture, find_device, has_devices
 from tensorray.actors.shard_host import load_executor
 
 T4 = {"name": b"Tesla T4", "major": 7, "minor": 5}
@@ -144,3 +144,25 @@ def test_no_gpu(install: Install, caplog: pytest.LogCaptureFixture) -> None:
     assert not has_devices()
     assert find_device() is None
     assert not caplog.records
+
+
+class Stream:
+    """A stream whose capture an error has ended."""
+
+    def begin_capture(self) -> None:
+        pass
+
+    def end_capture(self) -> str:
+        raise CUDARuntimeError("the capture is gone")
+
+
+def test_a_capture_that_fails_tells_what_failed() -> None:
+    cuda = SimpleNamespace(runtime=SimpleNamespace(CUDARuntimeError=CUDARuntimeError))
+
+    def work() -> None:
+        raise ValueError("no kernel")
+
+    with pytest.raises(ValueError, match="no kernel"):
+        capture(cuda, Stream(), work)
+    with pytest.raises(CUDARuntimeError, match="gone"):
+        capture(cuda, Stream(), lambda: None)
