@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers import odd_tokens
 from helpers.gpu_shards import StepwiseShard, make_gpu_shard
 from helpers.host_device import HostDevice
 from helpers.tiny_models import directory
@@ -112,13 +113,6 @@ def test_a_layout_chooses_the_tokens_of_one_shard(
                 assert a.logprob == pytest.approx(b.logprob, abs=1e-4)
 
 
-class Odd:
-    """A user's logits processor, which the host runs: tokens are odd and even in turn."""
-
-    def __call__(self, output: list[int], prompt: list[int], logits: Any) -> None:
-        logits[len(output) % 2 :: 2] = float("-inf")
-
-
 STEERED: list[dict[str, Any]] = [
     {"logits_processors": [{"name": "Odd"}]},
     {"bad_words": [[5, 6], [7]]},
@@ -136,16 +130,13 @@ def test_a_pipeline_goes_on_while_its_last_stage_waits_for_logits(
 ) -> None:
     """What steers a sequence has to see its last token, or its logits, before the next choice:
     and these come only if the first stage is told the tokens of the step before."""
-    settings = SMALL | {"logits_processors": [f"{__file__}:Odd"]}
+    steering = {"logits_processors": [f"{odd_tokens.__file__}:Odd"]}
     params = [
         SamplingParams(temperature=0, max_tokens=10, ignore_eos=True, **each) for each in STEERED
     ]
-    with LLM(str(directory(name)), device="cpu", **settings) as llm:
+    with LLM(str(directory(name)), device="cpu", **SMALL, **steering) as llm:
         expected = llm.generate(PROMPTS[:4], params)
-    with gpus(monkeypatch, name, **{"logits_processors": [f"{__file__}:Odd"]}, **layout) as (
-        llm,
-        _,
-    ):
+    with gpus(monkeypatch, name, **steering, **layout) as (llm, _):
         found = [
             output
             for i in range(0, 4, at_once)

@@ -69,34 +69,33 @@ def test_prompts_may_be_written_as_vllms(llm):
             llm.generate([wrong], greedy(4))
 
 
-def test_progress_is_shown_beside_what_the_caller_counts(llm, monkeypatch):
-    done, shown = [], []
+@pytest.fixture
+def shown(monkeypatch):
+    """The bars of progress there were: what was done, of how many, and how many were done."""
+    bars = []
 
     @contextlib.contextmanager
     def bar(total, doing="Generating"):
-        shown.append((doing, total))
-        yield lambda: shown.append("one")
-
-    monkeypatch.setattr("tensorray.cluster.llm.progress", bar)
-    llm.generate([[3], [4]], greedy(2), use_tqdm=True, on_finished=done.append)
-    assert (shown, len(done)) == ([("Generating", 2), "one", "one"], 2)
-    llm.generate([[3], [4]], greedy(2), on_finished=done.append)
-    assert (len(shown), len(done)) == (3, 4)
-
-
-def test_progress_of_what_is_not_generated(llm, monkeypatch):
-    shown = []
-
-    @contextlib.contextmanager
-    def bar(total, doing="Generating"):
-        shown.append([doing, total, 0])
+        bars.append([doing, total, 0])
 
         def advance():
-            shown[-1][-1] += 1
+            bars[-1][-1] += 1
 
         yield advance
 
     monkeypatch.setattr("tensorray.cluster.llm.progress", bar)
+    return bars
+
+
+def test_progress_is_shown_beside_what_the_caller_counts(llm, shown):
+    done = []
+    llm.generate([[3], [4]], greedy(2), use_tqdm=True, on_finished=done.append)
+    assert (shown, len(done)) == ([["Generating", 2, 2]], 2)
+    llm.generate([[3], [4]], greedy(2), on_finished=done.append)
+    assert (shown, len(done)) == ([["Generating", 2, 2]], 4)
+
+
+def test_progress_of_what_is_not_generated(llm, shown):
     for use_tqdm in (False, True):
         llm.embed([[3], [4]], use_tqdm=use_tqdm)
         llm.encode([[3], [4], [5]], use_tqdm=use_tqdm)

@@ -7,7 +7,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from helpers import gpu_ranks
+from helpers import gpu_ranks, odd_tokens
 from helpers.equality import assert_same_tokens
 from helpers.gpu_ranks import on_gpus
 from helpers.tiny_models import directory
@@ -143,13 +143,6 @@ def test_a_layout_chooses_the_tokens_of_one_gpu(name: str, layout: Any) -> None:
     like_one_gpu(name, layout, params)
 
 
-class Odd:
-    """A user's logits processor, which the host runs: tokens are odd and even in turn."""
-
-    def __call__(self, output: list[int], prompt: list[int], logits: Any) -> None:
-        logits[len(output) % 2 :: 2] = float("-inf")
-
-
 @pytest.mark.parametrize("layout", [TP2, PP2], ids=str)
 def test_a_layout_steers_as_one_gpu_does(layout: Any) -> None:
     """What steers a sequence has to see its last token, or its logits, before the next choice,
@@ -166,4 +159,4 @@ def test_a_layout_steers_as_one_gpu_does(layout: Any) -> None:
         SamplingParams(temperature=0, max_tokens=16 + i, logprobs=2, **steered[i % len(steered)])
         for i in range(12)
     ]
-    like_one_gpu("qwen3", layout, params, logits_processors=[f"{__file__}:Odd"])
+    like_one_gpu("qwen3", layout, params, logits_processors=[f"{odd_tokens.__file__}:Odd"])
